@@ -1,0 +1,1 @@
+"""Turn a released HealthGPT checkpoint into a bundle of static graphs."""

@@ -1,0 +1,1 @@
+"""The original model in plain PyTorch: the judge of every graph and kernel."""

@@ -1,0 +1,90 @@
+"""Weight files: raw tensors, page aligned, written once and shared by the graphs that name them.
+
+A graph refers to its tensors by ONNX external data (file, offset, length). The file is written front to back while
+the checkpoint is read, so that exporting never holds more than one tensor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from onnx import TensorProto, helper
+
+# A mapping of the file then starts every tensor on a page, which is what executors and DMA engines want.
+ALIGNMENT_BYTES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where one tensor stands: `length` bytes at `offset` of the bundle-relative file `location`."""
+
+    location: str
+    offset: int
+    length: int
+    data_type: int
+    shape: tuple[int, ...]
+
+    def initializer(self, name: str) -> TensorProto:
+        """The ONNX initializer `name` that reads this tensor as external data."""
+        tensor = TensorProto(name=name, data_type=self.data_type, dims=self.shape)
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, value in (("location", self.location), ("offset", self.offset), ("length", self.length)):
+            tensor.external_data.add(key=key, value=str(value))
+        return tensor
+
+
+def pack_int4(values: np.ndarray) -> np.ndarray:
+    """Two neighbours of the last axis per byte, the first in the low half, as ONNX stores INT4.
+
+    values: int8 of any shape, each in [-8, 7]. Returns uint8 [ceil(size / 2)].
+    """
+    flat = values.reshape(-1)
+    if flat.size % 2:
+        flat = np.append(flat, np.int8(0))
+    low, high = flat[0::2].view(np.uint8), flat[1::2].view(np.uint8)
+    return (low & 0xF) | (high << 4)
+
+
+class WeightFile:
+    """An append-only file of tensors, each stored once under its key.
+
+    `put` returns the place of a key that is already there without producing the tensor again: this is how the
+    graphs of two tasks come to share one set of base weights.
+    """
+
+    def __init__(self, path: Path, location: str) -> None:
+        self.location = location
+        self.stored: dict[str, StoredTensor] = {}
+        self.size_bytes = 0
+        self._sha256 = hashlib.sha256()
+        self._file = path.open("wb")
+
+    def put(self, key: str, data_type: int, produce: Callable[[], np.ndarray]) -> StoredTensor:
+        """Store `produce()` as `data_type` (an onnx.TensorProto type; INT4 takes int8 values) under `key`."""
+        if key in self.stored:
+            return self.stored[key]
+        values = produce()
+        shape = tuple(values.shape)
+        if data_type == TensorProto.INT4:
+            payload = pack_int4(np.ascontiguousarray(values))
+        else:
+            payload = np.ascontiguousarray(values, dtype=helper.tensor_dtype_to_np_dtype(data_type))
+        self._append(b"\0" * (-self.size_bytes % ALIGNMENT_BYTES))
+        stored = StoredTensor(self.location, self.size_bytes, payload.nbytes, data_type, shape)
+        self._append(payload.reshape(-1).view(np.uint8).data)
+        self.stored[key] = stored
+        return stored
+
+    def _append(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._sha256.update(data)
+        self.size_bytes += len(data)
+
+    def close(self) -> str:
+        """Flush and close; returns the SHA-256 of the file."""
+        self._file.close()
+        return self._sha256.hexdigest()
