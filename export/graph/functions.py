@@ -1,0 +1,108 @@
+"""The two named nodes of the language graph, as ONNX functions of standard operators.
+
+Any runtime can run the bodies below; a runtime that has a kernel for `healthgpt::HLoraLinear` or
+`healthgpt::CachedAttention` runs that on the same inputs instead. B batch, S sequence, C channels in, O channels out,
+R rank, E experts, H heads, K key/value heads, D head size, M cache capacity.
+"""
+
+from __future__ import annotations
+
+from onnx import FunctionProto, TensorProto, parser
+
+from ..quantize import is_quantised
+
+
+def _stored(name: str, data_type: int) -> tuple[str, str]:
+    """The statement that turns a stored matrix into float32, and the name of the result."""
+    if data_type == TensorProto.FLOAT:
+        return "", name
+    if is_quantised(data_type):
+        statement = f"{name}_float = DequantizeLinear <axis = 0, block_size: int = @block_size> ({name}, {name}_scale)"
+    else:
+        statement = f"{name}_float = Cast <to = 1> ({name})"
+    return statement, f"{name}_float"
+
+
+def hlora_linear(linear_type: int, adapter_type: int, bias: bool) -> FunctionProto:
+    """`y = x W + b + gate(x R) * (x A) B`, the H-LoRA linear (paper, section 3.3; HEALTHGPT.md).
+
+    Inputs, in the order every kernel gets them; scales are left out for float storage, the bias where there is none:
+    x [B, S, C]; weight [C, O], weight_scale [C/block, O]; bias [O]; adapter_in [C, R + E] holding A then the router,
+    its scale [C/block, R + E]; adapter_out [R, O] with the H-LoRA scaling folded in, its scale [R/block, O].
+    Attributes: experts E; block_size (ignored for float storage). The gate's softmax is in float32.
+    """
+    to_weight, weight = _stored("weight", linear_type)
+    to_in, adapter_in = _stored("adapter_in", adapter_type)
+    to_out, adapter_out = _stored("adapter_out", adapter_type)
+    add_bias, base = ("biased = Add (product, bias)", "biased") if bias else ("", "product")
+    return parser.parse_function(f"""
+        <domain: "healthgpt", opset_import: ["" : 24]>
+        HLoraLinear <block_size, experts> (
+            x, weight, weight_scale, bias, adapter_in, adapter_in_scale, adapter_out, adapter_out_scale
+        ) => (y) {{
+            experts_scalar = Constant <value_int: int = @experts> ()
+            last = Constant <value_ints = [-1]> ()
+            zero = Constant <value_ints = [0]> ()
+            end = Constant <value_ints = [9223372036854775807]> ()
+            experts_vector = Reshape (experts_scalar, last)
+            split_at = Neg (experts_vector)
+            {to_in}
+            low = MatMul (x, {adapter_in})
+            reduced = Slice (low, zero, split_at, last)
+            routes = Slice (low, split_at, end, last)
+            gate = Softmax <axis = -1> (routes)
+            keep = Constant <value_ints = [0, 0]> ()
+            by_expert = Concat <axis = 0> (keep, experts_vector, last)
+            grouped = Reshape (reduced, by_expert)
+            gate_column = Unsqueeze (gate, last)
+            gated = Mul (grouped, gate_column)
+            merge = Constant <value_ints = [0, 0, -1]> ()
+            flat = Reshape (gated, merge)
+            {to_weight}
+            product = MatMul (x, {weight})
+            {add_bias}
+            {to_out}
+            expansion = MatMul (flat, {adapter_out})
+            y = Add ({base}, expansion)
+        }}
+    """)
+
+
+def cached_attention() -> FunctionProto:
+    """Rotary positions, cache append and masked attention over the cache.
+
+    query [B, S, H*D], key and value [B, S, K*D], cosine and sine [B, S, D/2] of the S new positions, past_length
+    int64 [B], visible bool [B, 1, S, M], past_key and past_value [B, K, M, D], of which the first past_length rows
+    are filled. The new rows are written at past_length; giving the same buffer for past and present makes that a
+    write in place. Attributes: heads H, kv_heads K, window (the number of earlier positions seen, 0 for all).
+    `visible` says the same as past_length and window: the body needs it, a kernel may compute it.
+    """
+    return parser.parse_function("""
+        <domain: "healthgpt", opset_import: ["" : 24]>
+        CachedAttention <heads, kv_heads, window> (
+            query, key, value, cosine, sine, past_length, visible, past_key, past_value
+        ) => (output, present_key, present_value) {
+            heads_scalar = Constant <value_int: int = @heads> ()
+            kv_heads_scalar = Constant <value_int: int = @kv_heads> ()
+            last = Constant <value_ints = [-1]> ()
+            keep = Constant <value_ints = [0, 0]> ()
+            heads_vector = Reshape (heads_scalar, last)
+            kv_heads_vector = Reshape (kv_heads_scalar, last)
+            query_shape = Concat <axis = 0> (keep, heads_vector, last)
+            key_shape = Concat <axis = 0> (keep, kv_heads_vector, last)
+            query_split = Reshape (query, query_shape)
+            key_split = Reshape (key, key_shape)
+            value_split = Reshape (value, key_shape)
+            query_heads = Transpose <perm = [0, 2, 1, 3]> (query_split)
+            key_heads = Transpose <perm = [0, 2, 1, 3]> (key_split)
+            value_heads = Transpose <perm = [0, 2, 1, 3]> (value_split)
+            query_rotated = RotaryEmbedding (query_heads, cosine, sine)
+            key_rotated = RotaryEmbedding (key_heads, cosine, sine)
+            present_key = TensorScatter <axis = 2> (past_key, key_rotated, past_length)
+            present_value = TensorScatter <axis = 2> (past_value, value_heads, past_length)
+            attended = Attention (query_rotated, present_key, present_value, visible)
+            rows = Transpose <perm = [0, 2, 1, 3]> (attended)
+            merge = Constant <value_ints = [0, 0, -1]> ()
+            output = Reshape (rows, merge)
+        }
+    """)

@@ -1,0 +1,272 @@
+"""The `language` graph: token ids in, logits and grown caches out, the same for prefill and decode.
+
+An image is extra vocabulary: a token id V + p stands for row p of `image_features`, so no other code knows about
+splicing. Letters: B batch, S new tokens, P patches, C hidden, V vocabulary, M cache capacity, n positions asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from onnx import ModelProto, TensorProto
+
+from healthgpt_edge.errors import CheckpointError
+
+from .. import fold
+from ..checkpoint import Checkpoint
+from ..quantize import Storage, is_quantised, quantise
+from ..weights import WeightFile
+from .builder import GraphBuilder
+from .functions import cached_attention, hlora_linear
+
+FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
+
+
+class LanguageGraph:
+    """Builds the language graph of one task; base matrices go to `base`, the plugin's to `own`."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, task: str, base: WeightFile, own: WeightFile, storage: Storage, block_size: int
+    ) -> None:
+        self.checkpoint, self.task, self.base, self.own = checkpoint, task, base, own
+        self.storage, self.block_size = storage, block_size
+        self.config = checkpoint.language
+        self.graph = GraphBuilder(f"{task}.language")
+        # Qwen has biases on some linears: then all of them carry one, so that one function body serves the graph.
+        self.has_bias = self.config.architecture == "qwen2"
+        self.linear_function = hlora_linear(storage.linear, storage.adapter, self.has_bias)
+        self.attention_function = cached_attention()
+
+    def build(self, on_layer: Callable[[], None] = lambda: None) -> ModelProto:
+        """The whole graph; `on_layer` is called after each decoder layer, for a progress bar."""
+        graph, config = self.graph, self.config
+        token_ids = graph.input("token_ids", INT64, ["B", "S"])
+        image_features = graph.input("image_features", FLOAT, ["B", "P", config.hidden])
+        past_length = graph.input("past_length", INT64, ["B"])
+        last_positions = graph.input("last_positions", INT64, [1])
+        cache_shape: list[int | str] = ["B", config.kv_heads, "M", config.head_dim]
+        pasts = [
+            (
+                graph.input(f"past_key_values.{layer}.key", FLOAT, cache_shape),
+                graph.input(f"past_key_values.{layer}.value", FLOAT, cache_shape),
+            )
+            for layer in range(config.layers)
+        ]
+        with graph.scope("embedding"):
+            hidden = self._embed(token_ids, image_features)
+        with graph.scope("positions"):
+            cosine, sine, visible = self._positions(token_ids, past_length, pasts[0][0])
+        for layer, past in enumerate(pasts):
+            with graph.scope(f"layers.{layer}"):
+                hidden = self._layer(layer, hidden, (cosine, sine, past_length, visible), past)
+            on_layer()
+        with graph.scope("head"):
+            start = graph.op("Neg", last_positions)
+            end, axis = graph.constant([np.iinfo(np.int64).max], np.int64), graph.constant([1], np.int64)
+            hidden = self._norm(graph.op("Slice", hidden, start, end, axis))
+            first_row = first_logit_row(self.checkpoint, self.task)
+            logits = head(graph, self, hidden, first_row, self.config.vocab)
+        graph.output(logits, "logits", FLOAT, ["B", "n", config.vocab - first_row])
+        if first_row:
+            graph.output(hidden, "hidden", FLOAT, ["B", "n", config.hidden])
+        return graph.model()
+
+    def _embed(self, token_ids: str, image_features: str) -> str:
+        graph, rows = self.graph, self.config.vocab
+        owned = self.checkpoint.task_owns(self.task, "embed_tokens.weight")
+        table = graph.weight(
+            self.own if owned else self.base,
+            "embed_tokens.weight",
+            self.storage.table,
+            lambda: finite(self.checkpoint.task_tensor(self.task, "embed_tokens.weight"), "embed_tokens.weight"),
+        )
+        text = graph.op("Gather", table, graph.op("Min", token_ids, graph.constant(rows - 1, np.int64)), axis=0)
+        if self.storage.table != FLOAT:
+            text = graph.op("Cast", text, to=FLOAT)
+        patch = graph.op("Max", graph.op("Sub", token_ids, graph.constant(rows, np.int64)), graph.constant(0, np.int64))
+        last = graph.constant([-1], np.int64)
+        image = graph.op("GatherND", image_features, graph.op("Unsqueeze", patch, last), batch_dims=1)
+        is_image = graph.op("GreaterOrEqual", token_ids, graph.constant(rows, np.int64))
+        return graph.op("Where", graph.op("Unsqueeze", is_image, last), image, text)
+
+    def _positions(self, token_ids: str, past_length: str, past_key: str) -> tuple[str, str, str]:
+        """Rotary cosine and sine [B, S, D/2] and the visibility mask [B, 1, S, M], computed once for all layers."""
+        graph, config = self.graph, self.config
+        zero, one = graph.constant(0, np.int64), graph.constant(1, np.int64)
+        scalar = graph.constant([], np.int64)
+        length = graph.op("Reshape", graph.op("Shape", token_ids, start=1, end=2), scalar)
+        capacity = graph.op("Reshape", graph.op("Shape", past_key, start=2, end=3), scalar)
+        first = graph.op("Unsqueeze", past_length, graph.constant([1], np.int64))
+        positions = graph.op("Add", first, graph.op("Range", zero, length, one))
+        column = graph.op("Unsqueeze", positions, graph.constant([2], np.int64))
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+        inverse_frequencies = (1.0 / config.rope_theta**exponents).numpy()
+        angles = graph.op(
+            "Mul", graph.op("Cast", column, to=FLOAT), graph.constant(inverse_frequencies, np.float32)
+        )
+        distance = graph.op("Sub", column, graph.op("Range", zero, capacity, one))
+        visible = graph.op("GreaterOrEqual", distance, zero)
+        if config.sliding_window is not None:
+            near = graph.op("LessOrEqual", distance, graph.constant(config.sliding_window, np.int64))
+            visible = graph.op("And", visible, near)
+        visible = graph.op("Unsqueeze", visible, graph.constant([1], np.int64))
+        return graph.op("Cos", angles), graph.op("Sin", angles), visible
+
+    def _layer(self, layer: int, hidden: str, shared: tuple[str, str, str, str], past: tuple[str, str]) -> str:
+        graph, config = self.graph, self.config
+        with graph.scope("attention"):
+            norm = f"layers.{layer}.input_layernorm.weight"
+            normed = self._norm(hidden)
+            if "self_attn.qkv_proj" in config.linears:
+                query_size, key_size = config.heads * config.head_dim, config.kv_heads * config.head_dim
+                sizes = graph.constant([query_size, key_size, key_size], np.int64)
+                packed = self._linear(layer, "self_attn.qkv_proj", normed, norm)
+                query, key, value = graph.op("Split", packed, sizes, outputs=3, axis=-1)
+            else:
+                query, key, value = (self._linear(layer, f"self_attn.{p}_proj", normed, norm) for p in "qkv")
+            attended, present_key, present_value = graph.call(
+                self.attention_function,
+                *(query, key, value, *shared, *past),
+                heads=config.heads,
+                kv_heads=config.kv_heads,
+                window=config.sliding_window or 0,
+            )
+            hidden = graph.op("Add", hidden, self._linear(layer, "self_attn.o_proj", attended))
+        cache_shape: list[int | str] = ["B", config.kv_heads, "M", config.head_dim]
+        graph.output(present_key, f"present_key_values.{layer}.key", FLOAT, cache_shape)
+        graph.output(present_value, f"present_key_values.{layer}.value", FLOAT, cache_shape)
+        with graph.scope("mlp"):
+            norm = f"layers.{layer}.post_attention_layernorm.weight"
+            normed = self._norm(hidden)
+            if "mlp.gate_up_proj" in config.linears:
+                packed = self._linear(layer, "mlp.gate_up_proj", normed, norm)
+                gate, up = graph.op("Split", packed, outputs=2, axis=-1, num_outputs=2)
+            else:
+                gate, up = (self._linear(layer, f"mlp.{p}_proj", normed, norm) for p in ("gate", "up"))
+            activated = graph.op("Mul", graph.op("Mul", gate, graph.op("Sigmoid", gate)), up)
+            return str(graph.op("Add", hidden, self._linear(layer, "mlp.down_proj", activated)))
+
+    def _norm(self, hidden: str) -> str:
+        """RMS normalisation without its weight, which the matrices that follow have taken in."""
+        ones = self.graph.constant(np.ones(self.config.hidden), np.float32)
+        return str(self.graph.op("RMSNormalization", hidden, ones, axis=-1, epsilon=self.config.rms_epsilon))
+
+    def _linear(self, layer: int, linear: str, x: str, norm: str | None = None) -> str:
+        """One H-LoRA linear; `norm` names the RMS weight that its matrices take in."""
+        checkpoint, task = self.checkpoint, self.checkpoint.tasks[self.task]
+        prefix = f"layers.{layer}.{linear}"
+        scale = finite(checkpoint.base_tensor(norm), norm) if norm else None
+
+        def base() -> np.ndarray:
+            return fold.input_major(finite(checkpoint.base_tensor(f"{prefix}.weight"), f"{prefix}.weight"), scale)
+
+        def adapter_in() -> np.ndarray:
+            reduce, _, router = checkpoint.adapter(self.task, layer, linear)
+            return fold.stack_router(finite(reduce, f"{prefix}.lora_A"), finite(router, f"{prefix}.lora_route"), scale)
+
+        def adapter_out() -> np.ndarray:
+            _, expand, _ = checkpoint.adapter(self.task, layer, linear)
+            return fold.scale_expansion(finite(expand, f"{prefix}.lora_B"), task.scaling)
+
+        def bias() -> np.ndarray:
+            if self.config.has_bias(linear):
+                return finite(checkpoint.base_tensor(f"{prefix}.bias"), f"{prefix}.bias")
+            return np.zeros(checkpoint.base_tensor(f"{prefix}.weight").shape[0], np.float32)
+
+        with self.graph.scope(linear):
+            return str(
+                self.graph.call(
+                    self.linear_function,
+                    x,
+                    *self.matrix(self.base, f"{prefix}.weight", self.storage.linear, base),
+                    self.graph.weight(self.base, f"{prefix}.bias", FLOAT, bias) if self.has_bias else "",
+                    *self.matrix(self.own, f"{prefix}.adapter_in", self.storage.adapter, adapter_in),
+                    *self.matrix(self.own, f"{prefix}.adapter_out", self.storage.adapter, adapter_out),
+                    block_size=self.block_size,
+                    experts=task.experts,
+                )
+            )
+
+    def matrix(
+        self, file: WeightFile, key: str, data_type: int, produce: Callable[[], np.ndarray]
+    ) -> tuple[str, str]:
+        """Store a matrix [C, O] as `data_type`; returns the names of its values and of its scales ("" for floats)."""
+        if not is_quantised(data_type):
+            return self.graph.weight(file, key, data_type, produce), ""
+        parts: list[np.ndarray] = []
+
+        def part(index: int) -> np.ndarray:
+            if not parts:
+                parts.extend(quantise(produce(), data_type, self.block_size))
+            return parts[index]
+
+        values = self.graph.weight(file, key, data_type, lambda: part(0))
+        return values, self.graph.weight(file, f"{key}_scale", FLOAT, lambda: part(1))
+
+
+def build_language(
+    checkpoint: Checkpoint,
+    task: str,
+    base: WeightFile,
+    own: WeightFile,
+    storage: Storage,
+    block_size: int,
+    on_layer: Callable[[], None] = lambda: None,
+) -> ModelProto:
+    """The language graph of `task`.
+
+    Inputs: token_ids int64 [B, S], image_features float [B, P, C] (P >= 1, zeros where there is no image),
+    past_length int64 [B], last_positions int64 [1] = n, past_key_values.{i}.{key,value} [B, K, M, D].
+    Outputs: logits [B, n, V - first] for the rows from `first_logit_row` on, present_key_values.{i}.{key,value}, and,
+    where `first` is above 0, hidden [B, n, C] for the `vocabulary` graph.
+    """
+    return LanguageGraph(checkpoint, task, base, own, storage, block_size).build(on_layer)
+
+
+def build_vocabulary(
+    checkpoint: Checkpoint, task: str, base: WeightFile, own: WeightFile, storage: Storage, block_size: int
+) -> ModelProto:
+    """The head rows that `language` leaves out: hidden [B, n, C] -> logits [B, n, first]."""
+    parts = LanguageGraph(checkpoint, task, base, own, storage, block_size)
+    parts.graph.name = f"{task}.vocabulary"
+    hidden = parts.graph.input("hidden", FLOAT, ["B", "n", checkpoint.language.hidden])
+    first_row = first_logit_row(checkpoint, task)
+    parts.graph.output(head(parts.graph, parts, hidden, 0, first_row), "logits", FLOAT, ["B", "n", first_row])
+    return parts.graph.model()
+
+
+def first_logit_row(checkpoint: Checkpoint, task: str) -> int:
+    """The first head row that `language` computes: 0, or `<idx_0>` where the task can only emit codes.
+
+    The codes, `<end_index>` and `<pixel_newline>` are the last rows of the vocabulary: at M3's size 8194 of 40206.
+    """
+    if task != "generation" or checkpoint.tokens is None:
+        return 0
+    return checkpoint.tokens.first_code
+
+
+def head(graph: GraphBuilder, parts: LanguageGraph, hidden: str, first: int, end: int) -> str:
+    """Logits [B, n, end - first] of the normed hidden states, the final norm's weight folded in."""
+    checkpoint, task, key = parts.checkpoint, parts.task, "lm_head.weight"
+
+    def rows() -> np.ndarray:
+        norm = finite(checkpoint.base_tensor("norm.weight"), "norm.weight")
+        return fold.input_major(finite(checkpoint.task_tensor(task, key)[first:end], key), norm)
+
+    file = parts.own if checkpoint.task_owns(task, key) else parts.base
+    values, scales = parts.matrix(file, f"lm_head.{first}.{end}", parts.storage.head, rows)
+    if scales:
+        values = graph.op("DequantizeLinear", values, scales, axis=0, block_size=parts.block_size)
+    elif parts.storage.head != FLOAT:
+        values = graph.op("Cast", values, to=FLOAT)
+    return str(graph.op("MatMul", hidden, values))
+
+
+def finite(tensor: torch.Tensor, key: str) -> np.ndarray:
+    """The tensor as float32, refused if it holds NaN or infinity (a damaged file would give silent nonsense)."""
+    values = tensor.float().numpy()
+    if not np.isfinite(values).all():
+        raise CheckpointError(f"tensor {key} must be finite, found {int((~np.isfinite(values)).sum())} NaN or infinite")
+    return values

@@ -1,0 +1,110 @@
+"""A bundle on disk: a directory of graphs and weights, checked against its manifest before anything else reads it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+from .errors import BundleError
+from .manifest import MAX_MANIFEST_BYTES, Manifest
+
+MANIFEST = "bundle.json"
+ENGINES = "engines"
+_HASH_CHUNK_BYTES = 4 << 20
+
+
+class Bundle:
+    """An opened bundle: `manifest`, and `file(name)` for the paths of what it lists."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, verify: bool = True) -> Bundle:
+        """Open the bundle at `path`.
+
+        Always checked: the manifest, the list of files and their sizes, and that none is a link. With `verify` also
+        the SHA-256 of every file, which reads all of it once; without it only that of graphs and tokenizer.
+        Raises BundleError.
+        """
+        root = Path(path)
+        if not root.is_dir():
+            raise BundleError(f"a bundle is a directory, found none at {root.name!r}")
+        manifest_path = root / MANIFEST
+        if not _is_regular(manifest_path):
+            raise BundleError(f"{root.name!r} is not a bundle: it has no regular file {MANIFEST}")
+        with manifest_path.open("rb") as file:
+            manifest = Manifest.from_json(file.read(MAX_MANIFEST_BYTES + 1))
+        bundle = cls(root, manifest)
+        bundle._check_listing()
+        bundle.verify(() if verify else ("weights/",))
+        return bundle
+
+    def file(self, name: str) -> Path:
+        """The path of a file that the manifest lists."""
+        if name not in self.manifest.files:
+            raise BundleError(f"the bundle has no file {name!r}")
+        return self.path / name
+
+    def graph(self, task: str, role: str) -> Path:
+        """The path of a task's graph: vision, language, vocabulary, codes or draft."""
+        if task not in self.manifest.tasks:
+            raise BundleError(f"the bundle has no task {task!r}, only {', '.join(sorted(self.manifest.tasks))}")
+        graphs = self.manifest.tasks[task].graphs
+        if role not in graphs:
+            raise BundleError(f"task {task} has no graph {role!r}, only {', '.join(sorted(graphs))}")
+        return self.file(graphs[role])
+
+    def verify(self, skip: tuple[str, ...] = (), on_bytes: Callable[[int], None] = lambda count: None) -> int:
+        """Compare the SHA-256 of every file whose name does not start with one of `skip`; returns the bytes read."""
+        total = 0
+        for name, entry in sorted(self.manifest.files.items()):
+            if name.startswith(skip) and skip:
+                continue
+            digest = hashlib.sha256()
+            with self.file(name).open("rb", buffering=0) as file:
+                while chunk := file.read(_HASH_CHUNK_BYTES):
+                    digest.update(chunk)
+                    total += len(chunk)
+                    on_bytes(len(chunk))
+            if digest.hexdigest() != entry.sha256:
+                raise BundleError(
+                    f"file {name} is damaged: SHA-256 must be {entry.sha256[:16]}..., found {digest.hexdigest()[:16]}..."
+                )
+        return total
+
+    def _check_listing(self) -> None:
+        found: set[str] = set()
+        for folder, folders, files in os.walk(self.path):
+            relative = Path(folder).relative_to(self.path)
+            if relative == Path():
+                if (self.path / ENGINES).is_symlink():
+                    raise BundleError(f"{ENGINES} must not be a link")
+                folders[:] = [name for name in folders if name != ENGINES]
+            for name in [*folders, *files]:
+                if (Path(folder) / name).is_symlink():
+                    raise BundleError(f"{(relative / name).as_posix()} must be part of the bundle, found a link")
+            found |= {(relative / name).as_posix() for name in files}
+        expected = set(self.manifest.files)
+        found.discard(MANIFEST)
+        if missing := sorted(expected - found):
+            raise BundleError(f"the bundle lacks {missing[0]}" + (f" and {len(missing) - 1} more" * (len(missing) > 1)))
+        if extra := sorted(found - expected):
+            raise BundleError(f"the bundle holds {extra[0]!r}, which its manifest does not list")
+        for name, entry in self.manifest.files.items():
+            path = self.path / name
+            if not _is_regular(path):
+                raise BundleError(f"{name} must be a regular file")
+            if (size := path.stat().st_size) != entry.size:
+                raise BundleError(f"file {name} must be {entry.size} bytes, found {size}")
+
+
+def _is_regular(path: Path) -> bool:
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        return False
