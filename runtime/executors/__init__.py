@@ -1,1 +1,50 @@
-"""Engines that run the graphs of a bundle."""
+"""Engines that run the graphs of a bundle, behind one protocol."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from ..bundle import Bundle
+from ..errors import ExecutorError
+
+
+class Context(Protocol):
+    """One sequence of a task: its caches, and how many tokens they hold. Setting `length` back forgets the rest."""
+
+    length: int
+
+    def forward(self, token_ids: np.ndarray, last_positions: int = 1, full_vocabulary: bool = False) -> np.ndarray:
+        """Append token_ids int64 [S] and return float32 logits [last_positions, rows].
+
+        Row 0 is the task's `first_logit` id, or id 0 with `full_vocabulary`.
+        """
+        ...
+
+
+class Executor(Protocol):
+    """Runs the graphs of the tasks it was opened with."""
+
+    name: str
+
+    def features(self, task: str, pixels: np.ndarray) -> np.ndarray:
+        """Image features float32 [P, C] of one picture, uint8 [H, W, 3]."""
+        ...
+
+    def context(self, task: str, image_features: np.ndarray | None) -> Context:
+        """A new, empty sequence; token id V + p in it stands for row p of `image_features`."""
+        ...
+
+    def picture(self, codes: np.ndarray) -> np.ndarray:
+        """The picture uint8 [H, W, 3] of a code grid int64 [h, w]."""
+        ...
+
+
+def open_executor(bundle: Bundle, tasks: tuple[str, ...], name: str, device: str, threads: int | None) -> Executor:
+    """Open the executor called `name` (onnx) for `tasks`; raises ExecutorError."""
+    if name == "onnx":
+        from .onnx import OnnxExecutor
+
+        return OnnxExecutor(bundle, tasks, device=device, threads=threads)
+    raise ExecutorError(f"executor must be onnx, found {name!r}")

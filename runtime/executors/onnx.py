@@ -1,0 +1,142 @@
+"""ONNX Runtime: the executor that runs everywhere, on the CPU or, where installed, the CUDA provider."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from ..bundle import Bundle
+from ..errors import ExecutorError
+
+# Attention in the standard body reads the whole cache, so the cache grows in steps with the context: a step is small
+# beside a context, and copying at each step costs a fraction of a percent of the tokens in between.
+_CAPACITY_STEP_TOKENS = 256
+# Folding casts of stored fp16 matrices would keep a float32 copy of the whole model per task.
+_MAX_FOLDED_BYTES = 1 << 20
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+class OnnxExecutor:
+    """All graphs of the given tasks as ONNX Runtime sessions; weights are mapped from the bundle's files."""
+
+    def __init__(self, bundle: Bundle, tasks: tuple[str, ...], *, device: str = "cpu", threads: int | None = None):
+        if device not in _PROVIDERS:
+            raise ExecutorError(f"device must be cpu or cuda, found {device!r}")
+        provider = _PROVIDERS[device]
+        if provider not in onnxruntime.get_available_providers():
+            raise ExecutorError(
+                f"device {device} needs {provider}; this onnxruntime has {', '.join(onnxruntime.get_available_providers())}"
+            )
+        self.name = f"onnx-{device}"
+        self.bundle = bundle
+        self._provider, self._threads = provider, threads
+        self._sessions = {
+            (task, role): self._session(task, role)
+            for task in tasks
+            for role in bundle.manifest.tasks[task].graphs
+            if role != "draft"
+        }
+
+    def _session(self, task: str, role: str) -> onnxruntime.InferenceSession:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if self._threads is not None:
+            options.intra_op_num_threads = self._threads
+        if role in ("language", "vocabulary"):
+            options.add_session_config_entry(
+                "optimization.constant_folding_max_output_size_in_bytes", str(_MAX_FOLDED_BYTES)
+            )
+            if self.bundle.manifest.precision in ("fp32", "fp16"):
+                # Prepacking would copy every float matrix out of the mapped file, once per task.
+                options.add_session_config_entry("session.disable_prepacking", "1")
+        path = self.bundle.graph(task, role)
+        try:
+            return onnxruntime.InferenceSession(str(path), options, providers=[self._provider])
+        except Exception as error:  # onnxruntime's own exceptions share no public base class
+            raise ExecutorError(f"ONNX Runtime cannot load {path.name}: {_first_line(error)}") from error
+
+    def features(self, task: str, pixels: np.ndarray) -> np.ndarray:
+        (features,) = self.run(task, "vision", {"pixels": pixels[None]})
+        return np.asarray(features[0])
+
+    def context(self, task: str, image_features: np.ndarray | None) -> OnnxContext:
+        return OnnxContext(self, task, image_features)
+
+    def picture(self, codes: np.ndarray) -> np.ndarray:
+        (image,) = self.run("generation", "codes", {"codes": codes[None]})
+        return np.asarray(image[0])
+
+    def session(self, task: str, role: str) -> onnxruntime.InferenceSession:
+        try:
+            return self._sessions[task, role]
+        except KeyError:
+            raise ExecutorError(f"the executor was not opened for the {role} graph of {task}") from None
+
+    def run(self, task: str, role: str, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+        try:
+            return list(self.session(task, role).run(None, feeds))
+        except ExecutorError:
+            raise
+        except Exception as error:
+            raise ExecutorError(f"ONNX Runtime failed in the {role} graph of {task}: {_first_line(error)}") from error
+
+
+class OnnxContext:
+    """Caches of one sequence, bound as input and output of every step, so that they are written in place."""
+
+    def __init__(self, executor: OnnxExecutor, task: str, image_features: np.ndarray | None) -> None:
+        language = executor.bundle.manifest.language
+        self._executor, self._task = executor, task
+        self._session = executor.session(task, "language")
+        self._shape = (1, language.kv_heads, 0, language.head_dim)
+        self._names = [f"{layer}.{kind}" for layer in range(language.layers) for kind in ("key", "value")]
+        self._caches: dict[str, Any] = {}
+        self._capacity = 0
+        if image_features is None:
+            image_features = np.zeros((1, language.hidden), np.float32)
+        self._image_features = np.ascontiguousarray(image_features[None])
+        self.length = 0
+
+    def forward(self, token_ids: np.ndarray, last_positions: int = 1, full_vocabulary: bool = False) -> np.ndarray:
+        self._reserve(self.length + len(token_ids))
+        binding = self._session.io_binding()
+        binding.bind_cpu_input("token_ids", token_ids[None].astype(np.int64))
+        binding.bind_cpu_input("image_features", self._image_features)
+        binding.bind_cpu_input("past_length", np.array([self.length], np.int64))
+        binding.bind_cpu_input("last_positions", np.array([last_positions], np.int64))
+        for name, cache in self._caches.items():
+            binding.bind_ortvalue_input(f"past_key_values.{name}", cache)
+            binding.bind_ortvalue_output(f"present_key_values.{name}", cache)
+        results = [output.name for output in self._session.get_outputs() if not output.name.startswith("present_")]
+        for name in results:
+            binding.bind_output(name)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:
+            raise ExecutorError(f"ONNX Runtime failed in the language graph: {_first_line(error)}") from error
+        outputs = dict(zip(results, binding.get_outputs()[-len(results) :], strict=True))
+        self.length += len(token_ids)
+        logits = outputs["logits"].numpy()[0]
+        if full_vocabulary and "hidden" in outputs:
+            (other,) = self._executor.run(self._task, "vocabulary", {"hidden": outputs["hidden"].numpy()})
+            logits = np.concatenate([other[0], logits], axis=-1)
+        return np.asarray(logits)
+
+    def _reserve(self, length: int) -> None:
+        """Grow the caches to hold `length` tokens; what they hold already is kept."""
+        if length <= self._capacity:
+            return
+        capacity = -(-length // _CAPACITY_STEP_TOKENS) * _CAPACITY_STEP_TOKENS
+        batch, heads, _, size = self._shape
+        for name in self._names:
+            grown = np.zeros((batch, heads, capacity, size), np.float32)
+            if self._capacity:
+                grown[:, :, : self.length] = self._caches[name].numpy()[:, :, : self.length]
+            self._caches[name] = onnxruntime.OrtValue.ortvalue_from_numpy(grown)
+        self._capacity = capacity
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0][:300]

@@ -1,0 +1,264 @@
+"""Answer a question about a picture, or make a picture: the public calls of the runtime."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .bundle import Bundle
+from .decoding import CodeGrid, FreeText, Grammar, Sampling, Selector, decode
+from .errors import BundleError, GenerationError, PromptError
+from .executors import Executor, open_executor
+from .images import prepare, read_image
+from .manifest import Codes
+from .prompt import IMAGE, Tokenizer, prompt_ids
+
+COMPREHENSION, GENERATION = "comprehension", "generation"
+# The original's limits (HEALTHGPT.md); pictures of another size get the same slack over their codes.
+DEFAULT_ANSWER_TOKENS = 1024
+CODE_SLACK_TOKENS = 76
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer: `text`, the ids it was decoded from (stop token included), and where the time went in ms."""
+
+    text: str
+    prompt_ids: list[int]
+    token_ids: list[int]
+    timings_ms: dict[str, float]
+    executor: str
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A generated picture: `pixels` uint8 [H, W, 3], its codes in reading order, and as for Answer."""
+
+    pixels: np.ndarray
+    codes: list[int]
+    prompt_ids: list[int]
+    token_ids: list[int]
+    timings_ms: dict[str, float]
+    executor: str
+
+
+@dataclass(slots=True)
+class _Clock:
+    """Milliseconds per stage."""
+
+    stages_ms: dict[str, float] = field(default_factory=dict)
+    started: float = field(default_factory=time.perf_counter)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.stages_ms[name] = (time.perf_counter() - begin) * 1e3
+
+    def report(self) -> dict[str, float]:
+        stages = ("vision", "prefill", "decode", "codes")
+        report = {name: round(self.stages_ms.get(name, 0.0), 3) for name in stages}
+        return report | {"total": round((time.perf_counter() - self.started) * 1e3, 3)}
+
+
+class Session:
+    """A loaded bundle, all its tasks resident. Made by `load`."""
+
+    def __init__(self, bundle: Bundle, executor: Executor, tokenizer: Tokenizer) -> None:
+        self.bundle, self.executor, self.tokenizer = bundle, executor, tokenizer
+
+    def answer(
+        self,
+        image: Any,
+        question: str,
+        *,
+        max_new_tokens: int = DEFAULT_ANSWER_TOKENS,
+        sampling: Sampling | None = None,
+        frame: int | None = None,
+        window: tuple[float, float] | None = None,
+        on_text: Callable[[str], None] | None = None,
+    ) -> Answer:
+        """Answer `question` about `image` (path, bytes, PIL image, array, or None for no image).
+
+        `on_text` gets the answer in pieces as it is written. Greedy unless `sampling` says otherwise. `frame` and
+        `window` (centre, width) choose what of a DICOM file is looked at. Raises HealthGPTError.
+        """
+        clock = _Clock()
+        streamer = self.tokenizer.streamer()
+        stop_ids = frozenset(self.bundle.manifest.decoding.stop_ids)
+
+        def on_token(token_id: int) -> None:
+            if on_text and token_id not in stop_ids and (piece := streamer.push(token_id)):
+                on_text(piece)
+
+        ids, new_ids = self._run(
+            COMPREHENSION, image, question, clock, FreeText(), max_new_tokens, sampling, frame, window, False, on_token
+        )
+        if on_text and (piece := streamer.end()):
+            on_text(piece)
+        kept = new_ids[:-1] if new_ids and new_ids[-1] in stop_ids else new_ids
+        return Answer(self.tokenizer.decode(kept), ids, new_ids, clock.report(), self.executor.name)
+
+    def generate(
+        self,
+        image: Any,
+        instruction: str,
+        *,
+        faithful: bool = False,
+        max_new_tokens: int | None = None,
+        sampling: Sampling | None = None,
+        frame: int | None = None,
+        window: tuple[float, float] | None = None,
+        on_code: Callable[[int], None] | None = None,
+    ) -> Picture:
+        """Make a picture from `image` (or None) by `instruction`.
+
+        The codes are locked to a full grid; with `faithful` the model runs free as in the original, and the result
+        is an error unless it is exactly one grid of codes. `on_code` gets the number of tokens so far. Raises
+        HealthGPTError.
+        """
+        clock = _Clock()
+        codes = self._codes()
+        total = codes.grid * codes.grid
+        if max_new_tokens is None:
+            max_new_tokens = total + CODE_SLACK_TOKENS
+        if not faithful and max_new_tokens < total + 1:
+            raise GenerationError(f"max_new_tokens must be at least {total + 1} for {total} codes, got {max_new_tokens}")
+        locked = CodeGrid(codes.first, codes.count, codes.end, codes.newline, total)
+        count = 0
+
+        def on_token(token_id: int) -> None:
+            nonlocal count
+            count += 1
+            if on_code:
+                on_code(count)
+
+        grammar: Grammar = FreeText() if faithful else locked
+        ids, new_ids = self._run(
+            GENERATION, image, instruction, clock, grammar, max_new_tokens, sampling, frame, window, faithful, on_token
+        )
+        values = self._free_codes(new_ids) if faithful else locked.codes
+        if len(values) != total:
+            raise GenerationError(f"a picture needs exactly {total} codes, the model gave {len(values)}")
+        if values and max(values) >= codes.count:
+            raise GenerationError(f"codes must be below {codes.count}, the model gave {max(values)}")
+        with clock.stage("codes"):
+            pixels = self.executor.picture(np.array(values, np.int64).reshape(codes.grid, codes.grid))
+        return Picture(pixels, values, ids, new_ids, clock.report(), self.executor.name)
+
+    def _run(
+        self,
+        task: str,
+        image: Any,
+        words: str,
+        clock: _Clock,
+        grammar: Grammar,
+        max_new_tokens: int,
+        sampling: Sampling | None,
+        frame: int | None,
+        window: tuple[float, float] | None,
+        full_vocabulary: bool,
+        on_token: Callable[[int], None],
+    ) -> tuple[list[int], list[int]]:
+        """Vision, prefill and decode of one task; returns prompt ids (image as -200) and new ids."""
+        manifest = self.bundle.manifest
+        if task not in manifest.tasks:
+            raise BundleError(f"the bundle has no {task} plugin, only {', '.join(sorted(manifest.tasks))}")
+        if max_new_tokens < 1:
+            raise GenerationError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        ids = prompt_ids(self.tokenizer, manifest.template, words, image is not None, task == GENERATION)
+        length = len(ids) + (manifest.vision.patches - 1) * ids.count(IMAGE)
+        if length + max_new_tokens > manifest.language.max_positions:
+            raise PromptError(
+                f"prompt and new tokens must fit {manifest.language.max_positions} positions, "
+                f"got {length} + {max_new_tokens}"
+            )
+        features = None
+        if image is not None:
+            picture = prepare(
+                read_image(image, frame=frame, window=window),
+                manifest.vision.image_size,
+                manifest.vision.background,
+            )
+            with clock.stage("vision"):
+                features = self.executor.features(task, picture)
+        context = self.executor.context(task, features)
+        config = manifest.tasks[task]
+        selector = Selector(sampling or Sampling(), manifest.decoding.repetition_penalty, config.first_logit)
+        if full_vocabulary:
+            selector = Selector(sampling or Sampling(), manifest.decoding.repetition_penalty, 0)
+        begin = time.perf_counter()
+
+        def on_prefill() -> None:
+            nonlocal begin
+            now = time.perf_counter()
+            clock.stages_ms["prefill"] = (now - begin) * 1e3
+            begin = now
+
+        new_ids = decode(
+            context,
+            self._spliced(ids),
+            grammar,
+            selector,
+            stop_ids=frozenset(manifest.decoding.stop_ids),
+            max_new_tokens=max_new_tokens,
+            full_vocabulary=full_vocabulary,
+            on_prefill=on_prefill,
+            on_token=on_token,
+        )
+        clock.stages_ms["decode"] = (time.perf_counter() - begin) * 1e3
+        return ids, new_ids
+
+    def _spliced(self, ids: list[int]) -> np.ndarray:
+        """The ids the graph takes: the image placeholder as its patches, which follow the vocabulary."""
+        manifest = self.bundle.manifest
+        patches = range(manifest.language.vocab, manifest.language.vocab + manifest.vision.patches)
+        spliced: list[int] = []
+        for token_id in ids:
+            spliced.extend(patches if token_id == IMAGE else (token_id,))
+        return np.array(spliced, np.int64)
+
+    def _codes(self) -> Codes:
+        if self.bundle.manifest.codes is None or GENERATION not in self.bundle.manifest.tasks:
+            raise BundleError("the bundle has no generation plugin")
+        return self.bundle.manifest.codes
+
+    def _free_codes(self, new_ids: list[int]) -> list[int]:
+        """The codes as the original reads them off a free run: every number in the text, less its last token.
+
+        The original cuts the stop token off as text; at the token limit it cuts the last code instead, and so must
+        we to agree with it.
+        """
+        return [int(number) for number in re.findall(r"\d+", self.tokenizer.decode(new_ids[:-1]))]
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    tasks: tuple[str, ...] | None = None,
+    executor: str = "onnx",
+    device: str = "cpu",
+    threads: int | None = None,
+    verify: bool = True,
+) -> Session:
+    """Open the bundle at `path` for `tasks` (all of them by default).
+
+    `verify=False` skips the hashes of the weight files, which take most of the time of a cold start. Raises
+    BundleError, ExecutorError.
+    """
+    bundle = Bundle.open(Path(path), verify=verify)
+    manifest = bundle.manifest
+    wanted = tuple(sorted(manifest.tasks)) if tasks is None else tasks
+    for task in wanted:
+        if task not in manifest.tasks:
+            raise BundleError(f"the bundle has no {task} plugin, only {', '.join(sorted(manifest.tasks))}")
+    tokenizer = Tokenizer.load(bundle.file(manifest.tokenizer.file), manifest.tokenizer.options)
+    return Session(bundle, open_executor(bundle, wanted, executor, device, threads), tokenizer)
