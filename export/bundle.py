@@ -1,0 +1,214 @@
+"""Write a bundle: graphs and weights into a temporary directory, renamed into place when all of it is there."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+
+from healthgpt_edge import manifest as schema
+from healthgpt_edge.bundle import MANIFEST
+from healthgpt_edge.errors import BundleError
+
+from .checkpoint import Checkpoint
+from .graph.codes import build_codes
+from .graph.draft import build_draft
+from .graph.language import build_language, build_vocabulary, first_logit_row
+from .graph.vision import build_vision
+from .quantize import BLOCK_SIZES, PRECISIONS, Storage
+from .tokenizer import write_tokenizer
+from .weights import WeightFile
+
+PRODUCER = "healthgpt-edge 0.1.0"
+# The colour the original pads with: the CLIP mean, truncated to 8 bits.
+BACKGROUND = (122, 116, 104)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One line of the export summary: a file and what it holds."""
+
+    file: str
+    size_bytes: int
+    holds: str
+
+
+def export_bundle(
+    checkpoint: Checkpoint,
+    out: Path,
+    *,
+    precision: str = "fp32",
+    block_size: int = 128,
+    on_step: Callable[[str, int, int], None] = lambda name, done, total: None,
+) -> list[Part]:
+    """Export `checkpoint` to the new directory `out`; returns what it wrote, by file.
+
+    precision: one of fp32, fp16, int8, int4; block_size: 32, 64 or 128, for the integer ones. `on_step(name, done,
+    total)` reports progress in decoder layers and graphs. Nothing is left at `out` if anything fails. Raises
+    CheckpointError, BundleError.
+    """
+    if precision not in PRECISIONS:
+        raise BundleError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if block_size not in BLOCK_SIZES:
+        raise BundleError(f"block size must be one of {BLOCK_SIZES}, got {block_size}")
+    if not checkpoint.tasks:
+        raise BundleError("nothing to export: give at least one of --comprehension and --generation")
+    with _new_directory(out) as folder:
+        return _Export(checkpoint, folder, precision, block_size, on_step).run()
+
+
+@contextmanager
+def _new_directory(out: Path) -> Iterator[Path]:
+    """A temporary directory beside `out` that takes its place on success and is removed on failure."""
+    if out.exists() or out.is_symlink():
+        raise BundleError(f"{out.name!r} exists already; a bundle is written to a new directory")
+    if not out.parent.is_dir():
+        raise BundleError(f"the folder to hold {out.name!r} does not exist")
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise BundleError(f"cannot write beside {out.name!r}: {error.strerror}") from error
+    try:
+        yield folder
+        folder.chmod(0o755)
+        os.rename(folder, out)
+    except OSError as error:
+        raise BundleError(f"cannot write the bundle {out.name!r}: {error.strerror}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class _Export:
+    """The steps of one export, and the files written so far."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        folder: Path,
+        precision: str,
+        block_size: int,
+        on_step: Callable[[str, int, int], None],
+    ) -> None:
+        self.checkpoint, self.folder, self.precision, self.block_size = checkpoint, folder, precision, block_size
+        self.storage = Storage.of(precision)
+        self.files: dict[str, schema.FileEntry] = {}
+        self.parts: list[Part] = []
+        self.graphs: dict[str, dict[str, str]] = {}
+        self._on_step, self._done = on_step, 0
+        self._total = len(checkpoint.tasks) * (checkpoint.language.layers + 1) + 2
+
+    def run(self) -> list[Part]:
+        (self.folder / "weights").mkdir()
+        base = self._weight_file("base")
+        for task in sorted(self.checkpoint.tasks):
+            self.graphs[task] = {}
+            own = self._weight_file(task)
+            self._language(task, base, own)
+            self._save(task, "vision", build_vision(self.checkpoint, task, base, own, self.storage.table))
+            self._step(f"{task}: vision")
+            if task == "generation":
+                self._save(task, "codes", build_codes(self.checkpoint, own))
+                self._save(task, "draft", build_draft(self.checkpoint, own))
+                self._step(f"{task}: codes")
+            self._close(own, f"{task} adapters, projector" + (", VQGAN" if task == "generation" else ""))
+        self._close(base, "base matrices and vision tower, shared by the tasks")
+        tokens = self.checkpoint.tokens
+        text, options = write_tokenizer(self.checkpoint.base_dir, tokens.codes if tokens else None)
+        self._write("tokenizer.json", text.encode())
+        manifest = self._manifest(options)
+        (self.folder / MANIFEST).write_text(manifest.to_json())
+        # What was just written must open: the reader's checks are the writer's, too.
+        schema.Manifest.from_json((self.folder / MANIFEST).read_bytes())
+        return self.parts
+
+    def _language(self, task: str, base: WeightFile, own: WeightFile) -> None:
+        arguments = (self.checkpoint, task, base, own, self.storage, self.block_size)
+        self._save(task, "language", build_language(*arguments, on_layer=lambda: self._step(f"{task}: language")))
+        if first_logit_row(self.checkpoint, task):
+            self._save(task, "vocabulary", build_vocabulary(*arguments))
+
+    def _weight_file(self, name: str) -> WeightFile:
+        location = f"weights/{name}.bin"
+        return WeightFile(self.folder / location, location)
+
+    def _close(self, file: WeightFile, holds: str) -> None:
+        digest = file.close()
+        self.files[file.location] = schema.FileEntry(file.size_bytes, digest)
+        self.parts.append(Part(file.location, file.size_bytes, holds))
+
+    def _save(self, task: str, role: str, model: onnx.ModelProto) -> None:
+        name = f"{task}.{role}.onnx"
+        self._write(name, model.SerializeToString())
+        self.graphs[task][role] = name
+
+    def _write(self, name: str, data: bytes) -> None:
+        (self.folder / name).write_bytes(data)
+        self.files[name] = schema.FileEntry(len(data), hashlib.sha256(data).hexdigest())
+        self.parts.append(Part(name, len(data), "graph" if name.endswith(".onnx") else "tokenizer"))
+
+    def _step(self, name: str) -> None:
+        self._done += 1
+        self._on_step(name, self._done, self._total)
+
+    def _manifest(self, tokenizer_options: dict[str, object]) -> schema.Manifest:
+        checkpoint, language, vision = self.checkpoint, self.checkpoint.language, self.checkpoint.vision
+        tokens, vq = checkpoint.tokens, checkpoint.vq
+        codes = None
+        if tokens and vq and "generation" in checkpoint.tasks:
+            codes = schema.Codes(
+                start=tokens.start,
+                first=tokens.first_code,
+                count=tokens.codes,
+                end=tokens.end,
+                newline=tokens.newline,
+                grid=vq.grid,
+                image_size=vq.image_size,
+            )
+        adapter = {"int4": "int4", "int8": "int8"}.get(self.precision, self.precision)
+        return schema.Manifest(
+            format=schema.FORMAT,
+            version=schema.VERSION,
+            producer=PRODUCER,
+            template=checkpoint.template,
+            precision=self.precision,
+            block_size=self.block_size,
+            adapter_precision=adapter,
+            language=schema.Language(
+                architecture=language.architecture,
+                layers=language.layers,
+                hidden=language.hidden,
+                heads=language.heads,
+                kv_heads=language.kv_heads,
+                head_dim=language.head_dim,
+                intermediate=language.intermediate,
+                vocab=language.vocab,
+                max_positions=language.max_positions,
+            ),
+            vision=schema.Vision(
+                vision.image_size, (vision.image_size // vision.patch_size) ** 2, BACKGROUND
+            ),
+            tokenizer=schema.Tokenizer("tokenizer.json", dict(tokenizer_options)),
+            decoding=schema.Decoding(
+                tuple(checkpoint.generation.eos_ids), float(checkpoint.generation.repetition_penalty)
+            ),
+            codes=codes,
+            tasks={
+                name: schema.Task(
+                    task.rank,
+                    task.experts,
+                    float(task.alpha),
+                    first_logit_row(checkpoint, name),
+                    self.graphs[name],
+                )
+                for name, task in checkpoint.tasks.items()
+            },
+            provenance=checkpoint.provenance(),
+            files=self.files,
+        )
