@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -27,8 +26,6 @@ from .tokenizer import write_tokenizer
 from .weights import WeightFile
 
 PRODUCER = "healthgpt-edge 0.1.0"
-# The colour the original pads with: the CLIP mean, truncated to 8 bits.
-BACKGROUND = (122, 116, 104)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +75,7 @@ def _new_directory(out: Path) -> Iterator[Path]:
     try:
         yield folder
         folder.chmod(0o755)
-        os.rename(folder, out)
+        folder.rename(out)
     except OSError as error:
         raise BundleError(f"cannot write the bundle {out.name!r}: {error.strerror}") from error
     finally:
@@ -160,6 +157,8 @@ class _Export:
     def _manifest(self, tokenizer_options: dict[str, object]) -> schema.Manifest:
         checkpoint, language, vision = self.checkpoint, self.checkpoint.language, self.checkpoint.vision
         tokens, vq = checkpoint.tokens, checkpoint.vq
+        # The colour the original pads with: the CLIP mean, truncated to 8 bits.
+        background = tuple(int(mean * 255) for mean in vision.mean)
         codes = None
         if tokens and vq and "generation" in checkpoint.tasks:
             codes = schema.Codes(
@@ -171,7 +170,6 @@ class _Export:
                 grid=vq.grid,
                 image_size=vq.image_size,
             )
-        adapter = {"int4": "int4", "int8": "int8"}.get(self.precision, self.precision)
         return schema.Manifest(
             format=schema.FORMAT,
             version=schema.VERSION,
@@ -179,7 +177,7 @@ class _Export:
             template=checkpoint.template,
             precision=self.precision,
             block_size=self.block_size,
-            adapter_precision=adapter,
+            adapter_precision=self.precision,
             language=schema.Language(
                 architecture=language.architecture,
                 layers=language.layers,
@@ -191,9 +189,7 @@ class _Export:
                 vocab=language.vocab,
                 max_positions=language.max_positions,
             ),
-            vision=schema.Vision(
-                vision.image_size, (vision.image_size // vision.patch_size) ** 2, BACKGROUND
-            ),
+            vision=schema.Vision(vision.image_size, (vision.image_size // vision.patch_size) ** 2, background),
             tokenizer=schema.Tokenizer("tokenizer.json", dict(tokenizer_options)),
             decoding=schema.Decoding(
                 tuple(checkpoint.generation.eos_ids), float(checkpoint.generation.repetition_penalty)

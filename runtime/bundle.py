@@ -72,9 +72,8 @@ class Bundle:
                     total += len(chunk)
                     on_bytes(len(chunk))
             if digest.hexdigest() != entry.sha256:
-                raise BundleError(
-                    f"file {name} is damaged: SHA-256 must be {entry.sha256[:16]}..., found {digest.hexdigest()[:16]}..."
-                )
+                expected, actual = entry.sha256[:16], digest.hexdigest()[:16]
+                raise BundleError(f"file {name} is damaged: SHA-256 must be {expected}..., found {actual}...")
         return total
 
     def _check_listing(self) -> None:

@@ -118,7 +118,9 @@ class Selector:
         cumulative = np.cumsum(probabilities)
         kept = int(np.searchsorted(cumulative, self._sampling.top_p, side="left")) + 1
         kept = min(kept, len(order))
-        return int(order[np.searchsorted(cumulative[:kept], self._random.random() * cumulative[kept - 1], side="right")])
+        return int(
+            order[np.searchsorted(cumulative[:kept], self._random.random() * cumulative[kept - 1], side="right")]
+        )
 
 
 def decode(

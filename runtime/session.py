@@ -131,7 +131,9 @@ class Session:
         if max_new_tokens is None:
             max_new_tokens = total + CODE_SLACK_TOKENS
         if not faithful and max_new_tokens < total + 1:
-            raise GenerationError(f"max_new_tokens must be at least {total + 1} for {total} codes, got {max_new_tokens}")
+            raise GenerationError(
+                f"max_new_tokens must be at least {total + 1} for {total} codes, got {max_new_tokens}"
+            )
         locked = CodeGrid(codes.first, codes.count, codes.end, codes.newline, total)
         count = 0
 

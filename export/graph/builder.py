@@ -71,9 +71,7 @@ class GraphBuilder:
         return self.op(function.name, *inputs, outputs=len(function.output), domain=DOMAIN, **attributes)
 
     def model(self) -> ModelProto:
-        graph = helper.make_graph(
-            self.nodes, self.name, self._inputs, self._outputs, list(self._initializers.values())
-        )
+        graph = helper.make_graph(self.nodes, self.name, self._inputs, self._outputs, list(self._initializers.values()))
         opsets = [helper.make_opsetid("", OPSET)]
         if self._functions:
             opsets.append(helper.make_opsetid(DOMAIN, 1))

@@ -103,9 +103,7 @@ class LanguageGraph:
         column = graph.op("Unsqueeze", positions, graph.constant([2], np.int64))
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
         inverse_frequencies = (1.0 / config.rope_theta**exponents).numpy()
-        angles = graph.op(
-            "Mul", graph.op("Cast", column, to=FLOAT), graph.constant(inverse_frequencies, np.float32)
-        )
+        angles = graph.op("Mul", graph.op("Cast", column, to=FLOAT), graph.constant(inverse_frequencies, np.float32))
         distance = graph.op("Sub", column, graph.op("Range", zero, capacity, one))
         visible = graph.op("GreaterOrEqual", distance, zero)
         if config.sliding_window is not None:
@@ -189,9 +187,7 @@ class LanguageGraph:
                 )
             )
 
-    def matrix(
-        self, file: WeightFile, key: str, data_type: int, produce: Callable[[], np.ndarray]
-    ) -> tuple[str, str]:
+    def matrix(self, file: WeightFile, key: str, data_type: int, produce: Callable[[], np.ndarray]) -> tuple[str, str]:
         """Store a matrix [C, O] as `data_type`; returns the names of its values and of its scales ("" for floats)."""
         if not is_quantised(data_type):
             return self.graph.weight(file, key, data_type, produce), ""

@@ -25,10 +25,9 @@ class OnnxExecutor:
         if device not in _PROVIDERS:
             raise ExecutorError(f"device must be cpu or cuda, found {device!r}")
         provider = _PROVIDERS[device]
-        if provider not in onnxruntime.get_available_providers():
-            raise ExecutorError(
-                f"device {device} needs {provider}; this onnxruntime has {', '.join(onnxruntime.get_available_providers())}"
-            )
+        available = onnxruntime.get_available_providers()
+        if provider not in available:
+            raise ExecutorError(f"device {device} needs {provider}; this onnxruntime has {', '.join(available)}")
         self.name = f"onnx-{device}"
         self.bundle = bundle
         self._provider, self._threads = provider, threads

@@ -1,0 +1,270 @@
+"""The command line, `healthgpt-edge`. Heavy modules are imported by the command that needs them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from .errors import HealthGPTError, PromptError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Run HealthGPT medical vision-language models on any machine.",
+)
+# Progress and notes go to stderr, so that stdout holds the result alone.
+notes = Console(stderr=True, highlight=False)
+
+BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A directory written by `export`.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, max=1024, help="Threads to compute with.")]
+Device = Annotated[str, typer.Option("--device", help="cpu, or cuda where ONNX Runtime has it.")]
+Temperature = Annotated[float, typer.Option("--temperature", help="0 is greedy.")]
+TopP = Annotated[float, typer.Option("--top-p", help="Sample from this share of the probability.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of the sampling.")]
+Frame = Annotated[int | None, typer.Option("--frame", help="Frame of a multi-frame DICOM file, from 0.")]
+Window = Annotated[str | None, typer.Option("--window", metavar="CENTRE,WIDTH", help="DICOM window.")]
+Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Check the hashes of the weights first.")]
+
+
+@app.command()
+def export(
+    base: Annotated[Path, typer.Option(help="Directory of the base model.")],
+    vision: Annotated[Path, typer.Option(help="Directory of the CLIP vision tower.")],
+    out: Annotated[Path, typer.Option(help="The new bundle directory.")],
+    comprehension: Annotated[Path | None, typer.Option(help="com_hlora_weights*.bin")] = None,
+    generation: Annotated[Path | None, typer.Option(help="gen_hlora_weights.bin")] = None,
+    fusion: Annotated[Path | None, typer.Option(help="fusion_layer_weights.bin")] = None,
+    vqgan: Annotated[Path | None, typer.Option(help="Directory with model.yaml and last.ckpt.")] = None,
+    template: Annotated[str | None, typer.Option(help="phi3, phi4 or qwen; inferred when left out.")] = None,
+    hlora_alpha: Annotated[float | None, typer.Option(help="H-LoRA alpha; twice the rank when left out.")] = None,
+    precision: Annotated[str, typer.Option(help="fp32, fp16, int8 or int4.")] = "fp16",
+    block_size: Annotated[int, typer.Option(help="Block of int8 and int4: 32, 64 or 128.")] = 128,
+    as_json: Json = False,
+) -> None:
+    """Turn a released checkpoint into a bundle."""
+    try:
+        from .export.bundle import export_bundle
+        from .export.checkpoint import Checkpoint
+    except ModuleNotFoundError as error:
+        raise HealthGPTError(f"export needs {error.name}: pip install 'healthgpt-edge[export]'") from error
+    with (
+        Checkpoint.open(
+            base=base,
+            vision=vision,
+            comprehension=comprehension,
+            generation=generation,
+            fusion=fusion,
+            vqgan=vqgan,
+            template=template,
+            hlora_alpha=hlora_alpha,
+        ) as checkpoint,
+        _progress() as progress,
+    ):
+        bar = progress.add_task("export", total=None)
+        parts = export_bundle(
+            checkpoint,
+            out,
+            precision=precision,
+            block_size=block_size,
+            on_step=lambda name, done, total: progress.update(bar, description=name, completed=done, total=total),
+        )
+    if as_json:
+        _print_json({"bundle": str(out), "files": [dataclasses.asdict(part) for part in parts]})
+        return
+    table = Table("file", "bytes", "holds", title=f"{out} ({precision})")
+    for part in parts:
+        table.add_row(part.file, f"{part.size_bytes:,}", part.holds)
+    table.add_row("total", f"{sum(part.size_bytes for part in parts):,}", "")
+    _print_table(table)
+
+
+@app.command()
+def inspect(bundle: BundlePath, as_json: Json = False) -> None:
+    """Show what a bundle holds, without loading its weights."""
+    from .bundle import Bundle
+
+    manifest = Bundle.open(bundle, verify=False).manifest
+    if as_json:
+        _print_json(json.loads(manifest.to_json()))
+        return
+    table = Table("", "", title=str(bundle), show_header=False)
+    language, vision = manifest.language, manifest.vision
+    table.add_row("system", f"{language.architecture}, template {manifest.template}")
+    blocks = f", blocks of {manifest.block_size}" if manifest.precision.startswith("int") else ""
+    table.add_row("precision", f"{manifest.precision}{blocks}; adapters {manifest.adapter_precision}")
+    table.add_row("language", f"{language.layers} layers, hidden {language.hidden}, vocabulary {language.vocab}")
+    table.add_row("vision", f"{vision.image_size} x {vision.image_size}, {vision.patches} patches")
+    for name, task in sorted(manifest.tasks.items()):
+        table.add_row(name, f"rank {task.rank}, {task.experts} experts, alpha {task.alpha:g}")
+    if manifest.codes:
+        codes = manifest.codes
+        table.add_row("pictures", f"{codes.grid} x {codes.grid} of {codes.count} codes, {codes.image_size} px")
+    for name, entry in sorted(manifest.files.items()):
+        table.add_row(name, f"{entry.size:,} bytes")
+    _print_table(table)
+
+
+@app.command()
+def verify(bundle: BundlePath, as_json: Json = False) -> None:
+    """Check every byte of a bundle against its manifest."""
+    from .bundle import Bundle
+
+    opened = Bundle.open(bundle, verify=False)
+    total = sum(entry.size for entry in opened.manifest.files.values())
+    with _progress() as progress:
+        bar = progress.add_task("verify", total=total)
+        checked = opened.verify(on_bytes=lambda count: progress.advance(bar, count))
+    result = {"ok": True, "files": len(opened.manifest.files), "bytes": checked}
+    _print_json(result) if as_json else print(f"ok: {result['files']} files, {checked:,} bytes")
+
+
+@app.command()
+def answer(
+    bundle: BundlePath,
+    question: Annotated[str, typer.Option(help="The question.")],
+    image: Annotated[Path | None, typer.Option(help="PNG, JPEG or DICOM file; may be left out.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 1024,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    frame: Frame = None,
+    window: Window = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+    verify: Verify = True,
+    as_json: Json = False,
+) -> None:
+    """Answer a question about a picture; the text appears as it is written."""
+    from .decoding import Sampling
+    from .session import COMPREHENSION, load
+
+    sampling = Sampling(temperature, top_p, seed)
+    chosen_window = _window(window)
+    session = load(bundle, tasks=(COMPREHENSION,), device=device, threads=threads, verify=verify)
+
+    def write(piece: str) -> None:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    result = session.answer(
+        image,
+        question,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        frame=frame,
+        window=chosen_window,
+        on_text=None if as_json else write,
+    )
+    if as_json:
+        _print_json(dataclasses.asdict(result))
+    else:
+        print()
+
+
+@app.command()
+def generate(
+    bundle: BundlePath,
+    instruction: Annotated[str, typer.Option(help="What to make.")],
+    out: Annotated[Path, typer.Option(help="The PNG file to write.")],
+    image: Annotated[Path | None, typer.Option(help="PNG, JPEG or DICOM file; may be left out.")] = None,
+    faithful: Annotated[bool, typer.Option("--faithful", help="Run free, as the original does.")] = False,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1)] = None,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    frame: Frame = None,
+    window: Window = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+    verify: Verify = True,
+    as_json: Json = False,
+) -> None:
+    """Make a picture from a picture, or from words alone."""
+    from .decoding import Sampling
+    from .images import write_image
+    from .session import GENERATION, load
+
+    if out.suffix.lower() != ".png":
+        raise HealthGPTError(f"--out must be a .png file, got {out.name!r}")
+    sampling = Sampling(temperature, top_p, seed)
+    chosen_window = _window(window)
+    session = load(bundle, tasks=(GENERATION,), device=device, threads=threads, verify=verify)
+    with _progress() as progress:
+        codes = session.bundle.manifest.codes
+        bar = progress.add_task("codes", total=codes.grid**2 if codes else None)
+        result = session.generate(
+            image,
+            instruction,
+            faithful=faithful,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            frame=frame,
+            window=chosen_window,
+            on_code=lambda count: progress.update(bar, completed=count),
+        )
+    write_image(out, result.pixels)
+    if as_json:
+        _print_json(
+            {
+                "prompt_ids": result.prompt_ids,
+                "token_ids": result.token_ids,
+                "codes": result.codes,
+                "image": str(out),
+                "timings_ms": result.timings_ms,
+                "executor": result.executor,
+            }
+        )
+    else:
+        print(out)
+
+
+def _window(text: str | None) -> tuple[float, float] | None:
+    if text is None:
+        return None
+    try:
+        centre, width = (float(part) for part in text.split(","))
+    except ValueError:
+        raise PromptError(f"--window must be CENTRE,WIDTH, two numbers, got {text!r}") from None
+    return centre, width
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal)
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value))
+
+
+def _print_table(table: Table) -> None:
+    Console(highlight=False).print(table)
+
+
+def main() -> None:
+    """Entry point: bad input is one line on stderr and exit code 2."""
+    try:
+        status = app(standalone_mode=False)
+    except (HealthGPTError, typer.TyperException) as error:
+        message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        status = 2
+    except (KeyboardInterrupt, typer.Abort):
+        print("error: interrupted", file=sys.stderr)
+        status = 130
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+if __name__ == "__main__":
+    main()
