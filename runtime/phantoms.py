@@ -1,0 +1,335 @@
+"""Synthetic CT-like and MR-like slices with known answers: the yardstick of the small trained model.
+
+A phantom is an elliptic head (skin, skull, tissue, ventricles, nuclei) with zero to three lesions, drawn twice from
+one anatomy: as CT and as MR, so that CT -> MR has a ground truth. Everything follows from an integer seed. Seeds
+below HELD_OUT_SEEDS are kept for evaluation; training starts at TRAINING_SEEDS.
+
+Pictures are grey, uint8 [128, 128]; left and right are those of the picture, not of a patient.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+SIDE = 128
+HELD_OUT_SEEDS = 10_000
+TRAINING_SEEDS = 10_000  # the first seed that training may use
+LOW_RESOLUTION = 32  # the side of a super-resolution input
+
+Picture = npt.NDArray[np.uint8]
+Field = npt.NDArray[np.float64]
+
+LESION_COUNT_ODDS = (0.4, 0.3, 0.15, 0.15)
+
+# Brightness of each tissue in [0, 1]: (CT, MR).
+AIR = (0.02, 0.02)
+SKIN = (0.30, 0.80)
+BONE = (0.95, 0.10)
+TISSUE = (0.48, 0.45)
+FLUID = (0.30, 0.15)
+NUCLEUS = (0.60, 0.62)
+LESION = (0.78, 0.98)
+
+QUESTIONS = {
+    "modality": "Which modality is this image?",
+    "lesion": "Is there a lesion?",
+    "count": "How many lesions are there?",
+    "where": "Where is the lesion?",
+}
+COUNT_WORDS = ("None", "One", "Two", "Three")
+
+# The small model aligns codes with patches by their distance, so its instructions share one length in tokens.
+INSTRUCTIONS = {
+    "reconstruct": "Reconstruct the image.",
+    "ct-to-mr": "Translate to MR.",
+    "super-resolve": "Upscale the image.",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Lesion:
+    """A bright disc; row and column of its centre and its radius, in pixels."""
+
+    row: float
+    column: float
+    radius: float
+
+    @property
+    def quadrant(self) -> str:
+        vertical = "upper" if self.row < SIDE / 2 else "lower"
+        return f"{vertical} {'left' if self.column < SIDE / 2 else 'right'}"
+
+
+@dataclass(frozen=True, slots=True)
+class Phantom:
+    """One anatomy seen as CT and as MR, each uint8 [128, 128], and its lesions."""
+
+    seed: int
+    ct: Picture
+    mr: Picture
+    lesions: tuple[Lesion, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question about one picture, uint8 [128, 128], with the exact answer expected."""
+
+    kind: str
+    text: str
+    picture: Picture
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A generation task: instruction and input picture, the target, and a trivial answer to beat, all uint8."""
+
+    kind: str
+    instruction: str
+    picture: Picture  # [128, 128], or [32, 32] for super-resolve
+    target: Picture  # [128, 128]
+    baseline: Picture  # [128, 128]
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerScore:
+    """Exact matches of one question kind; `chance` is the share that the most frequent answer would get."""
+
+    correct: int
+    total: int
+    chance: float
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.total
+
+
+@dataclass(frozen=True, slots=True)
+class PictureScore:
+    """Mean PSNR (dB) and SSIM of one task kind over `total` pictures, and of its trivial baseline."""
+
+    psnr: float
+    ssim: float
+    baseline_psnr: float
+    baseline_ssim: float
+    total: int
+
+
+class Anatomy:
+    """Draws smooth-edged ellipses of both modalities at once."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        axis = (np.arange(SIDE) + 0.5) / SIDE * 2 - 1
+        self.y, self.x = np.meshgrid(axis, axis, indexing="ij")
+        self.angle = rng.uniform(-0.15, 0.15)
+        self.ct = np.full((SIDE, SIDE), AIR[0])
+        self.mr = np.full((SIDE, SIDE), AIR[1])
+
+    def ellipse(self, row: float, column: float, height: float, width: float, values: tuple[float, float]) -> Field:
+        """Fill an ellipse (centre and half axes in units of half the picture); returns its mask in [0, 1]."""
+        cos, sin = np.cos(self.angle), np.sin(self.angle)
+        x, y = self.x - column, self.y - row
+        distance = np.hypot((cos * x + sin * y) / width, (cos * y - sin * x) / height)
+        edge_pixels = (1 - distance) * min(height, width) * SIDE / 2
+        mask: Field = np.clip(edge_pixels + 0.5, 0.0, 1.0)
+        self.ct += mask * (values[0] - self.ct)
+        self.mr += mask * (values[1] - self.mr)
+        return mask
+
+
+def phantom(seed: int) -> Phantom:
+    """The phantom of `seed`: the same pictures for the same seed, on every machine with the same numpy."""
+    rng = np.random.default_rng((20_250, seed))
+    anatomy = Anatomy(rng)
+    row, column = rng.uniform(-0.05, 0.05, 2)
+    height, width = rng.uniform(0.80, 0.92), rng.uniform(0.66, 0.84)
+    skin, bone = rng.uniform(0.04, 0.09), rng.uniform(0.06, 0.11)
+    body = anatomy.ellipse(row, column, height, width, SKIN)
+    anatomy.ellipse(row, column, height - skin, width - skin, BONE)
+    height, width = height - skin - bone, width - skin - bone
+    anatomy.ellipse(row, column, height, width, TISSUE)
+    _draw_inside(anatomy, rng, row, column)
+    lesions = _place_lesions(rng, row, column, height, width)
+    for lesion in lesions:
+        half = lesion.radius / (SIDE / 2)
+        centre = (lesion.row / (SIDE / 2) - 1, lesion.column / (SIDE / 2) - 1)
+        anatomy.ellipse(*centre, half, half, LESION)
+    # The same slow texture in both modalities, a coil's shading only in MR, and each its own noise.
+    texture = 1 + 0.08 * _smooth_field(rng, 8) * body
+    shading = 1 + 0.10 * _smooth_field(rng, 2)
+    ct = anatomy.ct * texture + rng.normal(0, 0.012, (SIDE, SIDE))
+    mr = np.hypot(anatomy.mr * texture * shading + rng.normal(0, 0.012, (SIDE, SIDE)), 0.012)
+    return Phantom(seed, _to_picture(ct), _to_picture(mr), tuple(lesions))
+
+
+def _draw_inside(anatomy: Anatomy, rng: np.random.Generator, row: float, column: float) -> None:
+    """Two mirrored ventricles and two mirrored nuclei, with small differences between the sides."""
+    gap, lift = rng.uniform(0.07, 0.12), rng.uniform(-0.15, 0.0)
+    tall, wide = rng.uniform(0.16, 0.28), rng.uniform(0.04, 0.09)
+    drop, spread, size = rng.uniform(0.22, 0.36), rng.uniform(0.16, 0.30), rng.uniform(0.07, 0.12)
+    for side in (-1, 1):
+        scale = rng.uniform(0.9, 1.1)
+        anatomy.ellipse(row + lift, column + side * gap, tall * scale, wide * scale, FLUID)
+        anatomy.ellipse(row + drop, column + side * spread, size * scale, 1.3 * size * scale, NUCLEUS)
+
+
+def _place_lesions(rng: np.random.Generator, row: float, column: float, height: float, width: float) -> list[Lesion]:
+    """Zero to three discs inside the tissue, apart from each other and from the picture's two middle lines."""
+    lesions: list[Lesion] = []
+    wanted = rng.choice(len(LESION_COUNT_ODDS), p=LESION_COUNT_ODDS)
+    half = SIDE / 2
+    while len(lesions) < wanted:
+        radius = rng.uniform(0.07, 0.12)
+        y, x = rng.uniform(-0.7, 0.7, 2)
+        inside = np.hypot((y - row) / (height - radius), (x - column) / (width - radius)) < 0.92
+        clear = min(abs(x), abs(y)) > 0.13
+        candidate = Lesion((y + 1) * half, (x + 1) * half, radius * half)
+        if inside and clear and all(_gap(candidate, other) > 5 for other in lesions):
+            lesions.append(candidate)
+    return lesions
+
+
+def _gap(first: Lesion, second: Lesion) -> float:
+    """Pixels between the rims of two lesions."""
+    centres = np.hypot(first.row - second.row, first.column - second.column)
+    return float(centres - first.radius - second.radius)
+
+
+def _smooth_field(rng: np.random.Generator, cells: int) -> Field:
+    """A random field of about unit range, bicubic between cells x cells random values."""
+    values = rng.uniform(-1, 1, (cells, cells)).astype(np.float32)
+    return np.asarray(Image.fromarray(values).resize((SIDE, SIDE), Image.Resampling.BICUBIC), dtype=np.float64)
+
+
+def _to_picture(values: Field) -> Picture:
+    return np.rint(np.clip(values, 0, 1) * 255).astype(np.uint8)
+
+
+def held_out(count: int) -> list[Phantom]:
+    """The first `count` phantoms that training never sees."""
+    if not 0 < count <= HELD_OUT_SEEDS:
+        raise ValueError(f"expected 1 to {HELD_OUT_SEEDS} held-out phantoms, got {count}")
+    return [phantom(seed) for seed in range(count)]
+
+
+def questions(subject: Phantom) -> list[Question]:
+    """Every question about both pictures of a phantom; `where` only if there is exactly one lesion."""
+    count = len(subject.lesions)
+    result = []
+    for modality, picture in (("CT", subject.ct), ("MR", subject.mr)):
+        answers = {"modality": modality, "lesion": "Yes" if count else "No", "count": COUNT_WORDS[count]}
+        if count == 1:
+            answers["where"] = subject.lesions[0].quadrant
+        result += [Question(kind, QUESTIONS[kind], picture, answer) for kind, answer in answers.items()]
+    return result
+
+
+def tasks(subject: Phantom) -> list[Task]:
+    """The generation tasks of a phantom: reconstruct and super-resolve in both modalities, and CT -> MR.
+
+    Baselines: the mean training picture of the modality (reconstruct, ct-to-mr), bicubic enlargement (super-resolve).
+    """
+    result = []
+    for modality, picture in (("ct", subject.ct), ("mr", subject.mr)):
+        kind = "reconstruct"
+        result.append(Task(kind, INSTRUCTIONS[kind], picture, picture, mean_picture(modality)))
+        kind, small = "super-resolve", downsample(picture)
+        result.append(Task(kind, INSTRUCTIONS[kind], small, picture, enlarge(small)))
+    kind = "ct-to-mr"
+    result.append(Task(kind, INSTRUCTIONS[kind], subject.ct, subject.mr, mean_picture("mr")))
+    return result
+
+
+def downsample(picture: Picture) -> Picture:
+    """[128, 128] -> [32, 32], each pixel the mean of a 4x4 square."""
+    return np.asarray(Image.fromarray(picture).resize((LOW_RESOLUTION, LOW_RESOLUTION), Image.Resampling.BOX))
+
+
+def enlarge(picture: Picture) -> Picture:
+    """[32, 32] -> [128, 128], bicubic."""
+    return np.asarray(Image.fromarray(picture).resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+
+
+_mean_pictures: dict[str, Picture] = {}
+
+
+def mean_picture(modality: str) -> Picture:
+    """The mean of 100 training pictures of "ct" or "mr", uint8 [128, 128]."""
+    if not _mean_pictures:
+        sample = [phantom(TRAINING_SEEDS + index) for index in range(100)]
+        _mean_pictures["ct"] = _to_picture(np.mean([one.ct for one in sample], axis=0) / 255)
+        _mean_pictures["mr"] = _to_picture(np.mean([one.mr for one in sample], axis=0) / 255)
+    return _mean_pictures[modality]
+
+
+def score_answers(asked: Sequence[Question], answers: Sequence[str]) -> dict[str, AnswerScore]:
+    """Exact matches (spaces around and letter case aside) by question kind, beside chance."""
+    if len(asked) != len(answers):
+        raise ValueError(f"expected one answer to each of {len(asked)} questions, got {len(answers)}")
+    scores = {}
+    for kind in QUESTIONS:
+        pairs = [(q.answer, given) for q, given in zip(asked, answers, strict=True) if q.kind == kind]
+        if pairs:
+            correct = sum(given.strip().casefold() == expected.casefold() for expected, given in pairs)
+            majority = Counter(expected for expected, _ in pairs).most_common(1)[0][1]
+            scores[kind] = AnswerScore(correct, len(pairs), majority / len(pairs))
+    return scores
+
+
+def score_pictures(given: Sequence[Task], pictures: Sequence[Picture]) -> dict[str, PictureScore]:
+    """PSNR and SSIM by task kind; each picture uint8 [128, 128] or [128, 128, 3] (then its channels' mean)."""
+    if len(given) != len(pictures):
+        raise ValueError(f"expected one picture for each of {len(given)} tasks, got {len(pictures)}")
+    scores = {}
+    for kind in INSTRUCTIONS:
+        rows = [
+            (psnr(p, t.target), ssim(p, t.target), psnr(t.baseline, t.target), ssim(t.baseline, t.target))
+            for t, p in zip(given, pictures, strict=True)
+            if t.kind == kind
+        ]
+        if rows:
+            means = [float(value) for value in np.mean(rows, axis=0)]
+            scores[kind] = PictureScore(means[0], means[1], means[2], means[3], len(rows))
+    return scores
+
+
+def psnr(picture: npt.ArrayLike, target: npt.ArrayLike) -> float:
+    """Peak signal-to-noise ratio in dB for a peak of 255; infinite for equal pictures."""
+    first, second = _pair(picture, target)
+    error = float(np.mean((first - second) ** 2))
+    return float("inf") if error == 0 else float(10 * np.log10(255.0**2 / error))
+
+
+def ssim(picture: npt.ArrayLike, target: npt.ArrayLike) -> float:
+    """Mean structural similarity over 7x7 uniform windows (Wang et al., 2004, eq. 13; sample covariance)."""
+    first, second = _pair(picture, target)
+    mean_first, mean_second = _window_mean(first), _window_mean(second)
+    unbiased = 49 / 48
+    variance_first = unbiased * (_window_mean(first * first) - mean_first**2)
+    variance_second = unbiased * (_window_mean(second * second) - mean_second**2)
+    covariance = unbiased * (_window_mean(first * second) - mean_first * mean_second)
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    luminance = (2 * mean_first * mean_second + c1) / (mean_first**2 + mean_second**2 + c1)
+    structure = (2 * covariance + c2) / (variance_first + variance_second + c2)
+    return float(np.mean(luminance * structure))
+
+
+def _pair(picture: npt.ArrayLike, target: npt.ArrayLike) -> tuple[Field, Field]:
+    first, second = (np.asarray(value, dtype=np.float64) for value in (picture, target))
+    first, second = (value.mean(axis=2) if value.ndim == 3 else value for value in (first, second))
+    if first.shape != second.shape or first.ndim != 2 or min(first.shape) < 7:
+        raise ValueError(f"expected two pictures of one shape, at least 7x7, got {first.shape} and {second.shape}")
+    return first, second
+
+
+def _window_mean(values: Field) -> Field:
+    """The mean of every 7x7 window: [H, W] -> [H-6, W-6]."""
+    windows = np.lib.stride_tricks.sliding_window_view(values, (7, 7))
+    mean: Field = windows.mean(axis=(2, 3))
+    return mean
