@@ -1,0 +1,114 @@
+"""CLIP's vision tower: its configuration, its preprocessing, its tensors' names and shapes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .fields import Fields
+from .files import PickleSource, SafetensorsSource, TensorSource, read_json
+from .language import MAX_LAYERS, MAX_WIDTH
+
+MAX_IMAGE_SIZE = 4096
+PREFIX = "vision_model."
+
+
+@dataclass(frozen=True, slots=True)
+class VisionConfig:
+    """The tower's dimensions; `mean` and `std` apply to pixel values in [0, 1], in the order R, G, B."""
+
+    hidden: int
+    layers: int
+    heads: int
+    intermediate: int
+    image_size: int
+    patch_size: int
+    epsilon: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    activation: str = "quick_gelu"
+
+    @property
+    def patches(self) -> int:
+        """How many features an image gives."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+def read_vision(folder: Path) -> VisionConfig:
+    """config.json and preprocessor_config.json; absent values are those of Hugging Face's CLIP."""
+    fields = Fields(folder / "config.json", read_json(folder / "config.json"))
+    if fields.require("model_type", "clip", "clip_vision_model") == "clip":
+        fields = fields.section("vision_config")
+    fields.require("num_channels", 3, default=3)
+    hidden = fields.integer("hidden_size", 1, MAX_WIDTH)
+    heads = fields.integer("num_attention_heads", 1, MAX_WIDTH)
+    if hidden % heads:
+        raise fields.error("num_attention_heads", f"a divisor of {hidden}", heads)
+    image_size = fields.integer("image_size", 1, MAX_IMAGE_SIZE)
+    patch_size = fields.integer("patch_size", 1, image_size)
+
+    picture = Fields(folder / "preprocessor_config.json", read_json(folder / "preprocessor_config.json"))
+    for step in ("do_resize", "do_center_crop", "do_normalize", "do_rescale"):
+        picture.require(step, True, default=True)
+    picture.require("resample", 3, default=3)
+    picture.number("rescale_factor", 1 / 255 - 1e-9, 1 / 255 + 1e-9, default=1 / 255)
+    for key, allowed in (
+        ("size", (image_size, {"shortest_edge": image_size}, {"height": image_size, "width": image_size})),
+        ("crop_size", (image_size, {"height": image_size, "width": image_size})),
+    ):
+        picture.require(key, *allowed)
+    std = picture.numbers("image_std", 3)
+    if min(std) <= 0:
+        raise picture.error("image_std", "3 numbers above 0", list(std))
+    return VisionConfig(
+        hidden=hidden,
+        # hidden_states[-2] and hidden_states[1] must both exist.
+        layers=fields.integer("num_hidden_layers", 2, MAX_LAYERS),
+        heads=heads,
+        intermediate=fields.integer("intermediate_size", 1, MAX_WIDTH),
+        image_size=image_size,
+        patch_size=patch_size,
+        epsilon=fields.number("layer_norm_eps", 1e-12, 1e-2, default=1e-5),
+        mean=picture.numbers("image_mean", 3),
+        std=std,
+        activation=fields.require("hidden_act", "quick_gelu", default="quick_gelu"),
+    )
+
+
+def open_vision(folder: Path) -> TensorSource:
+    """The tower's weights, as safetensors where there are any, otherwise as pytorch_model.bin."""
+    if (folder / "model.safetensors").is_file() or (folder / "model.safetensors.index.json").is_file():
+        return SafetensorsSource(folder)
+    return PickleSource(folder / "pytorch_model.bin")
+
+
+def vision_shapes(config: VisionConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the vision tower, by its released key."""
+    width, patch = config.hidden, config.patch_size
+    shapes: dict[str, tuple[int, ...]] = {
+        "embeddings.class_embedding": (width,),
+        "embeddings.patch_embedding.weight": (width, 3, patch, patch),
+        "embeddings.position_embedding.weight": (config.patches + 1, width),
+    }
+    norms = ["pre_layrnorm", "post_layernorm"]
+    linears: dict[str, tuple[int, int]] = {}
+    for layer in range(config.layers):
+        prefix = f"encoder.layers.{layer}"
+        norms += [f"{prefix}.layer_norm1", f"{prefix}.layer_norm2"]
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            linears[f"{prefix}.self_attn.{name}"] = (width, width)
+        linears[f"{prefix}.mlp.fc1"] = (config.intermediate, width)
+        linears[f"{prefix}.mlp.fc2"] = (width, config.intermediate)
+    for name in norms:
+        shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (width,)
+    for name, shape in linears.items():
+        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = shape, shape[:1]
+    return {PREFIX + name: shape for name, shape in shapes.items()}
+
+
+def is_other_half(key: str) -> bool:
+    """CLIP's text tower and its projections, which HealthGPT never uses; position ids are a stored 0, 1, 2, ..."""
+    return key.startswith(("text_model.", "text_projection.", "visual_projection.")) or key in (
+        "logit_scale",
+        "vision_model.embeddings.position_ids",
+    )

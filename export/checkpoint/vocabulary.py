@@ -1,0 +1,106 @@
+"""How many tokens the base's tokenizer has, which template fits it, and where the image tokens go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import sentencepiece
+
+from healthgpt_edge.errors import CheckpointError
+
+from .fields import Fields
+from .files import MAX_TEXT_BYTES, label, one_line, read_json, require_file
+from .language import MAX_VOCABULARY, Architecture
+
+# The tokens that HealthGPT adds beside its codes: start, end, pixel newline.
+MARKERS = 3
+TEMPLATES: dict[Architecture, tuple[str, ...]] = {"phi3": ("phi3", "phi4"), "qwen2": ("qwen",)}
+
+
+@dataclass(frozen=True, slots=True)
+class SpecialTokens:
+    """The ids of the tokens that HealthGPT adds after the base's: start, the codes, end, pixel newline."""
+
+    start: int
+    codes: int
+
+    @property
+    def first_code(self) -> int:
+        return self.start + 1
+
+    @property
+    def end(self) -> int:
+        return self.first_code + self.codes
+
+    @property
+    def newline(self) -> int:
+        return self.end + 1
+
+
+def infer_template(base: Path, architecture: Architecture, template: str | None) -> str:
+    """The prompt template: as asked for, otherwise from the architecture and the tokenizer's class."""
+    allowed = TEMPLATES[architecture]
+    if template is not None:
+        if template not in allowed:
+            raise CheckpointError(
+                f"{label(base)}: template: expected {' or '.join(allowed)} for {architecture}, found {template!r}"
+            )
+        return template
+    if len(allowed) == 1:
+        return allowed[0]
+    by_class = {"LlamaTokenizer": "phi3", "GPT2Tokenizer": "phi4"}
+    path = base / "tokenizer_config.json"
+    return by_class[Fields(path, read_json(path)).require("tokenizer_class", *by_class)]
+
+
+def tokenizer_size(base: Path) -> int:
+    """len(tokenizer) of the slow tokenizer: the vocabulary file and the added tokens after it, without loading it."""
+    pieces, model = base / "vocab.json", base / "tokenizer.model"
+    size = _sentencepiece_size(model) if model.is_file() else len(read_json(pieces))
+    added: dict[int, str] = {}
+    for path, decoder in _added_tokens(base):
+        for token_id, content in decoder.items():
+            if added.setdefault(token_id, content) != content:
+                raise CheckpointError(
+                    f"{label(path)}: token {token_id}: expected {added[token_id]!r}, found {content!r}"
+                )
+    new = sorted(token_id for token_id in added if token_id >= size)
+    if new != list(range(size, size + len(new))):
+        gap = next(token_id for expected, token_id in enumerate(new, size) if token_id != expected)
+        raise CheckpointError(
+            f"{label(base)}: added tokens: expected ids without a gap from {size}, found {gap} out of order"
+        )
+    return size + len(new)
+
+
+def _sentencepiece_size(path: Path) -> int:
+    if require_file(path).stat().st_size > MAX_TEXT_BYTES:
+        raise CheckpointError(f"{label(path)}: expected at most {MAX_TEXT_BYTES} bytes, found more")
+    try:
+        return int(sentencepiece.SentencePieceProcessor(model_file=str(path)).get_piece_size())
+    except (RuntimeError, OSError) as error:
+        raise CheckpointError(f"{label(path)}: expected a sentencepiece model, found {one_line(error)}") from error
+
+
+def _added_tokens(base: Path) -> list[tuple[Path, dict[int, str]]]:
+    """Id to text of the added tokens, from both files that may list them."""
+    found = []
+    config = base / "tokenizer_config.json"
+    fields = Fields(config, read_json(config))
+    if "added_tokens_decoder" in fields.values:
+        decoder = fields.section("added_tokens_decoder")
+        listed = {}
+        for key in decoder.values:
+            if not (key.isdecimal() and key.isascii() and int(key) < MAX_VOCABULARY):
+                raise decoder.error(key, "a token id", key)
+            content = decoder.section(key).values.get("content")
+            if not isinstance(content, str):
+                raise decoder.error(key, "an added token with its content", content)
+            listed[int(key)] = content
+        found.append((config, listed))
+    extra = base / "added_tokens.json"
+    if extra.is_file():
+        fields = Fields(extra, read_json(extra))
+        found.append((extra, {fields.integer(text, 0, MAX_VOCABULARY): text for text in fields.values}))
+    return found
