@@ -48,7 +48,7 @@ def export(
     vqgan: Annotated[Path | None, typer.Option(help="Directory with model.yaml and last.ckpt.")] = None,
     template: Annotated[str | None, typer.Option(help="phi3, phi4 or qwen; inferred when left out.")] = None,
     hlora_alpha: Annotated[float | None, typer.Option(help="H-LoRA alpha; twice the rank when left out.")] = None,
-    precision: Annotated[str, typer.Option(help="fp32, fp16, int8 or int4.")] = "fp16",
+    precision: Annotated[str, typer.Option(help="fp32, fp16, int8 or int4.")] = "fp32",
     block_size: Annotated[int, typer.Option(help="Block of int8 and int4: 32, 64 or 128.")] = 128,
     as_json: Json = False,
 ) -> None:
@@ -227,6 +227,65 @@ def generate(
         )
     else:
         print(out)
+
+
+@app.command()
+def evaluate(
+    bundle: BundlePath,
+    answer_phantoms: Annotated[int, typer.Option(min=0, max=10_000, help="Phantoms to ask about.")] = 100,
+    picture_phantoms: Annotated[int, typer.Option(min=0, max=10_000, help="Phantoms to make pictures of.")] = 10,
+    device: Device = "cpu",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Score a bundle of the phantom model on slices it has never seen."""
+    from .evaluate import evaluate as run
+    from .session import load
+
+    session = load(bundle, device=device, threads=threads)
+    with _progress() as progress:
+        bar = progress.add_task("evaluate", total=None)
+        result = run(
+            session,
+            answer_phantoms=answer_phantoms,
+            picture_phantoms=picture_phantoms,
+            on_step=lambda done, total: progress.update(bar, completed=done, total=total),
+        )
+    if as_json:
+        _print_json(result.to_json())
+        return
+    table = Table("question", "exact", "chance", "of")
+    for kind, score in result.answers.items():
+        table.add_row(kind, f"{score.accuracy:.1%}", f"{score.chance:.1%}", str(score.total))
+    _print_table(table)
+    table = Table("picture", "PSNR dB", "SSIM", "baseline PSNR", "baseline SSIM", "of")
+    for kind, made in result.pictures.items():
+        table.add_row(
+            kind,
+            f"{made.psnr:.2f}",
+            f"{made.ssim:.3f}",
+            f"{made.baseline_psnr:.2f}",
+            f"{made.baseline_ssim:.3f}",
+            str(made.total),
+        )
+    _print_table(table)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the bundle and the contact sheet go.")] = Path("demo-output"),
+    as_json: Json = False,
+) -> None:
+    """Export the phantom model, ask it, make pictures, and compare with the PyTorch reference."""
+    try:
+        from .export.demo import run
+    except ModuleNotFoundError as error:
+        raise HealthGPTError(f"demo needs {error.name}: pip install 'healthgpt-edge[export,test]'") from error
+    result = run(out, notes)
+    if as_json:
+        _print_json(result.to_json())
+    else:
+        result.print_tables(Console(highlight=False))
 
 
 def _window(text: str | None) -> tuple[float, float] | None:

@@ -1,0 +1,272 @@
+"""Write a checkpoint of a real system's exact size and layout, with random weights.
+
+    python -m benchmarks.random_checkpoint OUT [--system m3] [--layers N]
+
+The released weights cannot be shipped; time, memory and bytes do not depend on their values. Everything is written
+tensor by tensor, so that writing 8 GB takes little memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+
+from healthgpt_edge.export.reference.vqgan import VQGAN, VQConfig
+
+TOKENIZER = Path(__file__).parents[1] / "tests" / "data" / "phi3-tokenizer"
+SHARD_BYTES = 4 << 30
+# One pool of normal values, read from a moving start: as good as fresh ones here, and a hundred times faster.
+POOL_SIZE = 1 << 24
+STANDARD_DEVIATION = 0.02
+
+
+@dataclass(frozen=True)
+class System:
+    """Sizes of one released system (HEALTHGPT.md)."""
+
+    folder: str
+    hidden: int
+    layers: int
+    heads: int
+    intermediate: int
+    base_vocab: int
+    vocab: int
+    ranks: dict[str, int]
+    experts: int = 4
+
+
+SYSTEMS = {"m3": System("HealthGPT-M3", 3072, 32, 32, 8192, 32064, 40206, {"com": 64, "gen": 256})}
+
+
+class Normal:
+    """A stream of normally distributed tensors."""
+
+    def __init__(self, seed: int) -> None:
+        self._pool = torch.randn(POOL_SIZE, generator=torch.Generator().manual_seed(seed)) * STANDARD_DEVIATION
+        self._start = 0
+
+    def __call__(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        size = 1
+        for side in shape:
+            size *= side
+        flat = torch.empty(size, dtype=dtype)
+        done = 0
+        while done < size:
+            count = min(size - done, POOL_SIZE - self._start)
+            flat[done : done + count] = self._pool[self._start : self._start + count]
+            done += count
+            # An odd step keeps rows of a matrix from repeating each other.
+            self._start = (self._start + count + 7919) % (POOL_SIZE - 1)
+        return flat.view(shape)
+
+
+def linears(system: System) -> dict[str, tuple[int, int]]:
+    """Each Phi-3 linear's (outputs, inputs)."""
+    hidden, intermediate = system.hidden, system.intermediate
+    return {
+        "self_attn.qkv_proj": (3 * hidden, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_up_proj": (2 * intermediate, hidden),
+        "mlp.down_proj": (hidden, intermediate),
+    }
+
+
+def base_tensors(system: System) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield "model.embed_tokens.weight", (system.base_vocab, system.hidden)
+    for layer in range(system.layers):
+        for name, shape in linears(system).items():
+            yield f"model.layers.{layer}.{name}.weight", shape
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            yield f"model.layers.{layer}.{name}.weight", (system.hidden,)
+    yield "model.norm.weight", (system.hidden,)
+    yield "lm_head.weight", (system.base_vocab, system.hidden)
+
+
+def write_base(folder: Path, system: System, normal: Normal) -> None:
+    """bf16 safetensors shards with their index, config and tokenizer."""
+    shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
+    size = 0
+    for name, shape in base_tensors(system):
+        tensor_bytes = 2 * torch.Size(shape).numel()
+        if size + tensor_bytes > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append((name, shape))
+        size += tensor_bytes
+    weight_map = {}
+    for index, shard in enumerate(shards, 1):
+        file_name = f"model-{index:05d}-of-{len(shards):05d}.safetensors"
+        header, offset = {}, 0
+        for name, shape in shard:
+            end = offset + 2 * torch.Size(shape).numel()
+            header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, end]}
+            weight_map[name], offset = file_name, end
+        text = json.dumps(header).encode()
+        with (folder / file_name).open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            for name, shape in shard:
+                values = normal(*shape, dtype=torch.bfloat16)
+                if name.endswith("norm.weight"):
+                    values += 1
+                file.write(values.view(torch.int16).numpy().data)
+    index_json = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index_json))
+    config = {
+        "architectures": ["Phi3ForCausalLM"],
+        "model_type": "phi3",
+        "hidden_act": "silu",
+        "hidden_size": system.hidden,
+        "intermediate_size": system.intermediate,
+        "num_hidden_layers": system.layers,
+        "num_attention_heads": system.heads,
+        "num_key_value_heads": system.heads,
+        "max_position_embeddings": 4096,
+        "original_max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+        "sliding_window": 2047,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "vocab_size": system.base_vocab,
+        "bos_token_id": 1,
+        "eos_token_id": 32000,
+        "pad_token_id": 32000,
+        "torch_dtype": "bfloat16",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    generation = {"bos_token_id": 1, "eos_token_id": [32000, 32001, 32007], "pad_token_id": 32000}
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copy(TOKENIZER / name, folder / name)
+
+
+def write_vision(folder: Path, normal: Normal) -> None:
+    """CLIP ViT-L/14-336 in float32, its text half reduced to a stub."""
+    hidden, intermediate, layers = 1024, 4096, 24
+    state = {
+        "logit_scale": torch.tensor(1.0),
+        "text_model.final_layer_norm.weight": normal(16),
+        "vision_model.embeddings.class_embedding": normal(hidden),
+        "vision_model.embeddings.patch_embedding.weight": normal(hidden, 3, 14, 14),
+        "vision_model.embeddings.position_embedding.weight": normal(577, hidden),
+    }
+    for name in ("pre_layrnorm", "post_layernorm"):
+        state |= _affine(f"vision_model.{name}", hidden, normal)
+    for layer in range(layers):
+        prefix = f"vision_model.encoder.layers.{layer}"
+        for name in ("layer_norm1", "layer_norm2"):
+            state |= _affine(f"{prefix}.{name}", hidden, normal)
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            state |= _linear(f"{prefix}.self_attn.{name}", hidden, hidden, normal)
+        state |= _linear(f"{prefix}.mlp.fc1", intermediate, hidden, normal)
+        state |= _linear(f"{prefix}.mlp.fc2", hidden, intermediate, normal)
+    torch.save(state, folder / "pytorch_model.bin")
+    vision = {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 16,
+        "image_size": 336,
+        "patch_size": 14,
+        "projection_dim": 768,
+        "model_type": "clip_vision_model",
+    }
+    (folder / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": vision}))
+    preprocessor = {
+        "crop_size": 336,
+        "do_center_crop": True,
+        "do_normalize": True,
+        "do_resize": True,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "resample": 3,
+        "size": 336,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+
+
+def _affine(name: str, size: int, normal: Normal) -> dict[str, torch.Tensor]:
+    return {f"{name}.weight": normal(size) + 1, f"{name}.bias": normal(size)}
+
+
+def _linear(name: str, outputs: int, inputs: int, normal: Normal) -> dict[str, torch.Tensor]:
+    return {f"{name}.weight": normal(outputs, inputs), f"{name}.bias": normal(outputs)}
+
+
+def write_plugins(folder: Path, system: System, normal: Normal) -> None:
+    """The two H-LoRA plugins and the fusion file, fp16, with the released keys."""
+    prefix, half = "base_model.model.model", torch.float16
+    for task, rank in system.ranks.items():
+        state = {}
+        for layer in range(system.layers):
+            for name, (outputs, inputs) in linears(system).items():
+                key = f"{prefix}.layers.{layer}.{name}"
+                state[f"{key}.lora_A.weight"] = normal(rank, inputs, dtype=half)
+                state[f"{key}.lora_B.weight"] = normal(outputs, rank, dtype=half)
+                state[f"{key}.lora_route.weight"] = normal(system.experts, inputs, dtype=half)
+        for index, inputs in ((0, 1024), (2, system.hidden)):
+            state[f"{prefix}.mm_projector.{index}.weight"] = normal(system.hidden, inputs, dtype=half)
+            state[f"{prefix}.mm_projector.{index}.bias"] = normal(system.hidden, dtype=half)
+        torch.save(state, folder / f"{task}_hlora_weights.bin")
+    fusion = {
+        f"{prefix}.embed_tokens.weight": normal(system.vocab, system.hidden, dtype=half),
+        "base_model.model.lm_head.weight": normal(system.vocab, system.hidden, dtype=half),
+    }
+    torch.save(fusion, folder / "fusion_layer_weights.bin")
+
+
+def write_vqgan(folder: Path) -> None:
+    """The Gumbel VQGAN f8 with 8192 codes as a Lightning checkpoint."""
+    dd = {
+        "double_z": False,
+        "z_channels": 256,
+        "resolution": 256,
+        "in_channels": 3,
+        "out_ch": 3,
+        "ch": 128,
+        "ch_mult": [1, 1, 2, 4],
+        "num_res_blocks": 2,
+        "attn_resolutions": [32],
+        "dropout": 0.0,
+    }
+    params = {"embed_dim": 256, "n_embed": 8192, "ddconfig": dd}
+    model = {"target": "taming.models.vqgan.GumbelVQ", "params": params}
+    (folder / "model.yaml").write_text(yaml.safe_dump({"model": model}))
+    torch.manual_seed(0)
+    state = VQGAN(VQConfig.released()).state_dict()
+    torch.save({"epoch": 0, "global_step": 0, "state_dict": state}, folder / "last.ckpt")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--system", choices=sorted(SYSTEMS), default="m3")
+    parser.add_argument("--layers", type=int, help="fewer decoder layers, for a quick look")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    system = SYSTEMS[arguments.system]
+    if arguments.layers:
+        system = System(**{**vars(system), "layers": arguments.layers})
+    normal = Normal(arguments.seed)
+    folders = {name: arguments.out / name for name in ("base", "vision", system.folder, "vqgan")}
+    for folder in folders.values():
+        folder.mkdir(parents=True)
+    write_base(folders["base"], system, normal)
+    write_vision(folders["vision"], normal)
+    write_plugins(folders[system.folder], system, normal)
+    write_vqgan(folders["vqgan"])
+    total = sum(file.stat().st_size for file in arguments.out.rglob("*") if file.is_file())
+    print(f"wrote {arguments.out}: {total:,} bytes")
+
+
+if __name__ == "__main__":
+    main()
