@@ -35,6 +35,7 @@ class Checkpoint:
         hlora_alpha: float | None,
         codes: int | None,
     ) -> None:
+        self.base_dir, self._vision_dir = base, vision
         self.language: LanguageConfig = read_language(base)
         self.vision: VisionConfig = read_vision(vision)
         self.vq: VqConfig | None = None if vqgan is None else read_vqgan(vqgan)
@@ -124,6 +125,12 @@ class Checkpoint:
         for part in (self._base, self._vision, self._vqgan, *self._plugins.values()):
             if part is not None:
                 part.close()
+
+    def provenance(self) -> dict[str, list[str]]:
+        """The names of what this was read from, by role; no paths, which would tell about the exporting machine."""
+        names = {"base": [label(self.base_dir)], "vision": [label(self._vision_dir)]}
+        names |= {task: [label(source.path) for source in plugin.sources] for task, plugin in self._plugins.items()}
+        return names
 
     def base_tensor(self, name: str) -> torch.Tensor:
         """A tensor of the base by its name after `model.`, or `lm_head.weight`, in the file's dtype."""
