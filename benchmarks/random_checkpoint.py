@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 import yaml
 
-from healthgpt_edge.export.reference.vqgan import VQGAN, VQConfig
+from healthgpt_edge.export.checkpoint import VqConfig
+from healthgpt_edge.export.reference.vqgan import Vqgan
 
 TOKENIZER = Path(__file__).parents[1] / "tests" / "data" / "phi3-tokenizer"
 SHARD_BYTES = 4 << 30
@@ -242,7 +243,17 @@ def write_vqgan(folder: Path) -> None:
     model = {"target": "taming.models.vqgan.GumbelVQ", "params": params}
     (folder / "model.yaml").write_text(yaml.safe_dump({"model": model}))
     torch.manual_seed(0)
-    state = VQGAN(VQConfig.released()).state_dict()
+    config = VqConfig(
+        codes=params["n_embed"],
+        embed_dim=params["embed_dim"],
+        z_channels=dd["z_channels"],
+        channels=dd["ch"],
+        multipliers=tuple(dd["ch_mult"]),
+        blocks=dd["num_res_blocks"],
+        attention_resolutions=tuple(dd["attn_resolutions"]),
+        resolution=dd["resolution"],
+    )
+    state = Vqgan(config).state_dict()
     torch.save({"epoch": 0, "global_step": 0, "state_dict": state}, folder / "last.ckpt")
 
 
