@@ -1,0 +1,222 @@
+"""HealthGPT in plain PyTorch, float32: the judge of every exported graph.
+
+One `HealthGPT` is one task of one system: vision tower, projector, decoder with that task's adapters, head, and for
+pictures the VQGAN. Built from a checkpoint it computes what the original computes; built from configurations it
+starts random and can be trained. Source: Lin et al., "HealthGPT", 2025 (arXiv 2502.09838).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from healthgpt_edge.errors import GenerationError, PromptError
+
+from ..checkpoint import Checkpoint, GenerationConfig, LanguageConfig, SpecialTokens, TaskConfig, VisionConfig, VqConfig
+from .clip import VisionTower
+from .language import Decoder, KeyValueCache
+from .vqgan import Vqgan, to_uint8
+
+IMAGE = -200
+ADAPTER_PARTS = (".lora_A.", ".lora_B.", ".lora_route.")
+ROWS = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+class HealthGPT(nn.Module):
+    """One task. Parameters are named as released: `model.layers.0.self_attn.qkv_proj.lora_A.weight`, `lm_head.weight`.
+
+    The vision tower's names follow `vision_tower.` and the VQGAN's follow `vqgan.`.
+    """
+
+    def __init__(
+        self,
+        language: LanguageConfig,
+        vision: VisionConfig,
+        task: TaskConfig,
+        generation: GenerationConfig,
+        tokens: SpecialTokens | None = None,
+        vq: VqConfig | None = None,
+    ) -> None:
+        super().__init__()
+        self.language, self.task, self.generation, self.tokens, self.vq = language, task, generation, tokens, vq
+        self.vision_tower = VisionTower(vision)
+        self.model = Decoder(language, task, vision.hidden)
+        self.lm_head = nn.Linear(language.hidden, language.vocab, bias=False)
+        if vq is not None:
+            self.vqgan = Vqgan(vq)
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, task: str) -> HealthGPT:
+        """The model of one of the checkpoint's tasks, every weight in float32, in evaluation mode."""
+        config = checkpoint.tasks[task]
+        with torch.device("meta"):  # nothing is allocated twice
+            model = cls(
+                checkpoint.language,
+                checkpoint.vision,
+                config,
+                checkpoint.generation,
+                checkpoint.tokens,
+                checkpoint.vq if task == "generation" else None,
+            )
+        model.load_state_dict(
+            {name: released_tensor(checkpoint, task, name).float() for name in model.state_dict()}, assign=True
+        )
+        return model.requires_grad_(False).eval()
+
+    # --- prompt -------------------------------------------------------------------------------------------------
+
+    def image_features(self, pixel_values: Tensor) -> Tensor:
+        """Pixel values [B,3,S,S] -> CLIP's features of the task's layer, [B,P,C]."""
+        return self.vision_tower(pixel_values, self.task.vision_layers)
+
+    def features(self, pixel_values: Tensor) -> Tensor:
+        """Pixel values [B,3,S,S] -> what replaces the image token, [B,P,hidden]."""
+        return self.model.mm_projector(self.image_features(pixel_values))
+
+    def embed(self, prompt_ids: Sequence[int], features: Tensor | None = None) -> Tensor:
+        """Prompt ids, the image as -200, and its features [1,P,hidden] -> embeddings [1,T,hidden].
+
+        Raises PromptError unless the prompt has one image exactly when there are features.
+        """
+        images = list(prompt_ids).count(IMAGE)
+        if images != (0 if features is None else 1):
+            raise PromptError(f"the prompt must hold an image token per image, found {images}")
+        if features is None:
+            return self.model.embed_tokens(torch.tensor([list(prompt_ids)]))
+        at = list(prompt_ids).index(IMAGE)
+        before, after = (torch.tensor([part], dtype=torch.long) for part in (prompt_ids[:at], prompt_ids[at + 1 :]))
+        return torch.cat([self.model.embed_tokens(before), features, self.model.embed_tokens(after)], dim=1)
+
+    # --- decoder ------------------------------------------------------------------------------------------------
+
+    def hidden_states(self, embeddings: Tensor) -> Tensor:
+        """Embeddings [B,T,hidden] -> every layer's output and then the norm's, [layers + 1, B, T, hidden]."""
+        return torch.stack(self.model.layer_outputs(embeddings))
+
+    def forward(self, embeddings: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Embeddings [B,S,hidden] -> logits [B,S,vocab]."""
+        return self.lm_head(self.model(embeddings, cache))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompt_ids: Sequence[int],
+        pixel_values: Tensor | None,
+        max_new_tokens: int,
+        logits: list[Tensor] | None = None,
+    ) -> list[int]:
+        """Greedy decoding: the new token ids, the stop token included.
+
+        pixel_values: [1,3,S,S] or None. `logits` collects each step's [vocab], before the repetition penalty.
+        Raises GenerationError on logits that are not finite.
+        """
+        embeddings = self.embed(prompt_ids, None if pixel_values is None else self.features(pixel_values))
+        cache = KeyValueCache(self.language, embeddings.shape[1] + max_new_tokens)
+        new_ids: list[int] = []
+        while len(new_ids) < max_new_tokens:
+            hidden = self.model(embeddings, cache)
+            step = self.lm_head(hidden[0, -1])
+            if not bool(torch.isfinite(step).all()):
+                raise GenerationError(f"step {len(new_ids)}: expected finite logits, found NaN or infinity")
+            if logits is not None:
+                logits.append(step)
+            new_ids.append(int(penalise(step, new_ids, self.generation.repetition_penalty).argmax()))
+            if new_ids[-1] in self.generation.eos_ids:
+                break
+            embeddings = self.model.embed_tokens(torch.tensor([new_ids[-1:]]))
+        return new_ids
+
+    # --- pictures -----------------------------------------------------------------------------------------------
+
+    def codes(self, new_ids: Sequence[int]) -> list[int]:
+        """The codes of one picture in a free run's new ids, stop token included.
+
+        The original cuts the last eight characters off the text to lose ` <|end|>`; at the token limit that takes the
+        last token instead, so the last id is dropped in either case. Raises GenerationError unless exactly one grid
+        of codes is left; newlines are ignored, `<end_index>` ends the picture.
+        """
+        if self.tokens is None or self.vq is None:
+            raise GenerationError("codes: expected a generation model with a VQGAN, found none")
+        tokens, codes = self.tokens, []
+        for token in new_ids[:-1]:
+            if token == tokens.end:
+                break
+            if token == tokens.newline:
+                continue
+            if not tokens.first_code <= token < tokens.first_code + tokens.codes:
+                raise GenerationError(f"expected an image token, found token {token} after {len(codes)} codes")
+            codes.append(token - tokens.first_code)
+        if len(codes) != self.vq.grid**2:
+            raise GenerationError(f"expected {self.vq.grid**2} codes of one picture, found {len(codes)}")
+        return codes
+
+    @torch.no_grad()
+    def picture(self, codes: Sequence[int]) -> Tensor:
+        """The codes of one picture, row-major -> uint8 [H,W,3]."""
+        if self.vq is None:
+            raise GenerationError("picture: expected a model with a VQGAN, found none")
+        grid = torch.tensor(codes).reshape(1, self.vq.grid, self.vq.grid)
+        return to_uint8(self.vqgan.decode(grid))[0]
+
+    # --- the released layout ------------------------------------------------------------------------------------
+
+    def freeze_base(self) -> None:
+        """Train the plugin only: adapters, projector, vocabulary rows."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(is_plugin(name) or name in ROWS)
+
+    def base_state(self, rows: int) -> dict[str, Tensor]:
+        """The tensors of the base's files, with the first `rows` vocabulary rows."""
+        state = {
+            name: tensor
+            for name, tensor in self.state_dict().items()
+            if name.startswith(("model.", "lm_head.")) and not is_plugin(name)
+        }
+        return state | {name: state[name][:rows].clone() for name in ROWS}
+
+    def plugin_state(self, rows: bool) -> dict[str, Tensor]:
+        """The tensors of the task's plugin file, by their released keys; vocabulary rows too if `rows`."""
+        return {
+            f"base_model.model.{name}": tensor
+            for name, tensor in self.state_dict().items()
+            if is_plugin(name) or (rows and name in ROWS)
+        }
+
+    def vision_state(self) -> dict[str, Tensor]:
+        """The tensors of CLIP's file, by their released keys."""
+        return {f"vision_model.{name}": tensor for name, tensor in self.vision_tower.state_dict().items()}
+
+
+def is_plugin(name: str) -> bool:
+    """Whether a parameter belongs to a task's plugin rather than to the base."""
+    return ".mm_projector." in name or any(part in name for part in ADAPTER_PARTS)
+
+
+def penalise(logits: Tensor, new_ids: Iterable[int], penalty: float) -> Tensor:
+    """Logits [vocab] with those of the generated ids made less likely (Keskar et al., arXiv 1909.05858).
+
+    Prompt ids are not penalised: the original passes the prompt as embeddings, so its decoding never sees them.
+    """
+    if penalty == 1.0:
+        return logits
+    ids = torch.tensor(sorted(set(new_ids)), dtype=torch.long)
+    seen = logits[ids]
+    return logits.index_put((ids,), torch.where(seen < 0, seen * penalty, seen / penalty))
+
+
+def released_tensor(checkpoint: Checkpoint, task: str, name: str) -> Tensor:
+    """The checkpoint's tensor for one of this module's parameter names."""
+    part, _, rest = name.partition(".")
+    if part == "vision_tower":
+        return checkpoint.vision_tensor(rest)
+    if part == "vqgan":
+        return checkpoint.vq_tensor(rest)
+    if name in ROWS or ".mm_projector." in name:
+        return checkpoint.task_tensor(task, name.removeprefix("model."))
+    for index, adapter_part in enumerate(ADAPTER_PARTS):
+        if adapter_part in name:
+            layer, linear = rest.removeprefix("layers.").split(adapter_part)[0].split(".", 1)
+            return checkpoint.adapter(task, int(layer), linear)[index]
+    return checkpoint.base_tensor(rest)
