@@ -1,0 +1,142 @@
+"""The `vision` graph: pixels in, image features of the language model's width out.
+
+CLIP's tower up to the layer that the task reads, then the task's projector. Letters: B batch, P patches, T = P + 1
+tokens, K patch side, C tower width, H heads, D head size.
+Sources: Radford et al., 2021 (arXiv 2103.00020); the layer a task reads and the projector: HEALTHGPT.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from onnx import ModelProto, TensorProto
+
+from healthgpt_edge.errors import CheckpointError
+
+from .. import fold
+from ..checkpoint import Checkpoint
+from ..weights import WeightFile
+from .builder import GraphBuilder
+
+FLOAT = TensorProto.FLOAT
+
+
+def build_vision(checkpoint: Checkpoint, task: str, base: WeightFile, own: WeightFile, storage: int) -> ModelProto:
+    """The vision graph of `task`: pixels uint8 [B, S, S, 3] (RGB) -> image_features float [B, P, language hidden].
+
+    The tower goes to `base`, where the tasks share it, the projector to `own`. `storage` (an onnx.TensorProto float
+    type) is how the large matrices are stored; everything is computed in float32. Raises CheckpointError.
+    """
+    return _VisionGraph(checkpoint, task, base, own, storage).build()
+
+
+class _VisionGraph:
+    """The parts of one vision graph."""
+
+    def __init__(self, checkpoint: Checkpoint, task: str, base: WeightFile, own: WeightFile, storage: int) -> None:
+        self.checkpoint, self.task, self.base, self.own, self.storage = checkpoint, task, base, own, storage
+        self.config = checkpoint.vision
+        if self.config.image_size % self.config.patch_size:
+            raise CheckpointError(
+                f"image_size must be a multiple of patch_size, {self.config.patch_size}, got {self.config.image_size}"
+            )
+        self.graph = GraphBuilder(f"{task}.vision")
+
+    def build(self) -> ModelProto:
+        graph, config = self.graph, self.config
+        pixels = graph.input("pixels", TensorProto.UINT8, ["B", config.image_size, config.image_size, 3])
+        with graph.scope("embeddings"):
+            hidden = self._embed(pixels)
+        hidden = self._norm("pre_layrnorm", hidden)
+        for layer in range(self.checkpoint.tasks[self.task].vision_layers):
+            with graph.scope(f"layers.{layer}"):
+                hidden = self._layer(f"encoder.layers.{layer}", hidden)
+        first, end, axis = (graph.constant([value], np.int64) for value in (1, config.patches + 1, 1))
+        hidden = graph.op("Slice", hidden, first, end, axis)  # without the class token
+        with graph.scope("projector"):
+            hidden = graph.op("Gelu", self._projector("mm_projector.0", hidden))
+            hidden = self._projector("mm_projector.2", hidden)
+        graph.output(hidden, "image_features", FLOAT, ["B", config.patches, self.checkpoint.language.hidden])
+        return graph.model()
+
+    def _embed(self, pixels: str) -> str:
+        """[B, S, S, 3] -> [B, T, C]: the patches behind an empty row, times one matrix, plus one table."""
+        graph, config, side = self.graph, self.config, self.config.patch_size
+        rows = config.image_size // side
+        split = graph.constant([0, rows, side, rows, side, 3], np.int64)
+        values = graph.op("Sub", graph.op("Cast", pixels, to=FLOAT), graph.constant(fold.PIXEL_CENTRE, np.float32))
+        values = graph.op("Reshape", values, split)
+        values = graph.op("Transpose", values, perm=[0, 1, 3, 2, 4, 5])
+        patches = graph.op("Reshape", values, graph.constant([0, rows * rows, side * side * 3], np.int64))
+        patches = graph.op("Pad", patches, graph.constant([0, 1, 0, 0, 0, 0], np.int64))
+
+        def folded() -> tuple[np.ndarray, np.ndarray]:
+            return fold.patch_matrix(self._tower("embeddings.patch_embedding.weight"), config.mean, config.std)
+
+        def table() -> np.ndarray:
+            class_embedding = self._tower("embeddings.class_embedding")
+            return fold.position_table(
+                class_embedding, self._tower("embeddings.position_embedding.weight"), folded()[1]
+            )
+
+        # Always float32: divided by 255 std, most of the patch weights would be subnormal numbers in float16.
+        matrix = graph.weight(self.base, "vision/patches", FLOAT, lambda: folded()[0])
+        positions = graph.weight(self.base, "vision/positions", FLOAT, table)
+        return str(graph.op("Add", graph.op("MatMul", patches, matrix), positions))
+
+    def _layer(self, name: str, hidden: str) -> str:
+        graph = self.graph
+        with graph.scope("attention"):
+            packed = self._linear(f"{name}.self_attn", "qkv", self._norm(f"{name}.layer_norm1", hidden))
+            hidden = graph.op("Add", hidden, self._linear(f"{name}.self_attn", "out_proj", self._attend(packed)))
+        with graph.scope("mlp"):
+            wide = self._linear(f"{name}.mlp", "fc1", self._norm(f"{name}.layer_norm2", hidden))
+            # quick_gelu
+            gate = graph.op("Sigmoid", graph.op("Mul", wide, graph.constant(1.702, np.float32)))
+            return str(graph.op("Add", hidden, self._linear(f"{name}.mlp", "fc2", graph.op("Mul", wide, gate))))
+
+    def _attend(self, packed: str) -> str:
+        """Queries, keys and values side by side [B, T, 3C] -> attention's output [B, T, C], scaled by 1/sqrt(D)."""
+        graph, heads = self.graph, self.config.heads
+        query, key, value = graph.op("Split", packed, outputs=3, axis=-1, num_outputs=3)
+        return str(graph.op("Attention", query, key, value, q_num_heads=heads, kv_num_heads=heads))
+
+    def _linear(self, block: str, name: str, x: str) -> str:
+        """A linear of the tower; `qkv` is its three projections in one matrix."""
+        parts = [f"{block}.{part}_proj" for part in name] if name == "qkv" else [f"{block}.{name}"]
+        matrix = self._matrix(
+            self.base,
+            f"vision/{block}.{name}.weight",
+            lambda: fold.input_major(np.concatenate([self._tower(f"{part}.weight") for part in parts])),
+        )
+        bias = self.graph.weight(
+            self.base,
+            f"vision/{block}.{name}.bias",
+            FLOAT,
+            lambda: np.concatenate([self._tower(f"{part}.bias") for part in parts]),
+        )
+        return str(self.graph.op("Add", self.graph.op("MatMul", x, matrix), bias))
+
+    def _projector(self, name: str, x: str) -> str:
+        def read(key: str) -> np.ndarray:
+            return self.checkpoint.task_tensor(self.task, key).float().numpy()
+
+        matrix = self._matrix(self.own, f"{name}.weight", lambda: fold.input_major(read(f"{name}.weight")))
+        bias = self.graph.weight(self.own, f"{name}.bias", FLOAT, lambda: read(f"{name}.bias"))
+        return str(self.graph.op("Add", self.graph.op("MatMul", x, matrix), bias))
+
+    def _norm(self, name: str, x: str) -> str:
+        def weight(part: str) -> str:
+            return self.graph.weight(self.base, f"vision/{name}.{part}", FLOAT, lambda: self._tower(f"{name}.{part}"))
+
+        scale, bias = weight("weight"), weight("bias")
+        return str(self.graph.op("LayerNormalization", x, scale, bias, axis=-1, epsilon=self.config.epsilon))
+
+    def _matrix(self, file: WeightFile, key: str, produce: Callable[[], np.ndarray]) -> str:
+        """A large matrix [C, O] as float32, however it is stored."""
+        stored = self.graph.weight(file, key, self.storage, produce)
+        return stored if self.storage == FLOAT else str(self.graph.op("Cast", stored, to=FLOAT))
+
+    def _tower(self, name: str) -> np.ndarray:
+        return self.checkpoint.vision_tensor(name).float().numpy()
