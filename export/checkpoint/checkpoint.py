@@ -10,12 +10,14 @@ import torch
 
 from healthgpt_edge.errors import CheckpointError
 
-from .files import PickleSource, SafetensorsSource, TensorSource, label
+from .files import TensorSource, label
 from .language import LanguageConfig, language_shapes, read_generation, read_language
+from .pickles import PickleSource
 from .plugins import PARTS, ROWS, Plugin, Task, TaskConfig, adapter_key, released_key
+from .shards import SafetensorsSource
 from .vision import PREFIX, VisionConfig, is_other_half, open_vision, read_vision, vision_shapes
 from .vocabulary import MARKERS, SpecialTokens, infer_template, tokenizer_size
-from .vqgan import VqConfig, is_training_state, read_vqgan, vqgan_shapes
+from .vqgan import MAX_CODES, VqConfig, is_training_state, read_vqgan, vqgan_shapes
 
 
 class Checkpoint:
@@ -105,6 +107,12 @@ class Checkpoint:
             raise CheckpointError(f"{label(Path(generation))}: expected a VQGAN beside it, found none")
         if hlora_alpha is not None and not (math.isfinite(hlora_alpha) and hlora_alpha > 0):
             raise CheckpointError(f"hlora_alpha: expected a number above 0, found {hlora_alpha}")
+        if (
+            comprehension is not None
+            and generation is not None
+            and Path(comprehension).resolve() == Path(generation).resolve()
+        ):
+            raise CheckpointError(f"{label(Path(generation))}: expected a plugin for each task, found one for both")
         plugins: dict[Task, Plugin] = {}
         if comprehension is not None:
             plugins["comprehension"] = Plugin("comprehension", Path(comprehension))
@@ -188,27 +196,28 @@ class Checkpoint:
             raise CheckpointError(f"{key}: expected the name of a tensor of this release, found none such") from error
 
     def _special_tokens(self, asked: int | None) -> SpecialTokens | None:
-        """The image tokens, their number told by the VQGAN, the plugins' vocabulary rows or the caller alike."""
-        told: dict[str, int] = {}
-        if asked is not None:
-            told["codes"] = asked
-        if self.vq is not None:
-            told["the VQGAN"] = self.vq.codes
-        for plugin in self._plugins.values():
-            for key, rows in plugin.rows().items():
-                place = f"{label(plugin.entry(key).path)}: {key}"
-                told[place] = rows - self._tokenizer_size - MARKERS
+        """The image tokens, their number told by the VQGAN, the plugins' vocabulary rows and the caller alike."""
         if self.template == "qwen":
             # Qwen's system adds no tokens: its rows are the base's, and it draws no pictures.
             if asked is not None or self.vq is not None or "generation" in self._plugins:
                 raise CheckpointError("template: expected phi3 or phi4 for image tokens, found qwen")
             return None
+        told: dict[str, int] = {}
+        if self.vq is not None:
+            told["model.yaml: n_embed"] = self.vq.codes
+        for plugin in self._plugins.values():
+            for key, rows in plugin.rows().items():
+                told[f"{label(plugin.entry(key).path)}: {key}"] = rows - self._tokenizer_size - MARKERS
+        if asked is not None:
+            told["codes"] = asked
         if not told:
             return None
         first, count = next(iter(told.items()))
-        if count < 1:
-            raise CheckpointError(f"{first}: expected rows for {self._tokenizer_size} tokens and more, found fewer")
-        for place, other in told.items():
-            if other != count:
-                raise CheckpointError(f"{place}: expected {count} codes (from {first}), found {other}")
+        for place, codes in told.items():
+            if not 1 <= codes <= MAX_CODES:
+                raise CheckpointError(
+                    f"{place}: expected 1 to {MAX_CODES} codes after {self._tokenizer_size} tokens, found {codes}"
+                )
+            if codes != count:
+                raise CheckpointError(f"{place}: expected {count} codes (as {first}), found {codes}")
         return SpecialTokens(self._tokenizer_size, count)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ class Fields:
 
     def error(self, key: str, expected: str, found: object) -> CheckpointError:
         name = (self.prefix + key).rstrip(".")
-        return CheckpointError(f"{label(self.path)}: {name}: expected {expected}, found {found!r:.120}")
+        # Not repr: a YAML file of aliases can be a billion values long when written out.
+        return CheckpointError(f"{label(self.path)}: {name}: expected {expected}, found {reprlib.repr(found)}")
 
     def section(self, key: str) -> Fields:
         """The nested object `key`."""

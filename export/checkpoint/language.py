@@ -110,6 +110,7 @@ def read_language(base: Path, vocab: int | None = None) -> LanguageConfig:
     fields.require("attention_bias", False, default=False)
     fields.require("mlp_bias", False, default=False)
     fields.require("use_sliding_window", False, default=False)
+    fields.require("use_mrope", False, default=False)
     hidden = fields.integer("hidden_size", 1, MAX_WIDTH)
     heads = fields.integer("num_attention_heads", 1, MAX_WIDTH)
     kv_heads = fields.integer("num_key_value_heads", 1, heads, default=heads)

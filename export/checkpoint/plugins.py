@@ -11,8 +11,9 @@ import torch
 
 from healthgpt_edge.errors import CheckpointError
 
-from .files import Entry, PickleSource, label, require_tensor
+from .files import Entry, label, require_tensor
 from .language import LanguageConfig
+from .pickles import PickleSource
 from .vision import VisionConfig
 
 Task = Literal["comprehension", "generation"]

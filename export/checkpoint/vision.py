@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .fields import Fields
-from .files import PickleSource, SafetensorsSource, TensorSource, read_json
+from .files import TensorSource, read_json
 from .language import MAX_LAYERS, MAX_WIDTH
+from .pickles import PickleSource
+from .shards import SafetensorsSource
 
 MAX_IMAGE_SIZE = 4096
 PREFIX = "vision_model."

@@ -15,6 +15,7 @@ from .language import MAX_WIDTH
 
 TARGET = "taming.models.vqgan.GumbelVQ"
 MAX_CODES, MAX_SIDE, MAX_LEVELS, MAX_BLOCKS = 1 << 20, 4096, 12, 64
+MAX_YAML_BYTES = 1 << 20
 # Without effect on decoding: dropout is off outside training.
 DDCONFIG_KEYS = (
     "attn_resolutions",
@@ -60,13 +61,14 @@ def read_vqgan(folder: Path) -> VqConfig:
     """model.yaml; settings that taming knows and this package does not are refused."""
     path = folder / "model.yaml"
     try:
-        content = yaml.safe_load(read_text(path))
+        content = yaml.safe_load(read_text(path, MAX_YAML_BYTES))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{label(path)}: expected YAML, found {type(error).__name__}") from error
     model = Fields(path, content).section("model")
     model.require("target", TARGET)
     params = model.section("params")
     ddconfig = params.section("ddconfig")
+    params.require("remap", None, default=None)
     ddconfig.only(DDCONFIG_KEYS)
     ddconfig.require("double_z", False)
     multipliers = ddconfig.integers("ch_mult", 1, 1024, most=MAX_LEVELS)

@@ -1,0 +1,128 @@
+"""Tensors in torch's own files, read without running anything that such a file may ask for."""
+
+from __future__ import annotations
+
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+from healthgpt_edge.errors import CheckpointError
+
+from .files import Entry, TensorSource, label, one_line, require_file, require_finite
+
+# The pickled description of the tensors, without their values; XL32's plugin needs about 200 kB.
+MAX_PICKLE_BYTES = 64 << 20
+# A mapped page stays in the process's resident memory once touched, so a mapping is renewed after this many bytes.
+RENEW_MAPPING_BYTES = 256 << 20
+
+# What a Lightning file names beside its weights: callbacks, schedulers, hyperparameters. Never imported.
+TRAINING_PACKAGES = frozenset({"lightning", "lightning_fabric", "numpy", "omegaconf", "pytorch_lightning", "taming"})
+TRAINING_TYPES = frozenset(
+    {"typing.Any"} | {f"builtins.{name}" for name in ("bool", "dict", "float", "int", "list", "str")}
+)
+
+
+class Inert:
+    """Stands for an object of a training framework: takes any arguments and any state, does nothing."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def __setstate__(self, _: object) -> None: ...
+
+
+def stand_in(name: str) -> tuple[type, str] | None:
+    """What stands for the global `name` in a Lightning file, or None if the name has no business there."""
+    if name.split(".")[0] not in TRAINING_PACKAGES and name not in TRAINING_TYPES:
+        return None
+    # torch sets items on plain dictionaries only, and hyperparameters come as a subclass.
+    return (OrderedDict if name.endswith("Dict") else Inert), name
+
+
+class PickleSource(TensorSource):
+    """A torch file read with weights_only and mapped; the tensors of `section`, or of the top level.
+
+    With `lightning`, classes of the training frameworks are read as `Inert` objects, nothing being imported. Every
+    other global that torch does not allow, in any file, is a CheckpointError.
+    """
+
+    def __init__(self, path: Path, section: str | None = None, lightning: bool = False) -> None:
+        self.path = path
+        self._section = section
+        self._lightning = lightning
+        self._handed_out_bytes = 0
+        check_archive(path)
+        self._tensors: dict[str, torch.Tensor] | None = self._load()
+        self.entries = {key: Entry(path, tuple(tensor.shape), tensor.dtype) for key, tensor in self._tensors.items()}
+
+    def read(self, key: str) -> torch.Tensor:
+        if self._tensors is None or self._handed_out_bytes > RENEW_MAPPING_BYTES:
+            self._tensors = None
+            self._tensors = self._load()
+            self._handed_out_bytes = 0
+        mapped = self._tensors[key]
+        self._handed_out_bytes += mapped.numel() * mapped.element_size()
+        # A copy: a view would keep the whole mapping alive.
+        return require_finite(self.path, key, mapped.clone(memory_format=torch.contiguous_format))
+
+    def close(self) -> None:
+        self._tensors = None
+
+    def _load(self) -> dict[str, torch.Tensor]:
+        try:
+            inert = []
+            for name in sorted(get_unsafe_globals_in_checkpoint(str(self.path))):
+                replacement = stand_in(name) if self._lightning else None
+                if replacement is None:
+                    raise CheckpointError(f"{label(self.path)}: expected tensors only, found the global {name}")
+                inert.append(replacement)
+            with safe_globals(inert):
+                content = torch.load(str(self.path), map_location="cpu", weights_only=True, mmap=True)
+        except CheckpointError:
+            raise
+        except Exception as error:  # whatever a hostile or damaged file makes the reader raise, it is the file's fault
+            raise CheckpointError(f"{label(self.path)}: expected a torch file, found {one_line(error)}") from error
+        if self._section is not None:
+            if not isinstance(content, dict) or self._section not in content:
+                raise CheckpointError(f"{label(self.path)}: expected a {self._section}, found none")
+            content = content[self._section]
+        return require_tensors(self.path, content)
+
+
+def check_archive(path: Path) -> None:
+    """Refuse what mapping cannot read: the legacy torch format, compressed entries, an oversized description."""
+    if not zipfile.is_zipfile(require_file(path)):
+        with path.open("rb") as file:
+            found = "a truncated one" if file.read(4) == b"PK\3\4" else "another format"
+        raise CheckpointError(f"{label(path)}: expected a torch file as torch 1.6 and later save it, found {found}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise CheckpointError(f"{label(path)}: expected a torch file, found {one_line(error)}") from error
+    for entry in entries:
+        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
+            raise CheckpointError(
+                f"{label(path)}: expected stored entries, found {entry.filename} compressed or encrypted"
+            )
+        if entry.filename.endswith(".pkl") and entry.file_size > MAX_PICKLE_BYTES:
+            raise CheckpointError(
+                f"{label(path)}: expected {entry.filename} of at most {MAX_PICKLE_BYTES} bytes, found {entry.file_size}"
+            )
+
+
+def require_tensors(path: Path, content: object) -> dict[str, torch.Tensor]:
+    """`content` if it is a flat dictionary of names to plain dense tensors."""
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{label(path)}: expected a dictionary of tensors, found {type(content).__name__}")
+    for key, tensor in content.items():
+        if not isinstance(key, str):
+            raise CheckpointError(f"{label(path)}: expected tensor names, found a key of type {type(key).__name__}")
+        if not isinstance(tensor, torch.Tensor):
+            raise CheckpointError(f"{label(path)}: {key}: expected a tensor, found {type(tensor).__name__}")
+        if tensor.layout != torch.strided or tensor.device.type != "cpu":
+            found = f"layout {tensor.layout} on {tensor.device.type}"
+            raise CheckpointError(f"{label(path)}: {key}: expected a dense tensor, found {found}")
+    return {key: tensor.detach() for key, tensor in content.items()}
