@@ -7,23 +7,19 @@ import numpy as np
 # --- language ---------------------------------------------------------------------------------------------------
 
 
-def input_major(weight: np.ndarray, norm: np.ndarray | None = None) -> np.ndarray:
-    """A linear weight [O, C] as the right operand [C, O] of x W, an RMS norm's weight [C] taken in.
-
-    (x * norm) W^T = x (diag(norm) W^T).
-    """
-    transposed = weight.T
-    return np.ascontiguousarray(transposed if norm is None else transposed * norm[:, None])
+def take_norm(weight: np.ndarray, norm: np.ndarray | None) -> np.ndarray:
+    """A linear weight [O, C] that takes in the weight [C] of the RMS norm before it: W (norm * x) = (W * norm) x."""
+    return weight if norm is None else weight * norm
 
 
-def stack_router(reduce: np.ndarray, router: np.ndarray, norm: np.ndarray | None = None) -> np.ndarray:
-    """A [R, C] and the router [E, C] as one right operand [C, R + E]: both read the same x, so one product serves."""
-    return input_major(np.concatenate([reduce, router]), norm)
+def stack_router(reduce: np.ndarray, router: np.ndarray, norm: np.ndarray | None) -> np.ndarray:
+    """A [R, C] and the router [E, C] as one matrix [R + E, C]: both read the same x, so one product serves."""
+    return take_norm(np.concatenate([reduce, router]), norm)
 
 
 def scale_expansion(expand: np.ndarray, scaling: float) -> np.ndarray:
-    """B [O, R] as the right operand [R, O] with the H-LoRA scaling (alpha / r * E) taken in."""
-    return np.ascontiguousarray(expand.T * np.float32(scaling))
+    """B [O, R] that takes in the H-LoRA scaling, alpha / r * E."""
+    return expand * np.float32(scaling)
 
 
 # --- vision and VQGAN -------------------------------------------------------------------------------------------
@@ -45,6 +41,11 @@ def patch_matrix(weight: np.ndarray, mean: tuple[float, ...], std: tuple[float, 
     shift = PIXEL_CENTRE - 255.0 * np.asarray(mean, np.float64).reshape(channel)
     matrix = scaled.transpose(2, 3, 1, 0).reshape(-1, weight.shape[0])
     return np.ascontiguousarray(matrix, np.float32), (scaled * shift).sum((1, 2, 3)).astype(np.float32)
+
+
+def scale(values: np.ndarray, factor: float) -> np.ndarray:
+    """`factor` taken into a weight or bias, such as attention's 1/sqrt(D) into the queries': q k / c = (q / c) k."""
+    return (values.astype(np.float64) * factor).astype(np.float32)
 
 
 def position_table(class_embedding: np.ndarray, positions: np.ndarray, patch_bias: np.ndarray) -> np.ndarray:

@@ -158,7 +158,7 @@ class LanguageGraph:
         scale = finite(checkpoint.base_tensor(norm), norm) if norm else None
 
         def base() -> np.ndarray:
-            return fold.input_major(finite(checkpoint.base_tensor(f"{prefix}.weight"), f"{prefix}.weight"), scale)
+            return fold.take_norm(finite(checkpoint.base_tensor(f"{prefix}.weight"), f"{prefix}.weight"), scale)
 
         def adapter_in() -> np.ndarray:
             reduce, _, router = checkpoint.adapter(self.task, layer, linear)
@@ -188,9 +188,9 @@ class LanguageGraph:
             )
 
     def matrix(self, file: WeightFile, key: str, data_type: int, produce: Callable[[], np.ndarray]) -> tuple[str, str]:
-        """Store a matrix [C, O] as `data_type`; returns the names of its values and of its scales ("" for floats)."""
+        """Store a matrix [O, C] as the right operand [C, O]; names its values and its scales ("" for floats)."""
         if not is_quantised(data_type):
-            return self.graph.weight(file, key, data_type, produce), ""
+            return self.graph.weight(file, key, data_type, lambda: transpose(produce())), ""
         parts: list[np.ndarray] = []
 
         def part(index: int) -> np.ndarray:
@@ -249,7 +249,7 @@ def head(graph: GraphBuilder, parts: LanguageGraph, hidden: str, first: int, end
 
     def rows() -> np.ndarray:
         norm = finite(checkpoint.base_tensor("norm.weight"), "norm.weight")
-        return fold.input_major(finite(checkpoint.task_tensor(task, key)[first:end], key), norm)
+        return fold.take_norm(finite(checkpoint.task_tensor(task, key)[first:end], key), norm)
 
     file = parts.own if checkpoint.task_owns(task, key) else parts.base
     values, scales = parts.matrix(file, f"lm_head.{first}.{end}", parts.storage.head, rows)
@@ -258,6 +258,11 @@ def head(graph: GraphBuilder, parts: LanguageGraph, hidden: str, first: int, end
     elif parts.storage.head != FLOAT:
         values = graph.op("Cast", values, to=FLOAT)
     return str(graph.op("MatMul", hidden, values))
+
+
+def transpose(matrix: np.ndarray) -> np.ndarray:
+    """[O, C] -> [C, O] in memory, by torch because it uses all cores."""
+    return torch.from_numpy(matrix).t().contiguous().numpy()
 
 
 def finite(tensor: torch.Tensor, key: str) -> np.ndarray:
