@@ -93,15 +93,17 @@ class PickleSource(TensorSource):
 
 def check_archive(path: Path) -> None:
     """Refuse what mapping cannot read: the legacy torch format, compressed entries, an oversized description."""
-    if not zipfile.is_zipfile(require_file(path)):
-        with path.open("rb") as file:
-            found = "a truncated one" if file.read(4) == b"PK\3\4" else "another format"
-        raise CheckpointError(f"{label(path)}: expected a torch file as torch 1.6 and later save it, found {found}")
+    with require_file(path).open("rb") as file:
+        is_archive = file.read(4) == b"PK\3\4"
+    if not is_archive:
+        raise CheckpointError(
+            f"{label(path)}: expected a torch file as torch 1.6 and later save it, found another format"
+        )
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise CheckpointError(f"{label(path)}: expected a torch file, found {one_line(error)}") from error
+        raise CheckpointError(f"{label(path)}: expected a whole torch file, found {one_line(error)}") from error
     for entry in entries:
         if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
             raise CheckpointError(
