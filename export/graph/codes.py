@@ -44,7 +44,7 @@ def build_codes(checkpoint: Checkpoint, own: WeightFile) -> ModelProto:
         if level:
             x = blocks.upsample(f"{name}.upsample", x, widths[level], side)
             side *= 2
-    x = blocks.convolution("decoder.conv_out", blocks.norm_swish("decoder.norm_out", x))
+    x = blocks.convolution("decoder.conv_out", blocks.norm_swish("decoder.norm_out", x, widths[0], side))
     with graph.scope("levels"):
         low, high, two, full = (graph.constant(value, np.float32) for value in (-1, 1, 2, 255))
         unit = graph.op("Div", graph.op("Add", graph.op("Clip", x, low, high), high), two)

@@ -39,7 +39,7 @@ def build_draft(checkpoint: Checkpoint, own: WeightFile) -> ModelProto:
             x = blocks.downsample(f"{name}.downsample", x)
             side //= 2
     x = blocks.middle("encoder.mid", x, widths[top], side)
-    x = blocks.convolution("encoder.conv_out", blocks.norm_swish("encoder.norm_out", x))
+    x = blocks.convolution("encoder.conv_out", blocks.norm_swish("encoder.norm_out", x, widths[top], side))
 
     def scores() -> tuple[np.ndarray, np.ndarray]:
         parts = ("quant_conv.weight", "quant_conv.bias", "quantize.proj.weight", "quantize.proj.bias")

@@ -108,7 +108,7 @@ class _VisionGraph:
         matrix = self._matrix(
             self.base,
             f"vision/{block}.{name}.weight",
-            lambda: fold.input_major(np.concatenate([self._tower(f"{part}.weight") for part in parts])),
+            lambda: np.concatenate([self._tower(f"{part}.weight") for part in parts]).T,
         )
         bias = self.graph.weight(
             self.base,
@@ -122,7 +122,7 @@ class _VisionGraph:
         def read(key: str) -> np.ndarray:
             return self.checkpoint.task_tensor(self.task, key).float().numpy()
 
-        matrix = self._matrix(self.own, f"{name}.weight", lambda: fold.input_major(read(f"{name}.weight")))
+        matrix = self._matrix(self.own, f"{name}.weight", lambda: read(f"{name}.weight").T)
         bias = self.graph.weight(self.own, f"{name}.bias", FLOAT, lambda: read(f"{name}.bias"))
         return str(self.graph.op("Add", self.graph.op("MatMul", x, matrix), bias))
 
