@@ -1,0 +1,182 @@
+"""Pictures in (PNG, JPEG, DICOM) and out (PNG), and what the vision graph takes."""
+
+from __future__ import annotations
+
+import io
+import os
+import secrets
+import stat
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from .errors import ImageError
+from .image_guard import MAX_FILE_BYTES, check_size, check_window, guarded
+
+Pixels = NDArray[np.uint8]
+
+# The CLIP mean in 8 bit: what the original pads with, so that the border is nearly 0 after normalisation.
+BACKGROUND = (122, 116, 104)
+_SIGNATURES = {"PNG": b"\x89PNG\r\n\x1a\n", "JPEG": b"\xff\xd8\xff"}
+_EIGHT_BIT_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"})
+# "I" is how older Pillow opens a 16-bit PNG.
+_SIXTEEN_BIT_MODES = frozenset({"I;16", "I;16B", "I;16L", "I"})
+
+
+def read_image(source: Any, *, frame: int | None = None, window: tuple[float, float] | None = None) -> Image.Image:
+    """The picture in `source` as an RGB PIL image: a path, the bytes of a file, a PIL image, or an array.
+
+    Files are PNG, JPEG or DICOM by their content, not by their name. 8-bit ones equal `Image.open(p).convert("RGB")`:
+    an alpha channel is dropped and an EXIF orientation is not applied, as in the original. 16-bit grey is scaled by
+    its full range (value / 257, rounded) unless `window` says otherwise. A PNG or JPEG of several pictures is refused.
+    Arrays are uint8 [H, W] or [H, W, 3], or uint16 [H, W].
+
+    `frame` chooses a frame of a DICOM file, from 0, by default the first. `window` = (center, width), in the units
+    after rescaling (Hounsfield units for CT), replaces the window of a DICOM file; see `dicom_display.grayscale` for
+    what is shown without it. Raises ImageError, which never quotes pixels or DICOM values.
+    """
+    if isinstance(source, Image.Image | np.ndarray):
+        name = "picture" if isinstance(source, Image.Image) else "array"
+        with guarded(name, "a picture"):
+            return _to_rgb(_checked_array(source) if isinstance(source, np.ndarray) else source, frame, window)
+    if isinstance(source, bytes):
+        return _read_file(io.BytesIO(source), "picture", len(source), frame, window)
+    if not isinstance(source, str | os.PathLike):
+        found = type(source).__name__
+        raise ImageError(f"expected a path, bytes, a PIL image or an array as the picture, found {found}")
+    name = _printable(os.fspath(source))
+    try:
+        status = Path(os.fsdecode(source)).stat()
+        # Neither a pipe, which may never end, nor a directory.
+        if not stat.S_ISREG(status.st_mode):
+            raise ImageError(f"{name}: expected a file, found a {_kind(status.st_mode)}")
+        with Path(os.fsdecode(source)).open("rb") as file:
+            return _read_file(file, name, status.st_size, frame, window)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not a usable path"
+        raise ImageError(f"{name}: cannot be opened: {reason}") from None
+
+
+def prepare(image: Image.Image, size: int, background: tuple[int, int, int] = BACKGROUND) -> Pixels:
+    """Pad `image` (RGB) to a centred square of `background`, resize it bicubically: uint8 [size, size, 3].
+
+    Equal to the original's preprocessing before its normalisation (HEALTHGPT.md, Vision). Raises ImageError.
+    """
+    if image.mode != "RGB":
+        raise ImageError(f"expected an RGB picture, found mode {image.mode}")
+    check_size(*image.size)
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), background)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return np.array(square.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def write_image(path: str | os.PathLike[str], pixels: Pixels) -> None:
+    """Write `pixels` (uint8 [H, W, 3]) as a PNG file: whole, or not at all. Raises ImageError."""
+    target = Path(path)
+    name = _printable(str(target))
+    if target.suffix.lower() != ".png":
+        raise ImageError(f"{name}: pictures are written as PNG, expected a name that ends in .png")
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.size == 0:
+        raise ImageError(f"{name}: expected pixels uint8 [H, W, 3], got {pixels.dtype} {list(pixels.shape)}")
+    # In the same folder: a rename is atomic only within one file system.
+    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            Image.fromarray(pixels).save(file, "PNG")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not a usable path"
+        raise ImageError(f"{name}: cannot be written: {reason}") from None
+    finally:
+        _remove(temporary)
+
+
+def _read_file(
+    file: BinaryIO, name: str, size_bytes: int, frame: int | None, window: tuple[float, float] | None
+) -> Image.Image:
+    if size_bytes == 0:
+        raise ImageError(f"{name}: expected a picture, found an empty file")
+    if size_bytes > MAX_FILE_BYTES:
+        raise ImageError(f"{name}: expected at most {MAX_FILE_BYTES} bytes, found {size_bytes}")
+    head = file.read(132)
+    for kind, signature in _SIGNATURES.items():
+        if head.startswith(signature):
+            with guarded(name, kind):
+                return _read_picture(file, kind, frame, window)
+    # pydicom takes as long to import as everything else here together, and most pictures are not DICOM.
+    from .dicom import read_dicom
+    from .dicom_file import is_dicom
+
+    if not is_dicom(head):
+        raise ImageError(f"{name}: expected PNG, JPEG or DICOM, found another format")
+    with guarded(name, "DICOM"):
+        return read_dicom(file, frame, window)
+
+
+def _read_picture(file: BinaryIO, kind: str, frame: int | None, window: tuple[float, float] | None) -> Image.Image:
+    file.seek(0)
+    with Image.open(file, formats=(kind,)) as image:
+        check_size(*image.size)  # before any pixel is decoded
+        count = getattr(image, "n_frames", 1)
+        if count != 1:
+            raise ImageError(f"expected one picture in the file, found {count}")
+        return _to_rgb(image, frame, window)
+
+
+def _to_rgb(image: Image.Image, frame: int | None, window: tuple[float, float] | None) -> Image.Image:
+    check_size(*image.size)
+    if frame is not None:
+        raise ImageError("frame applies to DICOM files only")
+    if image.mode in _SIXTEEN_BIT_MODES:
+        return _sixteen_bit_to_rgb(np.asarray(image), window)
+    if window is not None:
+        raise ImageError("window applies to DICOM and 16-bit grey pictures only")
+    if image.mode not in _EIGHT_BIT_MODES:
+        raise ImageError(f"expected 8 bits a channel or 16-bit grey, found mode {image.mode}")
+    return image.convert("RGB")
+
+
+def _sixteen_bit_to_rgb(values: NDArray[Any], window: tuple[float, float] | None) -> Image.Image:
+    """PIL's own conversion would clip everything above 255 to white."""
+    from .dicom_display import linear_window, to_levels
+
+    if values.min() < 0 or values.max() > 0xFFFF:
+        raise ImageError("expected grey values of 16 bits, found larger ones")
+    every = np.arange(1 << 16, dtype=np.float64)
+    levels = every / 257 if window is None else linear_window(every, *check_window(window))
+    return Image.fromarray(to_levels(levels)[values]).convert("RGB")
+
+
+def _checked_array(pixels: NDArray[Any]) -> Image.Image:
+    if not (pixels.ndim == 2 and pixels.dtype in (np.uint8, np.uint16)) and not (
+        pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.dtype == np.uint8
+    ):
+        raise ImageError(
+            f"expected uint8 [H, W] or [H, W, 3], or uint16 [H, W], found {pixels.dtype} {list(pixels.shape)}"
+        )
+    check_size(pixels.shape[1], pixels.shape[0])
+    return Image.fromarray(np.ascontiguousarray(pixels))
+
+
+def _kind(mode: int) -> str:
+    return "directory" if stat.S_ISDIR(mode) else "device or pipe"
+
+
+def _printable(path: Any) -> str:
+    """The base name, in one line."""
+    name = os.fsdecode(path).rstrip("/").rsplit("/", 1)[-1]
+    return name if name.isprintable() else ascii(name)
+
+
+def _remove(path: Path) -> None:
+    """After the rename there is nothing left to remove; after a failure there may be."""
+    try:
+        path.unlink(missing_ok=True)
+    except (OSError, ValueError):
+        return
