@@ -1,0 +1,88 @@
+"""Each piece of exact algebra against the plain computation it replaces, to float32 rounding."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from healthgpt_edge.export import fold
+
+# Values are of order one: what is left is the rounding of the folded weights.
+ROUNDING = 1e-5
+
+
+def tensor(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Random values, scaled like a layer's weights: by the square root of the inputs."""
+    values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return values / values[0].numel() ** 0.5 if len(shape) > 1 else values
+
+
+def assert_equal(found: np.ndarray | torch.Tensor, expected: torch.Tensor, tolerance: float = ROUNDING) -> None:
+    assert np.asarray(found).dtype == np.float32
+    np.testing.assert_allclose(np.asarray(found), expected.numpy(), rtol=0, atol=tolerance)
+
+
+# --- vision and VQGAN ---------------------------------------------------------------------------------------------
+
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+@pytest.mark.parametrize("side", [1, 7, 14])
+def test_patch_matrix_and_position_table(side):
+    grid, width = 3, 33
+    weight, class_embedding = tensor(width, 3, side, side), tensor(width)
+    positions = tensor(grid * grid + 1, width, seed=1)
+    pixels = torch.randint(0, 256, (2, 3, grid * side, grid * side), generator=torch.Generator().manual_seed(2))
+    pixels[1] = 255  # the largest sum
+
+    normalised = (pixels / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    patches = functional.conv2d(normalised, weight, stride=side).flatten(2).transpose(1, 2)
+    expected = torch.cat([class_embedding.expand(2, 1, width), patches], dim=1) + positions
+
+    matrix, bias = fold.patch_matrix(weight.numpy(), MEAN, STD)
+    table = fold.position_table(class_embedding.numpy(), positions.numpy(), bias)
+    split = pixels.float().sub(fold.PIXEL_CENTRE).view(2, 3, grid, side, grid, side)
+    rows = split.permute(0, 2, 4, 3, 5, 1).reshape(2, grid * grid, side * side * 3)
+    found = functional.pad(rows, (0, 0, 1, 0)) @ torch.from_numpy(matrix) + torch.from_numpy(table)
+    assert_equal(found, expected)
+
+
+@pytest.mark.parametrize("channels", [32, 33, 512])
+def test_scale(channels):
+    query, key, bias, x = tensor(channels, channels), tensor(channels, 5, seed=1), tensor(channels), tensor(5, channels)
+    expected = functional.linear(x, query, bias) @ key * channels**-0.5
+    scaled = [torch.from_numpy(fold.scale(part.numpy(), channels**-0.5)) for part in (query, bias)]
+    assert_equal(functional.linear(x, *scaled) @ key, expected)
+
+
+@pytest.mark.parametrize(("codes", "width", "out"), [(64, 32, 32), (7, 5, 31)])
+def test_convolved_codebook(codes, width, out):
+    codebook, weight, bias = tensor(codes, width), tensor(out, width, 1, 1), tensor(out)
+    chosen = torch.randint(0, codes, (2, 3, 4), generator=torch.Generator().manual_seed(3))
+    expected = functional.conv2d(codebook[chosen].permute(0, 3, 1, 2), weight, bias)
+    table = fold.convolved_codebook(codebook.numpy(), weight.numpy(), bias.numpy())
+    assert_equal(table[chosen.numpy()].transpose(0, 3, 1, 2), expected)
+
+
+@pytest.mark.parametrize(("channels", "middle", "out"), [(32, 32, 64), (5, 3, 31)])
+def test_chain_pointwise(channels, middle, out):
+    first, second = tensor(middle, channels, 1, 1), tensor(out, middle, 1, 1, seed=1)
+    first_bias, second_bias, x = tensor(middle), tensor(out, seed=1), tensor(2, channels, 3, 4)
+    expected = functional.conv2d(functional.conv2d(x, first, first_bias), second, second_bias)
+    weight, bias = fold.chain_pointwise(*(part.numpy() for part in (first, first_bias, second, second_bias)))
+    assert_equal(functional.conv2d(x, torch.from_numpy(weight), torch.from_numpy(bias)), expected)
+
+
+@pytest.mark.parametrize(("channels", "out", "height", "width"), [(3, 4, 1, 1), (5, 2, 2, 3), (16, 31, 9, 8)])
+def test_upsample_kernel(channels, out, height, width):
+    weight, bias, x = tensor(out, channels, 3, 3), tensor(out), tensor(2, channels, height, width) + 1
+    upsampled = functional.interpolate(x, scale_factor=2.0, mode="nearest")
+    expected = functional.conv2d(upsampled, weight, bias, padding=1)
+
+    kernel = torch.from_numpy(fold.upsample_kernel(weight.numpy()))
+    phases = functional.conv2d(x, kernel, bias.repeat_interleave(4), padding=1)
+    interleaved = functional.pixel_shuffle(phases, 2)
+    # The whole picture, its border of zero padding included, is exactly the inside of the interleaved phases.
+    assert_equal(interleaved[:, :, 1:-1, 1:-1].contiguous(), expected)

@@ -1,0 +1,140 @@
+"""The vision graph in ONNX Runtime against the original's features."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from golden_cases import CASES, Case, open_golden
+from onnx import TensorProto
+from tolerances import FEATURES, FEATURES_FLOAT16
+
+from healthgpt_edge.errors import CheckpointError
+from healthgpt_edge.export.checkpoint import Checkpoint
+from healthgpt_edge.export.graph.vision import build_vision
+from healthgpt_edge.export.weights import WeightFile
+from healthgpt_edge.images import prepare, read_image
+
+PICTURE_CASES = [case for case in CASES if case.image]
+
+
+class Exported:
+    """The vision graphs of a checkpoint's tasks in `folder`, as a bundle holds them."""
+
+    def __init__(self, checkpoint: Checkpoint, folder: Path, storage: int = TensorProto.FLOAT) -> None:
+        self.folder = folder
+        (folder / "weights").mkdir()
+        self.models: dict[str, onnx.ModelProto] = {}
+        self.base_bytes: dict[str, int] = {}
+        base = WeightFile(folder / "weights/base.bin", "weights/base.bin")
+        for task in checkpoint.tasks:
+            own = WeightFile(folder / f"weights/{task}.bin", f"weights/{task}.bin")
+            self.models[task] = build_vision(checkpoint, task, base, own, storage)
+            self.base_bytes[task] = base.size_bytes
+            own.close()
+            (folder / f"{task}.vision.onnx").write_bytes(self.models[task].SerializeToString())
+        base.close()
+
+    def features(self, task: str, pixels: np.ndarray) -> np.ndarray:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        session = onnxruntime.InferenceSession(
+            self.folder / f"{task}.vision.onnx", options, providers=["CPUExecutionProvider"]
+        )
+        return session.run(["image_features"], {"pixels": pixels})[0]
+
+
+@pytest.fixture(scope="module", params=["m3", "phi4", "qwen"])
+def exported(request, tmp_path_factory):
+    with open_golden(request.param) as checkpoint:
+        graphs = Exported(checkpoint, tmp_path_factory.mktemp(request.param))
+    graphs.system = request.param
+    return graphs
+
+
+@pytest.fixture(scope="module")
+def m3(tmp_path_factory):
+    with open_golden("m3") as checkpoint:
+        yield checkpoint, Exported(checkpoint, tmp_path_factory.mktemp("m3"))
+
+
+def pixels_of(case: Case) -> np.ndarray:
+    return prepare(read_image(case.image), 56)[None]
+
+
+def test_features_of_every_golden_picture(exported):
+    cases = [case for case in PICTURE_CASES if case.system == exported.system]
+    assert cases
+    for case in cases:
+        features = exported.features(case.task, pixels_of(case))
+        assert features.dtype == np.float32
+        np.testing.assert_allclose(
+            features, case.arrays["projected_features"], rtol=0, atol=FEATURES, err_msg=case.name
+        )
+
+
+def test_a_batch_gives_what_its_pictures_give(m3):
+    _, graphs = m3
+    pixels = np.concatenate([pixels_of(case) for case in PICTURE_CASES if case.system == "m3"])
+    together = graphs.features("comprehension", pixels)
+    for row, picture in zip(together, pixels, strict=True):
+        np.testing.assert_allclose(row, graphs.features("comprehension", picture[None])[0], rtol=0, atol=FEATURES)
+
+
+def test_stored_in_float16(tmp_path):
+    case = Case("m3_com_wide")
+    with open_golden("m3") as checkpoint:
+        graphs = Exported(checkpoint, tmp_path, TensorProto.FLOAT16)
+    types = {tensor.name: tensor.data_type for tensor in graphs.models["comprehension"].graph.initializer}
+    matrices = {name for name, data_type in types.items() if data_type == TensorProto.FLOAT16}
+    # 4 layers of 4 matrices and the projector's two; norms, biases, positions and the patch matrix stay float32.
+    assert len(matrices) == 4 * 4 + 2
+    assert all(name.endswith(".weight") and "norm" not in name for name in matrices)
+    found = graphs.features(case.task, pixels_of(case))
+    np.testing.assert_allclose(found, case.arrays["projected_features"], rtol=0, atol=FEATURES_FLOAT16)
+
+
+def test_a_task_runs_only_the_layers_it_reads(m3):
+    checkpoint, graphs = m3
+    for task, model in graphs.models.items():
+        layers = {tensor.name.split(".")[2] for tensor in model.graph.initializer if ".layers." in tensor.name}
+        assert layers == {str(layer) for layer in range(checkpoint.tasks[task].vision_layers)}
+    assert checkpoint.tasks["generation"].vision_layers == 1
+    assert checkpoint.tasks["comprehension"].vision_layers == checkpoint.vision.layers - 1
+
+
+def test_tasks_share_one_tower(m3):
+    _, graphs = m3
+    assert graphs.base_bytes["comprehension"] == graphs.base_bytes["generation"]
+    locations = {
+        entry.value
+        for tensor in graphs.models["generation"].graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    assert locations == {"weights/base.bin", "weights/generation.bin"}
+
+
+def test_the_graph_is_standard_and_well_formed(m3):
+    _, graphs = m3
+    for task, model in graphs.models.items():
+        assert {node.domain for node in model.graph.node} == {""}
+        onnx.checker.check_model(graphs.folder / f"{task}.vision.onnx", full_check=True)
+
+
+def test_a_picture_of_another_size_is_refused(m3):
+    _, graphs = m3
+    with pytest.raises(Exception, match="Got invalid dimensions for input: pixels"):
+        graphs.features("generation", np.zeros((1, 55, 56, 3), np.uint8))
+
+
+def test_patches_must_fill_the_picture(m3):
+    checkpoint, _ = m3
+    uneven = SimpleNamespace(vision=replace(checkpoint.vision, image_size=57))
+    with pytest.raises(CheckpointError, match=r"^image_size must be a multiple of patch_size, 14, got 57$"):
+        build_vision(uneven, "generation", None, None, TensorProto.FLOAT)
