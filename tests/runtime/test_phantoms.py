@@ -1,0 +1,179 @@
+"""Phantoms: seeded, in agreement with their own answers, and scored by figures worked out by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from healthgpt_edge import phantoms
+from healthgpt_edge.phantoms import SIDE, Lesion, Question, Task
+
+SAMPLE = phantoms.held_out(40)
+
+
+def test_a_seed_gives_the_same_phantom_and_another_seed_another() -> None:
+    again = phantoms.phantom(3)
+    assert np.array_equal(SAMPLE[3].ct, again.ct)
+    assert np.array_equal(SAMPLE[3].mr, again.mr)
+    assert SAMPLE[3].lesions == again.lesions
+    assert not np.array_equal(SAMPLE[3].ct, SAMPLE[4].ct)
+
+
+def test_pictures_are_grey_and_of_one_size() -> None:
+    for subject in SAMPLE:
+        for picture in (subject.ct, subject.mr):
+            assert picture.shape == (SIDE, SIDE)
+            assert picture.dtype == np.uint8
+            assert picture.max() > 150
+            assert picture[:3].mean() < 20  # air around the head
+
+
+def test_both_modalities_show_one_anatomy_in_different_brightness() -> None:
+    for subject in SAMPLE:
+        head = subject.ct > 40
+        assert (head & (subject.mr > 10)).sum() > 0.9 * head.sum()
+    bone = SAMPLE[0].ct > 200
+    assert SAMPLE[0].mr[bone].mean() < 0.5 * SAMPLE[0].ct[bone].mean()
+
+
+def test_lesions_are_bright_apart_and_off_the_middle_lines() -> None:
+    seen = 0
+    for subject in SAMPLE:
+        for lesion in subject.lesions:
+            row, column = int(lesion.row), int(lesion.column)
+            assert min(abs(lesion.row - SIDE / 2), abs(lesion.column - SIDE / 2)) > 8
+            assert subject.mr[row, column] > 190
+            seen += 1
+        for first, second in zip(subject.lesions, subject.lesions[1:], strict=False):
+            assert np.hypot(first.row - second.row, first.column - second.column) > first.radius + second.radius
+    assert seen > 20
+
+
+def test_every_count_and_quadrant_occurs() -> None:
+    assert {len(subject.lesions) for subject in SAMPLE} == {0, 1, 2, 3}
+    quadrants = {
+        q.answer for subject in phantoms.held_out(80) for q in phantoms.questions(subject) if q.kind == "where"
+    }
+    assert quadrants == {"upper left", "upper right", "lower left", "lower right"}
+
+
+@pytest.mark.parametrize(
+    ("row", "column", "quadrant"),
+    [(20, 20, "upper left"), (20, 90, "upper right"), (90, 20, "lower left"), (90, 90, "lower right")],
+)
+def test_quadrant_of_a_lesion(row: float, column: float, quadrant: str) -> None:
+    assert Lesion(row, column, 5.0).quadrant == quadrant
+
+
+def test_questions_follow_the_lesions() -> None:
+    one = next(subject for subject in SAMPLE if len(subject.lesions) == 1)
+    none = next(subject for subject in SAMPLE if not subject.lesions)
+    about_one = [(q.kind, q.answer) for q in phantoms.questions(one)]
+    where = ("where", one.lesions[0].quadrant)
+    assert about_one == [
+        *[("modality", "CT"), ("lesion", "Yes"), ("count", "One"), where],
+        *[("modality", "MR"), ("lesion", "Yes"), ("count", "One"), where],
+    ]
+    assert [q.answer for q in phantoms.questions(none)] == ["CT", "No", "None", "MR", "No", "None"]
+
+
+def test_tasks_have_targets_inputs_and_baselines() -> None:
+    subject = SAMPLE[0]
+    kinds = [task.kind for task in phantoms.tasks(subject)]
+    assert sorted(kinds) == ["ct-to-mr", "reconstruct", "reconstruct", "super-resolve", "super-resolve"]
+    for task in phantoms.tasks(subject):
+        assert task.instruction == phantoms.INSTRUCTIONS[task.kind]
+        assert task.picture.shape == ((32, 32) if task.kind == "super-resolve" else (SIDE, SIDE))
+        assert task.target.shape == task.baseline.shape == (SIDE, SIDE)
+    translate = next(task for task in phantoms.tasks(subject) if task.kind == "ct-to-mr")
+    assert np.array_equal(translate.picture, subject.ct)
+    assert np.array_equal(translate.target, subject.mr)
+
+
+def test_downsample_averages_squares() -> None:
+    picture = np.arange(SIDE * SIDE, dtype=np.uint32).reshape(SIDE, SIDE).astype(np.uint8)
+    expected = picture.reshape(32, 4, 32, 4).mean(axis=(1, 3))
+    assert np.abs(phantoms.downsample(picture) - expected).max() <= 0.5
+    assert phantoms.enlarge(phantoms.downsample(picture)).shape == (SIDE, SIDE)
+
+
+def test_held_out_seeds_are_not_those_of_training() -> None:
+    assert [subject.seed for subject in phantoms.held_out(3)] == [0, 1, 2]
+    assert phantoms.HELD_OUT_SEEDS <= phantoms.TRAINING_SEEDS
+    for count in (0, -1, phantoms.HELD_OUT_SEEDS + 1):
+        with pytest.raises(ValueError, match=f"expected 1 to 10000 held-out phantoms, got {count}"):
+            phantoms.held_out(count)
+
+
+def test_answers_are_scored_beside_the_majority() -> None:
+    picture = SAMPLE[0].ct
+    asked = [Question("count", "?", picture, answer) for answer in ("None", "None", "None", "Two")]
+    asked.append(Question("modality", "?", picture, "CT"))
+    scores = phantoms.score_answers(asked, ["None", " none\n", "Nonesuch", "Two", "MR"])
+    assert set(scores) == {"count", "modality"}
+    assert (scores["count"].correct, scores["count"].total, scores["count"].accuracy) == (3, 4, 0.75)
+    assert scores["count"].chance == 0.75
+    assert (scores["modality"].accuracy, scores["modality"].chance) == (0.0, 1.0)
+    with pytest.raises(ValueError, match="expected one answer to each of 5 questions, got 1"):
+        phantoms.score_answers(asked, ["None"])
+
+
+def test_chance_on_the_held_out_set_is_what_the_odds_say() -> None:
+    asked = [question for subject in phantoms.held_out(100) for question in phantoms.questions(subject)]
+    scores = phantoms.score_answers(asked, [question.answer for question in asked])
+    assert all(score.accuracy == 1.0 for score in scores.values())
+    assert scores["modality"].chance == 0.5
+    assert 0.5 < scores["lesion"].chance < 0.7
+    assert 0.3 < scores["count"].chance < 0.5
+    assert 0.25 <= scores["where"].chance < 0.5
+
+
+def test_pictures_are_scored_by_kind() -> None:
+    target = SAMPLE[0].ct
+    task = Task("reconstruct", "?", target, target, np.zeros_like(target))
+    worse = np.clip(target.astype(int) + 10, 0, 255).astype(np.uint8)
+    score = phantoms.score_pictures([task], [np.repeat(worse[..., None], 3, axis=2)])["reconstruct"]
+    assert score.total == 1
+    assert score.psnr == pytest.approx(phantoms.psnr(worse, target))
+    assert score.baseline_psnr < score.psnr
+    assert score.baseline_ssim < score.ssim
+    with pytest.raises(ValueError, match="expected one picture for each of 1 tasks, got 0"):
+        phantoms.score_pictures([task], [])
+
+
+def test_psnr_of_known_errors() -> None:
+    black = np.zeros((8, 8), dtype=np.uint8)
+    assert phantoms.psnr(black, black) == float("inf")
+    assert phantoms.psnr(black, np.full((8, 8), 255, dtype=np.uint8)) == pytest.approx(0.0)
+    assert phantoms.psnr(black, np.full((8, 8), 10, dtype=np.uint8)) == pytest.approx(28.1308, abs=1e-4)
+
+
+def test_ssim_of_equal_flat_and_inverted_pictures() -> None:
+    picture = SAMPLE[0].mr
+    assert phantoms.ssim(picture, picture) == pytest.approx(1.0)
+    assert phantoms.ssim(picture, 255 - picture) < 0.1
+    # Flat pictures have no structure: only the luminance term (2ab + c1) / (a^2 + b^2 + c1) is left.
+    flat = phantoms.ssim(np.full((9, 9), 100), np.full((9, 9), 50))
+    assert flat == pytest.approx((2 * 100 * 50 + 6.5025) / (100**2 + 50**2 + 6.5025))
+
+
+@pytest.mark.parametrize("score", [phantoms.psnr, phantoms.ssim])
+def test_pictures_of_different_shapes_are_refused(score: object) -> None:
+    with pytest.raises(
+        ValueError, match=r"expected two pictures of one shape, at least 7x7, got \(8, 8\) and \(8, 9\)"
+    ):
+        score(np.zeros((8, 8)), np.zeros((8, 9)))  # type: ignore[operator]
+
+
+def test_the_mean_picture_is_no_single_phantom() -> None:
+    mean = phantoms.mean_picture("ct")
+    assert mean.shape == (SIDE, SIDE)
+    assert 10 < phantoms.psnr(mean, SAMPLE[0].ct) < 25
+    assert not np.array_equal(mean, phantoms.mean_picture("mr"))
+
+
+def test_phantoms_cannot_be_changed_by_accident() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SAMPLE[0].seed = 1  # type: ignore[misc]
