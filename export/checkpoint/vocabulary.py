@@ -10,7 +10,7 @@ import sentencepiece
 from healthgpt_edge.errors import CheckpointError
 
 from .fields import Fields
-from .files import MAX_TEXT_BYTES, label, one_line, read_json, require_file
+from .files import MAX_TEXT_BYTES, label, read_json, require_file
 from .language import MAX_VOCABULARY, Architecture
 
 # The tokens that HealthGPT adds beside its codes: start, end, pixel newline.
@@ -80,7 +80,8 @@ def _sentencepiece_size(path: Path) -> int:
     try:
         return int(sentencepiece.SentencePieceProcessor(model_file=str(path)).get_piece_size())
     except (RuntimeError, OSError) as error:
-        raise CheckpointError(f"{label(path)}: expected a sentencepiece model, found {one_line(error)}") from error
+        # Its message holds the whole path.
+        raise CheckpointError(f"{label(path)}: expected a sentencepiece model, found {type(error).__name__}") from error
 
 
 def _added_tokens(base: Path) -> list[tuple[Path, dict[int, str]]]:
