@@ -1,0 +1,108 @@
+"""What the trained phantom is worth, by the PyTorch reference, on held-out phantoms: batched greedy decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from healthgpt_edge import phantoms
+from healthgpt_edge.phantoms import Picture, Task
+
+from ..reference.language import KeyValueCache
+from ..reference.model import HealthGPT
+from ..reference.vqgan import Vqgan, to_uint8
+from .autoencoder import to_input
+from .base import CODES
+from .corpus import END, Words
+from .pictures import GRID, enlarge
+from .plugins import NEW_TOKENS, prompt_embeddings
+
+BATCH = 20
+ANSWER_TOKENS = 8
+Item = TypeVar("Item")
+
+
+def chunks(items: Sequence[Item]) -> Iterator[Sequence[Item]]:
+    for start in range(0, len(items), BATCH):
+        yield items[start : start + BATCH]
+
+
+@torch.no_grad()
+def greedy(model: HealthGPT, prompts: Tensor, pictures: Sequence[Picture], new_tokens: int) -> Tensor:
+    """Greedy ids [B, new_tokens] for prompts [B,T] of one length and their pictures; nothing stops a row early."""
+    features = model.image_features(model.vision_tower.normalise(enlarge(pictures)))
+    embeddings = prompt_embeddings(model, prompts, features)
+    cache = KeyValueCache(model.language, embeddings.shape[1] + new_tokens, len(prompts))
+    chosen = []
+    for _ in range(new_tokens):
+        chosen.append(model.lm_head(model.model(embeddings, cache)[:, -1]).argmax(dim=1))
+        embeddings = model.model.embed_tokens(chosen[-1][:, None])
+    return torch.stack(chosen, dim=1)
+
+
+def answers(model: HealthGPT, words: Words, count: int) -> dict[str, Any]:
+    """Exact match by question kind on `count` held-out phantoms, beside chance."""
+    asked = [question for subject in phantoms.held_out(count) for question in phantoms.questions(subject)]
+    given: dict[int, str] = {}
+    for kind, text in phantoms.QUESTIONS.items():
+        prompt = torch.tensor([words.prompt(text)])
+        for some in chunks([i for i, question in enumerate(asked) if question.kind == kind]):
+            ids = greedy(model, prompt.expand(len(some), -1), [asked[i].picture for i in some], ANSWER_TOKENS)
+            for index, row in zip(some, ids.tolist(), strict=True):
+                stop = row.index(END) if END in row else len(row)
+                given[index] = words.tokenizer.decode(row[:stop])
+    scores = phantoms.score_answers(asked, [given[i] for i in range(len(asked))])
+    return {
+        kind: {"accuracy": round(s.accuracy, 4), "chance": round(s.chance, 4), "questions": s.total}
+        for kind, s in scores.items()
+    }
+
+
+@torch.no_grad()
+def pictures(model: HealthGPT, vqgan: Vqgan, words: Words, count: int) -> dict[str, Any]:
+    """PSNR and SSIM by task on `count` held-out phantoms, of the model, of the codes' ceiling, of a trivial baseline.
+
+    The ceiling is the target after the VQGAN's own encoder and decoder. `valid_free_runs` is the share of greedy runs
+    that give exactly 256 codes, <end_index> and <|end|> with nothing holding them to it.
+    """
+    wanted = [task for subject in phantoms.held_out(count) for task in phantoms.tasks(subject)]
+    prompts = {kind: torch.tensor([*ids, NEW_TOKENS.start]) for kind, ids in words.instructions().items()}
+    drawn: list[Picture] = []
+    valid = 0
+    for some in chunks(wanted):
+        asked = torch.stack([prompts[task.kind] for task in some])
+        ids = greedy(model, asked, [task.picture for task in some], CODES + 2)
+        codes = ids[:, :CODES] - NEW_TOKENS.first_code
+        good = ((codes >= 0) & (codes < NEW_TOKENS.codes)).all(dim=1)
+        good &= (ids[:, CODES] == NEW_TOKENS.end) & (ids[:, CODES + 1] == END)
+        valid += int(good.sum())
+        drawn += _decode(vqgan, codes.clamp(0, NEW_TOKENS.codes - 1))
+    ceiling = _roundtrip(vqgan, wanted)
+    result: dict[str, Any] = {}
+    best = phantoms.score_pictures(wanted, ceiling)
+    for kind, score in phantoms.score_pictures(wanted, drawn).items():
+        result[kind] = {
+            "psnr": round(score.psnr, 2),
+            "ssim": round(score.ssim, 4),
+            "ceiling_psnr": round(best[kind].psnr, 2),
+            "ceiling_ssim": round(best[kind].ssim, 4),
+            "baseline_psnr": round(score.baseline_psnr, 2),
+            "baseline_ssim": round(score.baseline_ssim, 4),
+            "pictures": score.total,
+        }
+    return {**result, "valid_free_runs": round(valid / len(wanted), 4)}
+
+
+def _decode(vqgan: Vqgan, codes: Tensor) -> list[Picture]:
+    return list(to_uint8(vqgan.decode(codes.unflatten(1, (GRID, GRID)))).float().mean(dim=3).round().byte().numpy())
+
+
+def _roundtrip(vqgan: Vqgan, wanted: Sequence[Task]) -> list[Picture]:
+    drawn: list[Picture] = []
+    for some in chunks(wanted):
+        drawn += _decode(vqgan, vqgan.encode(to_input(np.stack([task.target for task in some]))).flatten(1))
+    return drawn

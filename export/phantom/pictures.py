@@ -1,0 +1,49 @@
+"""The pictures that the phantom's tower and plugins are trained on, and what each patch of them shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+
+from healthgpt_edge import phantoms
+from healthgpt_edge.phantoms import Phantom, Picture
+
+INPUT_SIDE = 224
+GRID = 16  # patches of 14 pixels, and codes of 8 pixels, to a side: patch i shows what code i draws
+PATCH = phantoms.SIDE // GRID
+
+
+def training_phantoms(seed: int, count: int) -> list[Phantom]:
+    """`count` phantoms, none of them held out; another seed gives others."""
+    rng = np.random.default_rng(seed)
+    return [phantoms.phantom(int(one)) for one in rng.integers(phantoms.TRAINING_SEEDS, 2**31, count)]
+
+
+def enlarge(pictures: Sequence[Picture]) -> Tensor:
+    """Grey squares of any side -> what the runtime gives the tower, uint8 [B,224,224,3]: bicubic, grey in RGB."""
+    size = (INPUT_SIDE, INPUT_SIDE)
+    grey = np.stack([np.asarray(Image.fromarray(p).resize(size, Image.Resampling.BICUBIC)) for p in pictures])
+    return torch.from_numpy(grey)[..., None].expand(-1, -1, -1, 3)
+
+
+def patch_windows(pictures: Sequence[Picture]) -> Tensor:
+    """Grey uint8 [128,128] pictures -> each patch with half a patch around it, in [-1,1], [B,256,256].
+
+    The VQGAN's codes depend on what surrounds a patch, so features that are to predict them must show that too.
+    """
+    grey = torch.from_numpy(np.stack(pictures)).float()[:, None] / 127.5 - 1
+    around = functional.pad(grey, [PATCH // 2] * 4, value=-1.0)
+    return functional.unfold(around, 2 * PATCH, stride=PATCH).transpose(1, 2)
+
+
+def lesion_map(subject: Phantom) -> np.ndarray:
+    """Which patches hold the centre of a lesion, float32 [256]."""
+    centres = np.zeros((GRID, GRID), dtype=np.float32)
+    for lesion in subject.lesions:
+        centres[int(lesion.row) // PATCH, int(lesion.column) // PATCH] = 1
+    return centres.reshape(-1)

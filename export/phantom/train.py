@@ -1,0 +1,162 @@
+"""Trains the phantom from nothing and writes it in the released layout.
+
+    python -m healthgpt_edge.export.phantom --seed 0 --out DIR
+
+Five stages, each seeded and kept in DIR/work when it is done (a run that is cut off goes on with the next stage):
+the VQGAN; the CLIP tower, on labelled phantoms; the base language model, on words and on copying, never on pictures;
+then, with all of these frozen, the comprehension and the generation plugin. Progress goes to DIR/training.log, the
+figures on held-out phantoms to DIR/metrics.json.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference.model import HealthGPT
+from ..reference.vqgan import Vqgan
+from . import autoencoder, base, measure, plugins, release, vision
+from .corpus import Words, write_tokenizer_files
+from .pictures import training_phantoms
+
+PICTURE_PHANTOMS = 1200  # phantoms whose codes generation is trained on
+CODES_BATCH = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """How long each stage trains, in batches."""
+
+    vqgan: int = 1200
+    vision: int = 1000
+    base: int = 300
+    comprehension: int = 800
+    generation: int = 1500
+    phantoms: int = 4000
+    held_out: int = 100
+
+
+class Training:
+    """One run of all stages in the folder `out`."""
+
+    def __init__(self, out: Path, seed: int, steps: Steps) -> None:
+        self.out, self.seed, self.steps = out, seed, steps
+        for name in ("base", "vision", "plugins", "vqgan", "work"):
+            (out / name).mkdir(parents=True, exist_ok=True)
+        self.started = time.time()
+        self.subjects = training_phantoms(seed, steps.phantoms)
+        write_tokenizer_files(out / "base")
+        self.words = Words(out / "base")
+
+    def report(self, line: str) -> None:
+        line = f"{time.time() - self.started:6.0f} s  {line}"
+        print(line, flush=True)
+        with (self.out / "training.log").open("a") as log:
+            log.write(line + "\n")
+
+    def stage(self, name: str, train: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The state of a stage: trained now, or kept from before; its seconds are kept beside it."""
+        path = self.out / "work" / f"{name}.pt"
+        if not path.is_file():
+            started = time.time()
+            state = train()
+            torch.save({"state": state, "seconds": time.time() - started}, path)
+        return torch.load(path, weights_only=True)["state"]
+
+    def seconds(self) -> dict[str, int]:
+        kept = sorted((self.out / "work").glob("*.pt"))
+        return {path.stem: round(torch.load(path, weights_only=True)["seconds"]) for path in kept}
+
+    def run(self) -> dict[str, Any]:
+        """Every stage, the files, and the figures that went to metrics.json."""
+        seed, steps, out = self.seed, self.steps, self.out
+        vqgan = Vqgan(autoencoder.CONFIG)
+        vqgan.load_state_dict(
+            self.stage("vqgan", lambda: autoencoder.train(seed, steps.vqgan, self.report).state_dict())
+        )
+        vqgan.eval().requires_grad_(False)
+        release.write_vqgan(out / "vqgan", vqgan, autoencoder.CONFIG)
+
+        tower = self.stage("vision", lambda: vision.train(seed, steps.vision, self.subjects, self.report).state_dict())
+        base_state = self.stage("base", lambda: base.train(seed, steps.base, self.words, self.report).state_dict())
+        # As the release does it, the plugins are trained on the float16 numbers that the base's file holds.
+        base_state = {name: value.half().float() for name, value in base_state.items()}
+
+        answering = plugins.new_plugin(plugins.COMPREHENSION_TASK, base_state, tower)
+        release.write_base(out / "base", answering)
+        release.write_vision(out / "vision", answering)
+        answering.load_state_dict(
+            self.stage(
+                "comprehension",
+                lambda: plugins.train_comprehension(
+                    seed, steps.comprehension, answering, self.words, self.subjects, self.report
+                ).state_dict(),
+            )
+        )
+        release.write_comprehension(out / "plugins", answering)
+
+        drawing = plugins.new_plugin(plugins.GENERATION_TASK, base_state, tower)
+        drawing.load_state_dict(self.stage("generation", lambda: self._train_generation(drawing, vqgan)))
+        release.write_generation(out / "plugins", drawing)
+        return self._measure(answering, drawing, vqgan)
+
+    def _train_generation(self, model: HealthGPT, vqgan: Vqgan) -> dict[str, Tensor]:
+        subjects = self.subjects[:PICTURE_PHANTOMS]
+        codes = self.stage("codes", lambda: {"codes": encode(vqgan, subjects)})["codes"]
+        return plugins.train_generation(
+            self.seed,
+            self.steps.generation,
+            model,
+            self.words,
+            subjects,
+            codes,
+            self.report,
+            keep=lambda so_far: release.write_generation(self.out / "plugins", so_far),
+        ).state_dict()
+
+    def _measure(self, answering: HealthGPT, drawing: HealthGPT, vqgan: Vqgan) -> dict[str, Any]:
+        """Figures of what was written: the plugins' float16 numbers, computed in float32."""
+        for model in (answering, drawing):
+            model.requires_grad_(False).eval()
+            plugin = {name: value.half().float() for name, value in model.state_dict().items() if "vision" not in name}
+            model.load_state_dict(plugin, strict=False)
+        count = self.steps.held_out
+        metrics = {
+            "seed": self.seed,
+            "seconds": self.seconds(),
+            "held_out_phantoms": count,
+            "answers": measure.answers(answering, self.words, count),
+            "pictures": measure.pictures(drawing, vqgan, self.words, count),
+        }
+        (self.out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+        self.report(json.dumps(metrics))
+        return metrics
+
+
+@torch.no_grad()
+def encode(vqgan: Vqgan, subjects: list[Any]) -> Tensor:
+    """The codes of each subject's CT and MR, int64 [len(subjects), 2, 256]."""
+    import numpy as np
+
+    pictures = np.stack([picture for subject in subjects for picture in (subject.ct, subject.mr)])
+    parts = [
+        vqgan.encode(autoencoder.to_input(pictures[start : start + CODES_BATCH])).flatten(1)
+        for start in range(0, len(pictures), CODES_BATCH)
+    ]
+    return torch.cat(parts).unflatten(0, (len(subjects), 2))
+
+
+def train(out: Path, seed: int, steps: Steps | None = None, keep_work: bool = True) -> dict[str, Any]:
+    """Train every stage and write the released layout to `out`; returns the figures of metrics.json."""
+    metrics = Training(out, seed, steps or Steps()).run()
+    if not keep_work:
+        shutil.rmtree(out / "work")
+    return metrics
