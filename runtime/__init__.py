@@ -1,1 +1,7 @@
 """Run HealthGPT bundles: a medical picture and words in, text or a picture out."""
+
+from .decoding import Sampling
+from .errors import HealthGPTError
+from .session import Answer, Picture, Session, load
+
+__all__ = ["Answer", "HealthGPTError", "Picture", "Sampling", "Session", "load"]

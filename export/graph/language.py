@@ -16,7 +16,7 @@ from healthgpt_edge.errors import CheckpointError
 
 from .. import fold
 from ..checkpoint import Checkpoint
-from ..quantize import Storage, is_quantised, quantise
+from ..quantize import Storage, is_quantised, quantise, transpose
 from ..weights import WeightFile
 from .builder import GraphBuilder
 from .functions import cached_attention, hlora_linear
@@ -258,11 +258,6 @@ def head(graph: GraphBuilder, parts: LanguageGraph, hidden: str, first: int, end
     elif parts.storage.head != FLOAT:
         values = graph.op("Cast", values, to=FLOAT)
     return str(graph.op("MatMul", hidden, values))
-
-
-def transpose(matrix: np.ndarray) -> np.ndarray:
-    """[O, C] -> [C, O] in memory, by torch because it uses all cores."""
-    return torch.from_numpy(matrix).t().contiguous().numpy()
 
 
 def finite(tensor: torch.Tensor, key: str) -> np.ndarray:
