@@ -54,6 +54,9 @@ def jpeg_header(data: bytes) -> FrameHeader:
             break
     if header is None or _SECOND_FRAME.search(data, position):
         raise ImageError("expected one frame header in the JPEG codestream")
+    # libjpeg fills what is missing with grey and says nothing. A pad byte or a few may follow the end mark.
+    if b"\xff\xd9" not in data[-10:]:
+        raise ImageError("the JPEG codestream is cut short: expected its end mark")
     return header
 
 

@@ -12,6 +12,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from PIL import ImageFile
+
 from .errors import ImageError
 
 # Files are read frame by frame, so a long cine or tomosynthesis series may be larger than the memory limits below.
@@ -29,8 +31,8 @@ MAX_ITEMS = 100_000
 
 _LIBRARIES = {"PIL", "libjpeg", "openjpeg", "pydicom", "pylibjpeg", "rle"}
 _reading = threading.local()
-# Python's warning filters belong to the process: two threads must not save and restore them in turns.
-_filters_lock = threading.RLock()
+# The settings of Python and Pillow belong to the process: two threads must not save and restore them in turns.
+_settings_lock = threading.RLock()
 
 
 class _NotWhileReading(logging.Filter):
@@ -49,8 +51,10 @@ def guarded(name: str, kind: str) -> Iterator[None]:
     for logger_name, logger in list(logging.root.manager.loggerDict.items()):
         if logger_name.split(".")[0] in _LIBRARIES and isinstance(logger, logging.Logger):
             logger.addFilter(_silence)
-    with _filters_lock, warnings.catch_warnings():
+    with _settings_lock, warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        # A host may have told Pillow to fill truncated pictures with grey; here that is an answer about nothing.
+        fill_truncated, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
         _reading.active = True
         try:
             yield
@@ -61,9 +65,10 @@ def guarded(name: str, kind: str) -> Iterator[None]:
             raise ImageError(f"{name}: cannot be read as {kind}: {reason}") from None
         except Exception as error:
             # The text of a library's exception may hold DICOM values; its class does not.
-            raise ImageError(f"{name}: cannot be read as {kind}: damaged ({type(error).__name__})") from None
+            raise ImageError(f"{name}: cannot be read as {kind}: damaged or not supported ({type(error).__name__})") from None
         finally:
             _reading.active = False
+            ImageFile.LOAD_TRUNCATED_IMAGES = fill_truncated
 
 
 def check_size(width: int, height: int) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from .errors import ImageError
-from .image_guard import MAX_FILE_BYTES, check_size, check_window, guarded
+from .image_guard import MAX_FILE_BYTES, MAX_PIXELS, check_size, check_window, guarded
 
 Pixels = NDArray[np.uint8]
 
@@ -60,7 +60,7 @@ def read_image(source: Any, *, frame: int | None = None, window: tuple[float, fl
         raise ImageError(f"{name}: cannot be opened: {reason}") from None
 
 
-def prepare(image: Image.Image, size: int, background: tuple[int, int, int] = BACKGROUND) -> Pixels:
+def prepare(image: Image.Image, size: int, background: tuple[int, ...] = BACKGROUND) -> Pixels:
     """Pad `image` (RGB) to a centred square of `background`, resize it bicubically: uint8 [size, size, 3].
 
     Equal to the original's preprocessing before its normalisation (HEALTHGPT.md, Vision). Raises ImageError.
@@ -121,7 +121,11 @@ def _read_file(
 
 def _read_picture(file: BinaryIO, kind: str, frame: int | None, window: tuple[float, float] | None) -> Image.Image:
     file.seek(0)
-    with Image.open(file, formats=(kind,)) as image:
+    try:
+        image = Image.open(file, formats=(kind,))
+    except Image.DecompressionBombError:  # Pillow's own limit, above ours
+        raise ImageError(f"expected at most {MAX_PIXELS} pixels, found more") from None
+    with image:
         check_size(*image.size)  # before any pixel is decoded
         count = getattr(image, "n_frames", 1)
         if count != 1:
@@ -171,7 +175,7 @@ def _kind(mode: int) -> str:
 def _printable(path: Any) -> str:
     """The base name, in one line."""
     name = os.fsdecode(path).rstrip("/").rsplit("/", 1)[-1]
-    return name if name.isprintable() else ascii(name)
+    return name if name and name.isprintable() else ascii(name)
 
 
 def _remove(path: Path) -> None:
