@@ -129,12 +129,31 @@ def test_text_equals_the_slow_tokenizer(pair):
     source = random.Random(SEED)
     added, everything = sorted(slow.added_tokens_decoder), range(len(slow))
     lists = [fast.encode(text) for text in ODD]
+    # A stretch without text is joined only at the end; a space alone is such a stretch for SentencePiece.
+    space, letter = slow.convert_tokens_to_ids(["▁" if "▁" in slow.get_vocab() else "Ġ", "a"])
+    for token_id in (added[0], added[2], added[-1]):
+        lists += [
+            [token_id, space],
+            [token_id, space, token_id],
+            [space, token_id],
+            [token_id, letter],
+            [space, letter],
+        ]
     for _ in range(RANDOM_TEXTS):
         pools = source.choices([everything, added, range(3, 259)], [2, 1, 1], k=source.randint(0, 12))
         lists.append([source.choice(pool) for pool in pools])
     for ids in lists:
         assert fast.decode(ids) == slow.decode(ids), ids
         assert fast.decode(ids, skip_special=True) == slow.decode(ids, skip_special_tokens=True), ids
+
+
+@pytest.mark.parametrize("pair", ["phi4", "qwen"], indirect=True)
+def test_words_equal_the_slow_tokenizer(pair):
+    """The small vocabularies merge too little to show every cut between words."""
+    fast, slow = pair
+    for text in texts(slow):
+        cuts = [text[begin:end] for _, (begin, end) in fast.model.pre_tokenizer.pre_tokenize_str(text)]
+        assert cuts == slow.pat.findall(text), repr(text)
 
 
 def test_every_id_and_token_is_the_same(pair):
