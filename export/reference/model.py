@@ -99,7 +99,7 @@ class HealthGPT(nn.Module):
         """Embeddings [B,S,hidden] -> logits [B,S,vocab]."""
         return self.lm_head(self.model(embeddings, cache))
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def generate(
         self,
         prompt_ids: Sequence[int],

@@ -57,6 +57,12 @@ def embeddings(case: Case) -> torch.Tensor:
 
 @cache
 def run(case: Case) -> tuple[list[int], list[torch.Tensor]]:
+    if case.name == "m3_gen_1024":
+        # The prompt of m3_gen_wide with a lower limit: its greedy run is the beginning of that one.
+        longer = Case("m3_gen_wide")
+        assert case.record["input_ids"] == longer.record["input_ids"] and case.image == longer.image
+        ids, logits = run(longer)
+        return ids[: case.max_new_tokens], logits
     logits: list[torch.Tensor] = []
     ids = model(case).generate(case.record["input_ids"], pixel_values(case), case.max_new_tokens, logits)
     return ids, logits
