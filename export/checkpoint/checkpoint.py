@@ -169,8 +169,10 @@ class Checkpoint:
         rows = self.base_tensor(name)
         if self.tokens is None:
             return rows[: self.language.vocab]
-        kept = rows[: self._tokenizer_size].float()
-        return torch.cat([kept, kept.mean(dim=0, keepdim=True).expand(self.tokens.codes + MARKERS, -1)])
+        table = torch.empty(self.language.vocab, self.language.hidden)
+        table[: self.tokens.start] = rows[: self.tokens.start]
+        table[self.tokens.start :] = table[: self.tokens.start].mean(dim=0)
+        return table
 
     def vision_tensor(self, name: str) -> torch.Tensor:
         """A tensor of CLIP's vision tower by its name after `vision_model.`, in the file's dtype."""

@@ -16,7 +16,7 @@ from .files import Entry, TensorSource, label, one_line, require_file, require_f
 # The pickled description of the tensors, without their values; XL32's plugin needs about 200 kB.
 MAX_PICKLE_BYTES = 64 << 20
 # A mapped page stays in the process's resident memory once touched, so a mapping is renewed after this many bytes.
-RENEW_MAPPING_BYTES = 256 << 20
+RENEW_MAPPING_BYTES = 64 << 20
 
 # What a Lightning file names beside its weights: callbacks, schedulers, hyperparameters. Never imported.
 TRAINING_PACKAGES = frozenset({"lightning", "lightning_fabric", "numpy", "omegaconf", "pytorch_lightning", "taming"})
