@@ -19,7 +19,7 @@ from .errors import BundleError, GenerationError, PromptError
 from .executors import Executor, open_executor
 from .images import prepare, read_image
 from .manifest import Codes
-from .prompt import IMAGE, Tokenizer, prompt_ids
+from .prompt import IMAGE, TEMPLATES, Tokenizer, prompt_ids
 
 COMPREHENSION, GENERATION = "comprehension", "generation"
 # The original's limits (HEALTHGPT.md); pictures of another size get the same slack over their codes.
@@ -92,7 +92,8 @@ class Session:
         `window` (centre, width) choose what of a DICOM file is looked at. Raises HealthGPTError.
         """
         clock = _Clock()
-        streamer = self.tokenizer.streamer()
+        skip_special = TEMPLATES[self.bundle.manifest.template].skip_special
+        streamer = self.tokenizer.streamer(skip_special=skip_special)
         stop_ids = frozenset(self.bundle.manifest.decoding.stop_ids)
 
         def on_token(token_id: int) -> None:
@@ -105,7 +106,7 @@ class Session:
         if on_text and (piece := streamer.end()):
             on_text(piece)
         kept = new_ids[:-1] if new_ids and new_ids[-1] in stop_ids else new_ids
-        return Answer(self.tokenizer.decode(kept), ids, new_ids, clock.report(), self.executor.name)
+        return Answer(self.tokenizer.decode(kept, skip_special=skip_special), ids, new_ids, clock.report(), self.executor.name)
 
     def generate(
         self,

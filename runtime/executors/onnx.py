@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from typing import Any
 
 import numpy as np
@@ -52,7 +54,9 @@ class OnnxExecutor:
                 options.add_session_config_entry("session.disable_prepacking", "1")
         path = self.bundle.graph(task, role)
         try:
-            return onnxruntime.InferenceSession(str(path), options, providers=[self._provider])
+            session = onnxruntime.InferenceSession(str(path), options, providers=[self._provider])
+            _return_freed_memory()
+            return session
         except Exception as error:  # onnxruntime's own exceptions share no public base class
             raise ExecutorError(f"ONNX Runtime cannot load {path.name}: {_first_line(error)}") from error
 
@@ -135,6 +139,12 @@ class OnnxContext:
                 grown[:, :, : self.length] = self._caches[name].numpy()[:, :, : self.length]
             self._caches[name] = onnxruntime.OrtValue.ortvalue_from_numpy(grown)
         self._capacity = capacity
+
+
+def _return_freed_memory() -> None:
+    """Give back what packing the weights freed: at M3's size glibc would keep 1.1 GB of it per task."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def _first_line(error: Exception) -> str:
