@@ -161,7 +161,9 @@ def _numbers(holder: Dataset, keyword: str) -> list[float]:
     value = holder.get(keyword)
     if value is None or value == "":
         return []
-    numbers = [float(number) for number in (value if hasattr(value, "__iter__") else [value])]
+    # Text is what pydicom gives where a number cannot be read: no number then.
+    several = hasattr(value, "__iter__") and not isinstance(value, str)
+    numbers = [float(number) for number in (value if several else [value])]
     if not np.isfinite(numbers).all():
         raise ImageError(f"expected {keyword} to be finite, found NaN or infinity")
     return numbers
