@@ -106,7 +106,9 @@ class Session:
         if on_text and (piece := streamer.end()):
             on_text(piece)
         kept = new_ids[:-1] if new_ids and new_ids[-1] in stop_ids else new_ids
-        return Answer(self.tokenizer.decode(kept, skip_special=skip_special), ids, new_ids, clock.report(), self.executor.name)
+        return Answer(
+            self.tokenizer.decode(kept, skip_special=skip_special), ids, new_ids, clock.report(), self.executor.name
+        )
 
     def generate(
         self,

@@ -1,0 +1,126 @@
+"""Export a full-size M3 with random weights, then answer and generate with it: time, peak memory, bytes.
+
+    python -m benchmarks.full_size WORK_DIR [--precision fp16 --precision int4] [--run int4] [--out results.json]
+
+Writes the checkpoint to WORK_DIR/m3 unless it is there (11 GB), the bundles beside it. Peak memory is the kernel's
+high-water mark of the exporting process (mapped file pages included), and of the running one also the anonymous part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import onnxruntime
+
+RELEASED = {
+    "base": "base",
+    "vision": "vision",
+    "comprehension": "HealthGPT-M3/com_hlora_weights.bin",
+    "generation": "HealthGPT-M3/gen_hlora_weights.bin",
+    "fusion": "HealthGPT-M3/fusion_layer_weights.bin",
+    "vqgan": "vqgan",
+}
+
+
+def memory_mb() -> dict[str, int]:
+    """High-water mark, file-backed and anonymous resident memory of this process, in MiB."""
+    wanted = {"VmHWM": "peak", "RssFile": "file", "RssAnon": "anonymous"}
+    lines = (line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return {wanted[name]: int(value.split()[0]) // 1024 for name, value in lines if name in wanted}
+
+
+def export(checkpoint: Path, bundle: Path, precision: str) -> dict[str, object]:
+    """Run the export command as a user does; returns seconds, peak MiB and bytes per file."""
+    if bundle.exists():
+        shutil.rmtree(bundle)
+    options = [item for name, path in RELEASED.items() for item in (f"--{name}", str(checkpoint / path))]
+    command = [sys.executable, "-m", "healthgpt_edge.cli", "export", *options, "--precision", precision]
+    begin = time.perf_counter()
+    process = subprocess.Popen([*command, "--out", str(bundle), "--json"], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    output = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"export failed with code {process.returncode}")
+    files = {part["file"]: part["size_bytes"] for part in json.loads(output)["files"]}
+    return {
+        "seconds": round(time.perf_counter() - begin, 1),
+        "peak_mib": usage.ru_maxrss // 1024,
+        "bundle_bytes": sum(files.values()),
+        "files": files,
+    }
+
+
+def run(bundle: Path, answer_tokens: int) -> dict[str, object]:
+    """Load both tasks, answer once, generate one picture; returns times and memory."""
+    import numpy as np
+
+    from healthgpt_edge import load
+
+    begin = time.perf_counter()
+    session = load(bundle)
+    result: dict[str, object] = {"load_s": round(time.perf_counter() - begin, 1), "after_load_mib": memory_mb()}
+    picture = np.random.default_rng(0).integers(0, 256, (512, 512, 3), np.uint8)
+    answer = session.answer(picture, "What is in the image?", max_new_tokens=answer_tokens)
+    result["answer"] = answer.timings_ms | {"tokens": len(answer.token_ids)}
+    result["after_answer_mib"] = memory_mb()
+    made = session.generate(picture, "Reconstruct the image.")
+    result["generate"] = made.timings_ms | {"tokens": len(made.token_ids), "image": list(made.pixels.shape)}
+    result["after_generate_mib"] = memory_mb()
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--precision", action="append", default=[], help="export this one; may be repeated")
+    parser.add_argument("--run", action="append", default=[], help="answer and generate with this one")
+    parser.add_argument("--answer-tokens", type=int, default=64)
+    parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
+    parser.add_argument("--run-bundle", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.run_bundle:
+        print(json.dumps(run(arguments.run_bundle, arguments.answer_tokens)))
+        return
+    checkpoint = arguments.work / "m3"
+    if not checkpoint.exists():
+        subprocess.run([sys.executable, "-m", "benchmarks.random_checkpoint", str(checkpoint)], check=True)
+    results: dict[str, object] = {
+        "machine": {"processor": processor(), "cores": os.cpu_count(), "python": platform.python_version()},
+        "versions": {"onnxruntime": onnxruntime.__version__},
+    }
+    for precision in arguments.precision:
+        results[f"export {precision}"] = export(checkpoint, arguments.work / f"bundle-{precision}", precision)
+        print(precision, json.dumps(results[f"export {precision}"]), flush=True)
+    for precision in arguments.run:
+        # A process of its own, so that its high-water mark is its own.
+        command = [sys.executable, "-m", "benchmarks.full_size", str(arguments.work)]
+        command += ["--run-bundle", str(arguments.work / f"bundle-{precision}")]
+        command += ["--answer-tokens", str(arguments.answer_tokens)]
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+        results[f"run {precision}"] = json.loads(output)
+        print(precision, output.decode().strip(), flush=True)
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def processor() -> str:
+    """The processor's name as the kernel gives it."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":")[1].strip()
+    return platform.processor()
+
+
+if __name__ == "__main__":
+    main()
