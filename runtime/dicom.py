@@ -175,16 +175,14 @@ def _decode_encapsulated(pixels: PixelData, shape: _Shape, index: int) -> NDArra
 
 def _check_fragments(pixels: PixelData, frames: int, extended_offsets: int | None) -> None:
     """Follow the fragments to their end mark (PS3.5 A.4): a decoder would take a cut one for a picture."""
-    file, fragments, table_bytes = pixels.file, -1, 0
-    end = file.seek(0, io.SEEK_END)
-    position = pixels.offset
+    file, fragments, table_bytes, position = pixels.file, -1, 0, pixels.offset
     while True:
         file.seek(position)
-        item = file.read(8)
+        item = file.read(8)  # nothing, if the fragment before it is cut
         length = int.from_bytes(item[4:], "little")
         if item[:4] == _END_OF_ITEMS:
             break
-        if item[:4] != _ITEM or position + 8 + length > end:
+        if item[:4] != _ITEM:
             raise ImageError("the encapsulated pixel data are damaged or cut short")
         if fragments < 0:
             table_bytes = length

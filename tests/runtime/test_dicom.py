@@ -160,6 +160,12 @@ def test_a_modality_table_may_begin_below_zero():
     assert levels(dicom(values, ModalityLUTSequence=table)).tolist() == [[0, 0, 128, 255]]
 
 
+def test_a_voi_table_for_signed_values_may_be_declared_unsigned():
+    table = lookup_table([0, 100, 255], first=65535)
+    values = np.array([[-5, -1, 0, 1, 5]], dtype=np.int16)
+    assert levels(dicom(values, VOILUTSequence=table)).tolist() == [[0, 0, 100, 255, 255]]
+
+
 def test_a_voi_table_is_used_where_there_is_no_window():
     table = lookup_table([0, 1023, 512], first=100, bits=10)
     values = np.array([[99, 100, 101, 102, 103]], dtype=np.uint16)

@@ -293,6 +293,10 @@ LIES = {
         "expected one frame header in the JPEG codestream",
     ),
     "jpeg cut": (encapsulated(JPEG[: len(JPEG) // 2]), "the JPEG codestream is cut short: expected its end mark"),
+    "jpeg cut after its thumbnail": (
+        encapsulated(JPEG[:2] + b"\xff\xe1\x00\x06\xff\xd8\xff\xd9" + JPEG[2 : len(JPEG) // 2]),
+        "the JPEG codestream is cut short: expected its end mark",
+    ),
     "jpeg cut in its header": (encapsulated(JPEG[:100]), "damaged or cut short before its first scan"),
     "jpeg without a frame": (encapsulated(b"\xff\xd8\xff\xd9"), "damaged or cut short before its first scan"),
     "jpeg-ls of more rows": (

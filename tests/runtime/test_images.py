@@ -385,6 +385,15 @@ def test_a_picture_survives_writing(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["out.png"]
 
 
+def test_who_reads_the_old_picture_still_can(tmp_path):
+    path = tmp_path / "out.png"
+    write_image(path, np.zeros((2, 2, 3), np.uint8))
+    before = path.read_bytes()
+    with path.open("rb") as file:
+        write_image(path, np.asarray(picture()))
+        assert file.read() == before != path.read_bytes()
+
+
 def test_a_written_picture_has_the_rights_of_any_new_file(tmp_path):
     write_image(tmp_path / "out.png", np.zeros((2, 2, 3), np.uint8))
     (tmp_path / "other").touch()
