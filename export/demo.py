@@ -1,0 +1,206 @@
+"""`healthgpt-edge demo`: export the phantom, ask it, draw with it, and hold every id to the PyTorch reference.
+
+Inputs are held-out phantoms, where the right answer is known, and real DICOM files that come inside PyPI packages,
+where it is not: the phantom model has never seen a patient, and its words about one mean nothing.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from pydicom.data import get_testdata_file
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from healthgpt_edge import Session, load, phantoms
+from healthgpt_edge.errors import HealthGPTError
+from healthgpt_edge.evaluate import MAX_ANSWER_TOKENS
+from healthgpt_edge.images import prepare, read_image, write_image
+from healthgpt_edge.prompt import prompt_ids
+
+from .bundle import export_bundle
+from .checkpoint import Checkpoint
+from .phantom.release import released_files
+from .reference.model import HealthGPT
+
+PHANTOM = Path(__file__).resolve().parents[1] / "phantom"
+PRECISIONS = ("fp32", "int4")
+HELD_OUT = 2
+DICOM_FILES = ("CT_small.dcm", "MR_small.dcm", "RG1_UNCR.dcm")
+QUESTIONS = tuple(phantoms.QUESTIONS.values())[:3]
+TILE, MARGIN, LINE = 128, 8, 14
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One picture with one question or instruction; `expected` is the right answer where there is one."""
+
+    name: str
+    picture: Any
+    words: str
+    generates: bool
+    expected: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What one job gave at one precision, and how the reference compares."""
+
+    name: str
+    precision: str
+    words: str
+    answer: str
+    ids_equal_reference: bool
+    timings_ms: dict[str, float]
+    reference_ms: float
+    tokens: int
+
+
+@dataclass(slots=True)
+class Result:
+    """All rows, and where the files are."""
+
+    sheet: Path
+    rows: list[Row] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"contact_sheet": str(self.sheet), "rows": [asdict(row) for row in self.rows]}
+
+    def print_tables(self, console: Console) -> None:
+        table = Table(
+            "picture", "question or instruction", "answer", "precision", "vision", "prefill", "decode", "codes", "total"
+        )
+        table.add_column("ms/token", justify="right")
+        table.add_column("PyTorch total", justify="right")
+        table.add_column("ids = PyTorch fp32")
+        for row in self.rows:
+            stages = [f"{row.timings_ms[stage]:.0f}" for stage in ("vision", "prefill", "decode", "codes", "total")]
+            per_token = f"{row.timings_ms['decode'] / max(1, row.tokens - 1):.1f}"
+            equal = "yes" if row.ids_equal_reference else "NO" if row.precision == "fp32" else "no"
+            table.add_row(
+                row.name, row.words, row.answer, row.precision, *stages, per_token, f"{row.reference_ms:.0f}", equal
+            )
+        console.print(table)
+        exact = [row for row in self.rows if row.precision == "fp32"]
+        equal_rows = sum(row.ids_equal_reference for row in exact)
+        console.print(f"fp32: token ids equal to the PyTorch reference in {equal_rows} of {len(exact)} runs")
+        console.print(f"contact sheet: {self.sheet}")
+
+
+def run(out: Path, notes: Console) -> Result:
+    """Run the demo into the directory `out`; raises HealthGPTError, also where fp32 ids leave the reference."""
+    if not PHANTOM.is_dir():
+        raise HealthGPTError(
+            "the demo needs the phantom checkpoint of a source checkout, found none beside the package"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    result = Result(out / "contact-sheet.png")
+    jobs = list_jobs()
+    tiles: list[tuple[str, np.ndarray]] = []
+    with Checkpoint.open(**released_files(PHANTOM)) as checkpoint, Progress(console=notes, transient=True) as progress:
+        sessions = {precision: _export(checkpoint, out, precision) for precision in PRECISIONS}
+        references = {task: HealthGPT.load(checkpoint, task) for task in checkpoint.tasks}
+        bar = progress.add_task("demo", total=len(jobs))
+        for job in jobs:
+            expected_ids, reference_ms = _reference(references, sessions["fp32"], job)
+            for precision, session in sessions.items():
+                row, made = _run(session, job, precision, expected_ids, reference_ms)
+                result.rows.append(row)
+                if precision == "fp32":
+                    tiles += _tiles(job, row, made)
+            progress.advance(bar)
+    write_image(result.sheet, contact_sheet(tiles))
+    if wrong := [row.name for row in result.rows if row.precision == "fp32" and not row.ids_equal_reference]:
+        raise HealthGPTError(f"fp32 token ids must equal the PyTorch reference, they differ for {', '.join(wrong)}")
+    return result
+
+
+def list_jobs() -> list[Job]:
+    """Questions and instructions for held-out phantoms and for DICOM files."""
+    jobs: list[Job] = []
+    for subject in phantoms.held_out(HELD_OUT):
+        for question in phantoms.questions(subject):
+            modality = "CT" if question.picture is subject.ct else "MR"
+            name = f"phantom {subject.seed} {modality}"
+            jobs.append(Job(name, question.picture, question.text, False, question.answer))
+        for task in phantoms.tasks(subject):
+            jobs.append(Job(f"phantom {subject.seed} {task.kind}", task.picture, task.instruction, True))
+    for file in DICOM_FILES:
+        path = get_testdata_file(file, download=False)
+        if path is None:
+            raise HealthGPTError(
+                f"the demo needs {file} of pydicom and pydicom-data: pip install 'healthgpt-edge[test]'"
+            )
+        jobs += [Job(file, Path(path), question, False) for question in QUESTIONS]
+        jobs.append(Job(file, Path(path), phantoms.INSTRUCTIONS["reconstruct"], True))
+    return jobs
+
+
+def _export(checkpoint: Checkpoint, out: Path, precision: str) -> Session:
+    bundle = out / f"phantom-{precision}"
+    if bundle.exists():
+        shutil.rmtree(bundle)
+    export_bundle(checkpoint, bundle, precision=precision, block_size=32)
+    return load(bundle)
+
+
+def _run(
+    session: Session, job: Job, precision: str, expected_ids: list[int], reference_ms: float
+) -> tuple[Row, np.ndarray | None]:
+    made = None
+    if job.generates:
+        picture = session.generate(job.picture, job.words)
+        ids, answer, timings, made = picture.codes, "(picture)", picture.timings_ms, picture.pixels
+    else:
+        said = session.answer(job.picture, job.words, max_new_tokens=MAX_ANSWER_TOKENS)
+        ids, answer, timings = said.token_ids, said.text, said.timings_ms
+        if job.expected is not None:
+            answer += " (right)" if answer.strip().casefold() == job.expected.casefold() else f" (is: {job.expected})"
+    row = Row(job.name, precision, job.words, answer, ids == expected_ids, timings, reference_ms, len(ids))
+    return row, made
+
+
+def _reference(references: dict[str, HealthGPT], session: Session, job: Job) -> tuple[list[int], float]:
+    """The ids of the PyTorch model in float32 (codes for pictures), and its milliseconds, codes to pixels left out."""
+    model = references["generation" if job.generates else "comprehension"]
+    manifest = session.bundle.manifest
+    ids = prompt_ids(session.tokenizer, manifest.template, job.words, True, job.generates)
+    pixels = prepare(read_image(job.picture), manifest.vision.image_size, manifest.vision.background)
+    begin = time.perf_counter()
+    values = model.vision_tower.normalise(torch.from_numpy(pixels)[None])
+    if job.generates and manifest.codes:
+        new_ids = model.generate(ids, values, manifest.codes.grid**2)
+        new_ids = [token_id - manifest.codes.first for token_id in new_ids]
+    else:
+        new_ids = model.generate(ids, values, MAX_ANSWER_TOKENS)
+    return new_ids, (time.perf_counter() - begin) * 1e3
+
+
+def _tiles(job: Job, row: Row, made: np.ndarray | None) -> list[tuple[str, np.ndarray]]:
+    """An input picture with its answers below, or input and output side by side."""
+    before = np.asarray(prepare(read_image(job.picture), TILE))
+    if made is None:
+        return [(f"{job.name}\n{job.words}\n{row.answer}", before)]
+    after = np.asarray(Image.fromarray(made).resize((TILE, TILE), Image.Resampling.BICUBIC))
+    return [(f"{job.name}\n{job.words}", np.concatenate([before, after], axis=1))]
+
+
+def contact_sheet(tiles: list[tuple[str, np.ndarray]], columns: int = 4) -> np.ndarray:
+    """Captioned pictures on one page, uint8 [H, W, 3]."""
+    width, height = 2 * TILE + MARGIN, TILE + 3 * LINE + 2 * MARGIN
+    rows = -(-len(tiles) // columns)
+    page = Image.new("RGB", (columns * width + MARGIN, rows * height + MARGIN), "white")
+    draw = ImageDraw.Draw(page)
+    for index, (caption, picture) in enumerate(tiles):
+        left, top = MARGIN + index % columns * width, MARGIN + index // columns * height
+        page.paste(Image.fromarray(picture), (left, top))
+        draw.multiline_text((left, top + TILE + 2), caption, fill="black", spacing=2)
+    return np.asarray(page)
