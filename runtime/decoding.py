@@ -125,23 +125,19 @@ class Selector:
 
 def decode(
     context: Context,
-    prompt_ids: np.ndarray,
+    logits: np.ndarray,
     grammar: Grammar,
     selector: Selector,
     *,
     stop_ids: frozenset[int],
     max_new_tokens: int,
     full_vocabulary: bool = False,
-    on_prefill: Callable[[], None] = lambda: None,
     on_token: Callable[[int], None] = lambda token_id: None,
 ) -> list[int]:
-    """Prefill `prompt_ids` int64 [T], then decode until a stop id, the grammar's end, or `max_new_tokens`.
+    """Decode until a stop id, a forced token, or `max_new_tokens`, from the `logits` [n, rows] of a prefill.
 
-    Returns the new ids, the stop token included. `on_prefill` is called once the prompt is in the cache, `on_token`
-    after each new token.
+    Returns the new ids, the stop token included. `on_token` is called with each.
     """
-    logits = context.forward(prompt_ids, full_vocabulary=full_vocabulary)
-    on_prefill()
     new_ids: list[int] = []
     while len(new_ids) < max_new_tokens:
         if (forced := grammar.forced()) is not None:

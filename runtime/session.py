@@ -50,6 +50,20 @@ class Picture:
     executor: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """What is asked of one task; `full_vocabulary` lets generation emit any token, as the original does."""
+
+    task: str
+    image: Any
+    words: str
+    max_new_tokens: int
+    sampling: Sampling | None
+    frame: int | None
+    window: tuple[float, float] | None
+    full_vocabulary: bool = False
+
+
 @dataclass(slots=True)
 class _Clock:
     """Milliseconds per stage."""
@@ -100,9 +114,8 @@ class Session:
             if on_text and token_id not in stop_ids and (piece := streamer.push(token_id)):
                 on_text(piece)
 
-        ids, new_ids = self._run(
-            COMPREHENSION, image, question, clock, FreeText(), max_new_tokens, sampling, frame, window, False, on_token
-        )
+        request = _Request(COMPREHENSION, image, question, max_new_tokens, sampling, frame, window)
+        ids, new_ids = self._run(request, FreeText(), clock, on_token)
         if on_text and (piece := streamer.end()):
             on_text(piece)
         kept = new_ids[:-1] if new_ids and new_ids[-1] in stop_ids else new_ids
@@ -146,10 +159,8 @@ class Session:
             if on_code:
                 on_code(count)
 
-        grammar: Grammar = FreeText() if faithful else locked
-        ids, new_ids = self._run(
-            GENERATION, image, instruction, clock, grammar, max_new_tokens, sampling, frame, window, faithful, on_token
-        )
+        request = _Request(GENERATION, image, instruction, max_new_tokens, sampling, frame, window, faithful)
+        ids, new_ids = self._run(request, FreeText() if faithful else locked, clock, on_token)
         values = self._free_codes(new_ids) if faithful else locked.codes
         if len(values) != total:
             raise GenerationError(f"a picture needs exactly {total} codes, the model gave {len(values)}")
@@ -160,66 +171,44 @@ class Session:
         return Picture(pixels, values, ids, new_ids, clock.report(), self.executor.name)
 
     def _run(
-        self,
-        task: str,
-        image: Any,
-        words: str,
-        clock: _Clock,
-        grammar: Grammar,
-        max_new_tokens: int,
-        sampling: Sampling | None,
-        frame: int | None,
-        window: tuple[float, float] | None,
-        full_vocabulary: bool,
-        on_token: Callable[[int], None],
+        self, request: _Request, grammar: Grammar, clock: _Clock, on_token: Callable[[int], None]
     ) -> tuple[list[int], list[int]]:
-        """Vision, prefill and decode of one task; returns prompt ids (image as -200) and new ids."""
-        manifest = self.bundle.manifest
+        """Vision, prefill and decode of one request; returns prompt ids (image as -200) and new ids."""
+        manifest, task = self.bundle.manifest, request.task
         if task not in manifest.tasks:
             raise BundleError(f"the bundle has no {task} plugin, only {', '.join(sorted(manifest.tasks))}")
-        if max_new_tokens < 1:
-            raise GenerationError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        ids = prompt_ids(self.tokenizer, manifest.template, words, image is not None, task == GENERATION)
-        length = len(ids) + (manifest.vision.patches - 1) * ids.count(IMAGE)
-        if length + max_new_tokens > manifest.language.max_positions:
+        if request.max_new_tokens < 1:
+            raise GenerationError(f"max_new_tokens must be at least 1, got {request.max_new_tokens}")
+        has_image = request.image is not None
+        ids = prompt_ids(self.tokenizer, manifest.template, request.words, has_image, task == GENERATION)
+        spliced = self._spliced(ids)
+        if len(spliced) + request.max_new_tokens > manifest.language.max_positions:
             raise PromptError(
                 f"prompt and new tokens must fit {manifest.language.max_positions} positions, "
-                f"got {length} + {max_new_tokens}"
+                f"got {len(spliced)} + {request.max_new_tokens}"
             )
         features = None
-        if image is not None:
-            picture = prepare(
-                read_image(image, frame=frame, window=window),
-                manifest.vision.image_size,
-                manifest.vision.background,
-            )
+        if has_image:
+            picture = read_image(request.image, frame=request.frame, window=request.window)
+            pixels = prepare(picture, manifest.vision.image_size, manifest.vision.background)
             with clock.stage("vision"):
-                features = self.executor.features(task, picture)
+                features = self.executor.features(task, pixels)
         context = self.executor.context(task, features)
-        config = manifest.tasks[task]
-        selector = Selector(sampling or Sampling(), manifest.decoding.repetition_penalty, config.first_logit)
-        if full_vocabulary:
-            selector = Selector(sampling or Sampling(), manifest.decoding.repetition_penalty, 0)
-        begin = time.perf_counter()
-
-        def on_prefill() -> None:
-            nonlocal begin
-            now = time.perf_counter()
-            clock.stages_ms["prefill"] = (now - begin) * 1e3
-            begin = now
-
-        new_ids = decode(
-            context,
-            self._spliced(ids),
-            grammar,
-            selector,
-            stop_ids=frozenset(manifest.decoding.stop_ids),
-            max_new_tokens=max_new_tokens,
-            full_vocabulary=full_vocabulary,
-            on_prefill=on_prefill,
-            on_token=on_token,
-        )
-        clock.stages_ms["decode"] = (time.perf_counter() - begin) * 1e3
+        first_logit = 0 if request.full_vocabulary else manifest.tasks[task].first_logit
+        selector = Selector(request.sampling or Sampling(), manifest.decoding.repetition_penalty, first_logit)
+        with clock.stage("prefill"):
+            logits = context.forward(spliced, full_vocabulary=request.full_vocabulary)
+        with clock.stage("decode"):
+            new_ids = decode(
+                context,
+                logits,
+                grammar,
+                selector,
+                stop_ids=frozenset(manifest.decoding.stop_ids),
+                max_new_tokens=request.max_new_tokens,
+                full_vocabulary=request.full_vocabulary,
+                on_token=on_token,
+            )
         return ids, new_ids
 
     def _spliced(self, ids: list[int]) -> np.ndarray:
