@@ -65,7 +65,9 @@ def guarded(name: str, kind: str) -> Iterator[None]:
             raise ImageError(f"{name}: cannot be read as {kind}: {reason}") from None
         except Exception as error:
             # The text of a library's exception may hold DICOM values; its class does not.
-            raise ImageError(f"{name}: cannot be read as {kind}: damaged or not supported ({type(error).__name__})") from None
+            raise ImageError(
+                f"{name}: cannot be read as {kind}: damaged or not supported ({type(error).__name__})"
+            ) from None
         finally:
             _reading.active = False
             ImageFile.LOAD_TRUNCATED_IMAGES = fill_truncated
