@@ -2,6 +2,7 @@
 
 from .decoding import Sampling
 from .errors import HealthGPTError
+from .images import write_image
 from .session import Answer, Picture, Session, load
 
-__all__ = ["Answer", "HealthGPTError", "Picture", "Sampling", "Session", "load"]
+__all__ = ["Answer", "HealthGPTError", "Picture", "Sampling", "Session", "load", "write_image"]

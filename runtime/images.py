@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from .errors import ImageError
-from .image_guard import MAX_FILE_BYTES, MAX_PIXELS, check_size, check_window, guarded
+from .limits import MAX_FILE_BYTES, MAX_PIXELS, check_size, check_window, guarded
 
 Pixels = NDArray[np.uint8]
 
@@ -35,7 +35,7 @@ def read_image(source: Any, *, frame: int | None = None, window: tuple[float, fl
     Arrays are uint8 [H, W] or [H, W, 3], or uint16 [H, W].
 
     `frame` chooses a frame of a DICOM file, from 0, by default the first. `window` = (center, width), in the units
-    after rescaling (Hounsfield units for CT), replaces the window of a DICOM file; see `dicom_display.grayscale` for
+    after rescaling (Hounsfield units for CT), replaces the window of a DICOM file; see `dicom.display.grayscale` for
     what is shown without it. Raises ImageError, which never quotes pixels or DICOM values.
     """
     if isinstance(source, Image.Image | np.ndarray):
@@ -110,8 +110,8 @@ def _read_file(
             with guarded(name, kind):
                 return _read_picture(file, kind, frame, window)
     # pydicom takes as long to import as everything else here together, and most pictures are not DICOM.
-    from .dicom import read_dicom
-    from .dicom_file import is_dicom
+    from .dicom.file import is_dicom
+    from .dicom.read import read_dicom
 
     if not is_dicom(head):
         raise ImageError(f"{name}: expected PNG, JPEG or DICOM, found another format")
@@ -148,7 +148,7 @@ def _to_rgb(image: Image.Image, frame: int | None, window: tuple[float, float] |
 
 def _sixteen_bit_to_rgb(values: NDArray[Any], window: tuple[float, float] | None) -> Image.Image:
     """PIL's own conversion would clip everything above 255 to white."""
-    from .dicom_display import linear_window, to_levels
+    from .dicom.display import linear_window, to_levels
 
     if values.min() < 0 or values.max() > 0xFFFF:
         raise ImageError("expected grey values of 16 bits, found larger ones")

@@ -17,8 +17,8 @@ from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi, apply
 from test_images import read_under_limits
 
 from healthgpt_edge.errors import ImageError
-from healthgpt_edge.image_guard import MAX_HEADER_BYTES, MAX_INFLATED_BYTES, MAX_ITEMS
 from healthgpt_edge.images import read_image
+from healthgpt_edge.limits import MAX_HEADER_BYTES, MAX_INFLATED_BYTES, MAX_ITEMS
 
 GREY = np.arange(12, dtype=np.uint16).reshape(3, 4)
 
@@ -465,7 +465,7 @@ def test_dicom_values_reach_no_log_warning_or_stream(source, debug, caplog, capf
 
 
 def test_only_what_a_picture_needs_is_parsed():
-    from healthgpt_edge.dicom_file import open_dicom
+    from healthgpt_edge.dicom.file import open_dicom
 
     parsed = open_dicom(io.BytesIO(PLAIN)).dataset
     assert "Rows" in parsed and "PatientName" not in parsed and "PixelData" not in parsed

@@ -18,8 +18,8 @@ import pytest
 from PIL import Image, ImageFile
 
 from healthgpt_edge.errors import ImageError
-from healthgpt_edge.image_guard import MAX_FILE_BYTES, MAX_SIDE, guarded
 from healthgpt_edge.images import BACKGROUND, prepare, read_image, write_image
+from healthgpt_edge.limits import MAX_FILE_BYTES, MAX_SIDE, guarded
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 PIXEL_VALUES_TOLERANCE = 1e-5
@@ -309,7 +309,7 @@ import resource, sys, time
 import numpy, PIL.Image, pydicom.pixels
 from healthgpt_edge.errors import ImageError
 from healthgpt_edge.images import read_image
-import healthgpt_edge.dicom
+import healthgpt_edge.dicom.read
 resource.setrlimit(resource.RLIMIT_AS, (512 << 20, 512 << 20))
 # The time of this process, and not of the others that share the machine.
 begin = time.process_time()

@@ -16,8 +16,8 @@ from pydicom.dataset import Dataset
 from pydicom.filereader import read_dataset
 from pydicom.tag import BaseTag, Tag
 
-from .errors import ImageError
-from .image_guard import MAX_HEADER_BYTES, MAX_INFLATED_BYTES, MAX_ITEMS
+from ..errors import ImageError
+from ..limits import MAX_HEADER_BYTES, MAX_INFLATED_BYTES, MAX_ITEMS
 
 NATIVE = (uid.ImplicitVRLittleEndian, uid.ExplicitVRLittleEndian, uid.ExplicitVRBigEndian)
 JPEG = (*uid.JPEGTransferSyntaxes, *uid.JPEGLSTransferSyntaxes)

@@ -16,12 +16,12 @@ from pydicom import uid
 from pydicom.encaps import encapsulate, get_frame
 from pydicom.pixels import get_decoder
 
-from .dicom_codestream import jpeg2000_header, jpeg_header
-from .dicom_display import grayscale, palette, to_levels
-from .dicom_file import JPEG, JPEG2000, NATIVE, PLUGINS, UNDEFINED_LENGTH, PixelData, open_dicom
-from .dicom_rle import decode_rle
-from .errors import ImageError
-from .image_guard import MAX_DECODED_BYTES, MAX_ITEMS, check_size
+from ..errors import ImageError
+from ..limits import MAX_DECODED_BYTES, MAX_ITEMS, check_size
+from .codestream import jpeg2000_header, jpeg_header
+from .display import grayscale, palette, to_levels
+from .file import JPEG, JPEG2000, NATIVE, PLUGINS, UNDEFINED_LENGTH, PixelData, open_dicom
+from .rle import decode_rle
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
@@ -31,7 +31,7 @@ _ITEM, _END_OF_ITEMS = b"\xfe\xff\x00\xe0", b"\xfe\xff\xdd\xe0"
 
 
 def read_dicom(file: BinaryIO, frame: int | None, window: tuple[float, float] | None) -> Image.Image:
-    """Frame `frame` (default: the first, 0) of the DICOM `file` as RGB; `window` as in `dicom_display.grayscale`.
+    """Frame `frame` (default: the first, 0) of the DICOM `file` as RGB; `window` as in `dicom.display.grayscale`.
 
     Overlays, ICC profiles and pixel aspect ratios are not applied. Raises ImageError.
     """

@@ -9,7 +9,7 @@ import re
 import struct
 from dataclasses import dataclass
 
-from .errors import ImageError
+from ..errors import ImageError
 
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 # Every "start of frame" of ISO 10918-1 table B.1 (C4, C8 and CC mean other things), and that of JPEG-LS.

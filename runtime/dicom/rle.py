@@ -9,7 +9,7 @@ import struct
 
 import numpy as np
 
-from .errors import ImageError
+from ..errors import ImageError
 
 _HEADER = struct.Struct("<16I")  # number of segments, and where each begins
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import ImageError
-from .image_guard import check_window
+from ..errors import ImageError
+from ..limits import check_window
 
 if TYPE_CHECKING:  # 16-bit PNG files come here too, and need no pydicom
     from pydicom.dataset import Dataset
