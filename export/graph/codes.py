@@ -16,7 +16,7 @@ def build_codes(checkpoint: Checkpoint, own: WeightFile) -> ModelProto:
     """codes int64 [B, h, w] -> image uint8 [B, H, W, 3] (RGB), at the config's grid and picture size.
 
     The reverse of `build_draft`; the convolution after the codebook is folded into it, and upsampling runs on the
-    small images. A code outside of the codebook is an error of the executor.
+    small images. Codes lie in [0, N): Gather refuses larger ones and counts negative ones from the end.
     """
     config = checkpoint.vq
     widths = [config.channels * multiplier for multiplier in config.multipliers]
@@ -25,16 +25,13 @@ def build_codes(checkpoint: Checkpoint, own: WeightFile) -> ModelProto:
     blocks = VqBlocks(checkpoint, graph, own)
 
     codes = graph.input("codes", TensorProto.INT64, ["B", side, side])
+
+    def codebook() -> np.ndarray:
+        parts = ("quantize.embed.weight", "post_quant_conv.weight", "post_quant_conv.bias")
+        return fold.convolved_codebook(*(blocks.tensor(part) for part in parts))
+
     with graph.scope("codebook"):
-        table = blocks.weight(
-            "codebook",
-            lambda: fold.convolved_codebook(
-                *(
-                    blocks.tensor(key)
-                    for key in ("quantize.embed.weight", "post_quant_conv.weight", "post_quant_conv.bias")
-                )
-            ),
-        )
+        table = blocks.weight("codebook", codebook)
         x = graph.op("Transpose", graph.op("Gather", table, codes, axis=0), perm=[0, 3, 1, 2])
     x = blocks.convolution("decoder.conv_in", x)
     x = blocks.middle("decoder.mid", x, widths[top], side)

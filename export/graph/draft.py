@@ -46,10 +46,8 @@ def build_draft(checkpoint: Checkpoint, own: WeightFile) -> ModelProto:
         return fold.chain_pointwise(*(blocks.tensor(part) for part in parts))
 
     with graph.scope("codebook"):
-        weight, bias = (
-            blocks.weight("scores.weight", lambda: scores()[0]),
-            blocks.weight("scores.bias", lambda: scores()[1]),
-        )
+        weight = blocks.weight("scores.weight", lambda: scores()[0])
+        bias = blocks.weight("scores.bias", lambda: scores()[1])
         codes = graph.op("ArgMax", graph.op("Conv", x, weight, bias), axis=1, keepdims=0)
     graph.output(codes, "codes", TensorProto.INT64, ["B", config.grid, config.grid])
     return graph.model()

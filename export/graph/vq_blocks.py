@@ -96,10 +96,8 @@ class VqBlocks:
             normed = self.norm(f"{name}.norm", x, channels, side)
             columns = graph.op("Reshape", normed, graph.constant([0, channels, side * side], np.int64))
             rows = graph.op("Transpose", columns, perm=[0, 2, 1])
-            weight, bias = (
-                self.weight(f"{name}.qkv.weight", packed_weight),
-                self.weight(f"{name}.qkv.bias", packed_bias),
-            )
+            weight = self.weight(f"{name}.qkv.weight", packed_weight)
+            bias = self.weight(f"{name}.qkv.bias", packed_bias)
             packed = graph.op("Add", graph.op("MatMul", rows, weight), bias)
             query, key, value = graph.op("Split", packed, outputs=3, axis=-1, num_outputs=3)
             scores = graph.op("MatMul", query, graph.op("Transpose", key, perm=[0, 2, 1]))
