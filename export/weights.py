@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 from onnx import TensorProto, helper
 
+from healthgpt_edge.errors import BundleError
+
 # A mapping of the file then starts every tensor on a page, which is what executors and DMA engines want.
 ALIGNMENT_BYTES = 4096
 
@@ -72,7 +74,13 @@ class WeightFile:
         if data_type == TensorProto.INT4:
             payload = pack_int4(np.ascontiguousarray(values))
         else:
-            payload = np.ascontiguousarray(values, dtype=helper.tensor_dtype_to_np_dtype(data_type))
+            with np.errstate(over="ignore"):  # an error below, with its key
+                payload = np.ascontiguousarray(values, dtype=helper.tensor_dtype_to_np_dtype(data_type))
+            if data_type == TensorProto.FLOAT16 and not np.isfinite(payload).all():
+                largest = float(np.abs(values).max())
+                raise BundleError(
+                    f"tensor {key} must fit float16 (65504), found {largest:.6g}: export another precision"
+                )
         self._append(b"\0" * (-self.size_bytes % ALIGNMENT_BYTES))
         stored = StoredTensor(self.location, self.size_bytes, payload.nbytes, data_type, shape)
         self._append(payload.reshape(-1).view(np.uint8).data)

@@ -12,8 +12,6 @@ import numpy as np
 import torch
 from onnx import ModelProto, TensorProto
 
-from healthgpt_edge.errors import CheckpointError
-
 from .. import fold
 from ..checkpoint import Checkpoint
 from ..quantize import Storage, is_quantised, quantise, transpose
@@ -80,7 +78,7 @@ class LanguageGraph:
             self.own if owned else self.base,
             "embed_tokens.weight",
             self.storage.table,
-            lambda: finite(self.checkpoint.task_tensor(self.task, "embed_tokens.weight"), "embed_tokens.weight"),
+            lambda: to_float(self.checkpoint.task_tensor(self.task, "embed_tokens.weight")),
         )
         text = graph.op("Gather", table, graph.op("Min", token_ids, graph.constant(rows - 1, np.int64)), axis=0)
         if self.storage.table != FLOAT:
@@ -155,22 +153,22 @@ class LanguageGraph:
         """One H-LoRA linear; `norm` names the RMS weight that its matrices take in."""
         checkpoint, task = self.checkpoint, self.checkpoint.tasks[self.task]
         prefix = f"layers.{layer}.{linear}"
-        scale = finite(checkpoint.base_tensor(norm), norm) if norm else None
+        scale = to_float(checkpoint.base_tensor(norm)) if norm else None
 
         def base() -> np.ndarray:
-            return fold.take_norm(finite(checkpoint.base_tensor(f"{prefix}.weight"), f"{prefix}.weight"), scale)
+            return fold.take_norm(to_float(checkpoint.base_tensor(f"{prefix}.weight")), scale)
 
         def adapter_in() -> np.ndarray:
             reduce, _, router = checkpoint.adapter(self.task, layer, linear)
-            return fold.stack_router(finite(reduce, f"{prefix}.lora_A"), finite(router, f"{prefix}.lora_route"), scale)
+            return fold.stack_router(to_float(reduce), to_float(router), scale)
 
         def adapter_out() -> np.ndarray:
             _, expand, _ = checkpoint.adapter(self.task, layer, linear)
-            return fold.scale_expansion(finite(expand, f"{prefix}.lora_B"), task.scaling)
+            return fold.scale_expansion(to_float(expand), task.scaling)
 
         def bias() -> np.ndarray:
             if self.config.has_bias(linear):
-                return finite(checkpoint.base_tensor(f"{prefix}.bias"), f"{prefix}.bias")
+                return to_float(checkpoint.base_tensor(f"{prefix}.bias"))
             return np.zeros(checkpoint.base_tensor(f"{prefix}.weight").shape[0], np.float32)
 
         with self.graph.scope(linear):
@@ -248,8 +246,8 @@ def head(graph: GraphBuilder, parts: LanguageGraph, hidden: str, first: int, end
     checkpoint, task, key = parts.checkpoint, parts.task, "lm_head.weight"
 
     def rows() -> np.ndarray:
-        norm = finite(checkpoint.base_tensor("norm.weight"), "norm.weight")
-        return fold.take_norm(finite(checkpoint.task_tensor(task, key)[first:end], key), norm)
+        norm = to_float(checkpoint.base_tensor("norm.weight"))
+        return fold.take_norm(to_float(checkpoint.task_tensor(task, key)[first:end]), norm)
 
     file = parts.own if checkpoint.task_owns(task, key) else parts.base
     values, scales = parts.matrix(file, f"lm_head.{first}.{end}", parts.storage.head, rows)
@@ -260,9 +258,6 @@ def head(graph: GraphBuilder, parts: LanguageGraph, hidden: str, first: int, end
     return str(graph.op("MatMul", hidden, values))
 
 
-def finite(tensor: torch.Tensor, key: str) -> np.ndarray:
-    """The tensor as float32, refused if it holds NaN or infinity (a damaged file would give silent nonsense)."""
-    values = tensor.float().numpy()
-    if not np.isfinite(values).all():
-        raise CheckpointError(f"tensor {key} must be finite, found {int((~np.isfinite(values)).sum())} NaN or infinite")
-    return values
+def to_float(tensor: torch.Tensor) -> np.ndarray:
+    """The tensor as float32; the checkpoint has refused NaN and infinity when it read it."""
+    return tensor.float().numpy()

@@ -1,0 +1,38 @@
+"""Weight files: placement, sharing, packing, and what does not fit its type."""
+
+import hashlib
+
+import numpy as np
+import pytest
+from onnx import TensorProto
+
+from healthgpt_edge.errors import BundleError
+from healthgpt_edge.export.weights import ALIGNMENT_BYTES, WeightFile
+
+
+def test_tensors_start_on_pages_and_the_hash_is_the_files(tmp_path):
+    path = tmp_path / "w.bin"
+    file = WeightFile(path, "weights/w.bin")
+    first = file.put("a", TensorProto.FLOAT, lambda: np.arange(5, dtype=np.float32))
+    second = file.put("b", TensorProto.FLOAT16, lambda: np.ones((3, 7), np.float32))
+    digest = file.close()
+    data = path.read_bytes()
+    assert (first.offset, first.length, second.offset, second.length) == (0, 20, ALIGNMENT_BYTES, 42)
+    assert digest == hashlib.sha256(data).hexdigest()
+    assert file.size_bytes == len(data)
+    np.testing.assert_array_equal(np.frombuffer(data, np.float32, 5), np.arange(5))
+    np.testing.assert_array_equal(np.frombuffer(data, np.float16, 21, ALIGNMENT_BYTES), np.ones(21))
+
+
+def test_a_key_is_produced_and_stored_once(tmp_path):
+    file = WeightFile(tmp_path / "w.bin", "w.bin")
+    calls = []
+    for _ in range(2):
+        stored = file.put("a", TensorProto.FLOAT, lambda: calls.append(1) or np.zeros(4, np.float32))
+    assert (len(calls), stored.offset, file.size_bytes) == (1, 0, 16)
+
+
+def test_a_value_beyond_float16_is_refused(tmp_path):
+    file = WeightFile(tmp_path / "w.bin", "w.bin")
+    with pytest.raises(BundleError, match=r"tensor big must fit float16 \(65504\), found 70000"):
+        file.put("big", TensorProto.FLOAT16, lambda: np.array([1, -70000], np.float32))
