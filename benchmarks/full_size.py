@@ -60,14 +60,14 @@ def export(checkpoint: Path, bundle: Path, precision: str) -> dict[str, object]:
     }
 
 
-def run(bundle: Path, answer_tokens: int) -> dict[str, object]:
+def run(bundle: Path, answer_tokens: int, threads: int | None) -> dict[str, object]:
     """Load both tasks, answer once, generate one picture; returns times and memory."""
     import numpy as np
 
     from healthgpt_edge import load
 
     begin = time.perf_counter()
-    session = load(bundle)
+    session = load(bundle, threads=threads)
     result: dict[str, object] = {"load_s": round(time.perf_counter() - begin, 1), "after_load_mib": memory_mb()}
     picture = np.random.default_rng(0).integers(0, 256, (512, 512, 3), np.uint8)
     answer = session.answer(picture, "What is in the image?", max_new_tokens=answer_tokens)
@@ -85,11 +85,12 @@ def main() -> None:
     parser.add_argument("--precision", action="append", default=[], help="export this one; may be repeated")
     parser.add_argument("--run", action="append", default=[], help="answer and generate with this one")
     parser.add_argument("--answer-tokens", type=int, default=64)
+    parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
     parser.add_argument("--run-bundle", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.run_bundle:
-        print(json.dumps(run(arguments.run_bundle, arguments.answer_tokens)))
+        print(json.dumps(run(arguments.run_bundle, arguments.answer_tokens, arguments.threads)))
         return
     checkpoint = arguments.work / "m3"
     if not checkpoint.exists():
@@ -106,6 +107,7 @@ def main() -> None:
         command = [sys.executable, "-m", "benchmarks.full_size", str(arguments.work)]
         command += ["--run-bundle", str(arguments.work / f"bundle-{precision}")]
         command += ["--answer-tokens", str(arguments.answer_tokens)]
+        command += ["--threads", str(arguments.threads)] if arguments.threads else []
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
         results[f"run {precision}"] = json.loads(output)
         print(precision, output.decode().strip(), flush=True)
