@@ -38,7 +38,7 @@ def memory_mb() -> dict[str, int]:
 
 
 def export(checkpoint: Path, bundle: Path, precision: str) -> dict[str, object]:
-    """Run the export command as a user does; returns seconds, peak MiB and bytes per file."""
+    """Run the export command as a user does; returns seconds, peak MiB and bytes per part."""
     if bundle.exists():
         shutil.rmtree(bundle)
     options = [item for name, path in RELEASED.items() for item in (f"--{name}", str(checkpoint / path))]
@@ -51,12 +51,12 @@ def export(checkpoint: Path, bundle: Path, precision: str) -> dict[str, object]:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"export failed with code {process.returncode}")
-    files = {part["file"]: part["size_bytes"] for part in json.loads(output)["files"]}
+    summary = json.loads(output)
     return {
         "seconds": round(time.perf_counter() - begin, 1),
         "peak_mib": usage.ru_maxrss // 1024,
-        "bundle_bytes": sum(files.values()),
-        "files": files,
+        "bundle_bytes": summary["total_bytes"],
+        "parts": {f"{part['file']}: {part['part']}": part["size_bytes"] for part in summary["parts"]},
     }
 
 

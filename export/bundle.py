@@ -7,7 +7,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
@@ -22,19 +21,11 @@ from .graph.draft import build_draft
 from .graph.language import build_language, build_vocabulary, first_logit_row
 from .graph.vision import build_vision
 from .quantize import BLOCK_SIZES, PRECISIONS, Storage
+from .summary import Part, Summary, folds_of, parts_of
 from .tokenizer import write_tokenizer
 from .weights import WeightFile
 
 PRODUCER = "healthgpt-edge 0.1.0"
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One line of the export summary: a file and what it holds."""
-
-    file: str
-    size_bytes: int
-    holds: str
 
 
 def export_bundle(
@@ -44,8 +35,8 @@ def export_bundle(
     precision: str = "fp32",
     block_size: int = 128,
     on_step: Callable[[str, int, int], None] = lambda name, done, total: None,
-) -> list[Part]:
-    """Export `checkpoint` to the new directory `out`; returns what it wrote, by file.
+) -> Summary:
+    """Export `checkpoint` to the new directory `out`; returns what was written and folded.
 
     precision: one of fp32, fp16, int8, int4; block_size: 32, 64 or 128, for the integer ones. `on_step(name, done,
     total)` reports progress in decoder layers and graphs. Nothing is left at `out` if anything fails. Raises
@@ -101,7 +92,7 @@ class _Export:
         self._on_step, self._done = on_step, 0
         self._total = len(checkpoint.tasks) * (checkpoint.language.layers + 1) + 2
 
-    def run(self) -> list[Part]:
+    def run(self) -> Summary:
         (self.folder / "weights").mkdir()
         base = self._weight_file("base")
         for task in sorted(self.checkpoint.tasks):
@@ -114,8 +105,8 @@ class _Export:
                 self._save(task, "codes", build_codes(self.checkpoint, own))
                 self._save(task, "draft", build_draft(self.checkpoint, own))
                 self._step(f"{task}: codes")
-            self._close(own, f"{task} adapters, projector" + (", VQGAN" if task == "generation" else ""))
-        self._close(base, "base matrices and vision tower, shared by the tasks")
+            self._close(own)
+        self._close(base)
         tokens = self.checkpoint.tokens
         text, options = write_tokenizer(self.checkpoint.base_dir, tokens.codes if tokens else None)
         self._write("tokenizer.json", text.encode())
@@ -123,7 +114,8 @@ class _Export:
         (self.folder / MANIFEST).write_text(manifest.to_json())
         # What was just written must open: the reader's checks are the writer's, too.
         schema.Manifest.from_json((self.folder / MANIFEST).read_bytes())
-        return self.parts
+        total = sum(entry.size for entry in self.files.values())
+        return Summary(tuple(self.parts), total, tuple(folds_of(self.checkpoint)))
 
     def _language(self, task: str, base: WeightFile, own: WeightFile) -> None:
         arguments = (self.checkpoint, task, base, own, self.storage, self.block_size)
@@ -135,10 +127,10 @@ class _Export:
         location = f"weights/{name}.bin"
         return WeightFile(self.folder / location, location)
 
-    def _close(self, file: WeightFile, holds: str) -> None:
+    def _close(self, file: WeightFile) -> None:
         digest = file.close()
         self.files[file.location] = schema.FileEntry(file.size_bytes, digest)
-        self.parts.append(Part(file.location, file.size_bytes, holds))
+        self.parts += parts_of(file)
 
     def _save(self, task: str, role: str, model: onnx.ModelProto) -> None:
         name = f"{task}.{role}.onnx"
@@ -148,7 +140,6 @@ class _Export:
     def _write(self, name: str, data: bytes) -> None:
         (self.folder / name).write_bytes(data)
         self.files[name] = schema.FileEntry(len(data), hashlib.sha256(data).hexdigest())
-        self.parts.append(Part(name, len(data), "graph" if name.endswith(".onnx") else "tokenizer"))
 
     def _step(self, name: str) -> None:
         self._done += 1

@@ -72,7 +72,7 @@ def export(
         _progress() as progress,
     ):
         bar = progress.add_task("export", total=None)
-        parts = export_bundle(
+        summary = export_bundle(
             checkpoint,
             out,
             precision=precision,
@@ -80,13 +80,15 @@ def export(
             on_step=lambda name, done, total: progress.update(bar, description=name, completed=done, total=total),
         )
     if as_json:
-        _print_json({"bundle": str(out), "files": [dataclasses.asdict(part) for part in parts]})
+        _print_json({"bundle": str(out), **dataclasses.asdict(summary)})
         return
-    table = Table("file", "bytes", "holds", title=f"{out} ({precision})")
-    for part in parts:
-        table.add_row(part.file, f"{part.size_bytes:,}", part.holds)
-    table.add_row("total", f"{sum(part.size_bytes for part in parts):,}", "")
+    table = Table("file", "part", "bytes", title=f"{out} ({precision})")
+    table.columns[2].justify = "right"
+    for part in summary.parts:
+        table.add_row(part.file, part.part, f"{part.size_bytes:,}")
+    table.add_row("total", "graphs, tokenizer and padding too", f"{summary.total_bytes:,}")
     _print_table(table)
+    print("\n".join(f"folded: {line}" for line in summary.folded))
 
 
 @app.command()
