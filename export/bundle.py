@@ -99,7 +99,8 @@ class _Export:
             self.graphs[task] = {}
             own = self._weight_file(task)
             self._language(task, base, own)
-            self._save(task, "vision", build_vision(self.checkpoint, task, base, own, self.storage.table))
+            vision = build_vision(self.checkpoint, task, base, own, self.storage.vision, self.block_size)
+            self._save(task, "vision", vision)
             self._step(f"{task}: vision")
             if task == "generation":
                 self._save(task, "codes", build_codes(self.checkpoint, own))

@@ -23,13 +23,14 @@ _VALUES_PER_STEP = 1 << 18
 class Storage:
     """How a bundle stores each kind of tensor, as onnx.TensorProto types.
 
-    linear: base matrices. adapter: [A;R] and B. head: the output head. table: matrices that are only looked up or
-    run once per picture (embeddings, vision tower, projector).
+    linear: base matrices. adapter: [A;R] and B. head: the output head. vision: tower and projector. table: the
+    embedding, of which only the rows of a prompt are ever read.
     """
 
     linear: int
     adapter: int
     head: int
+    vision: int
     table: int
 
     @classmethod
@@ -38,14 +39,15 @@ class Storage:
 
         Adapters take the type of the base: their product is the smaller summand of every linear, so the same
         relative rounding error weighs less there, and at rank 256 an 8-bit adapter would add 22% to the bytes of
-        a 4-bit token instead of 11%. The head keeps 8 bits at `int4`: its rounding goes straight into the logits.
+        a 4-bit token instead of 11%. Head and vision keep 8 bits at `int4`: the head's rounding goes straight into
+        the logits, and the tower runs once per picture, so 4 bits would save little there.
         """
         float32, float16, int8, int4 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT8, TensorProto.INT4
         return {
-            "fp32": cls(float32, float32, float32, float32),
-            "fp16": cls(float16, float16, float16, float16),
-            "int8": cls(int8, int8, int8, float16),
-            "int4": cls(int4, int4, int8, float16),
+            "fp32": cls(float32, float32, float32, float32, float32),
+            "fp16": cls(float16, float16, float16, float16, float16),
+            "int8": cls(int8, int8, int8, int8, float16),
+            "int4": cls(int4, int4, int8, int8, float16),
         }[precision]
 
 

@@ -14,10 +14,11 @@ from onnx import ModelProto, TensorProto
 
 from .. import fold
 from ..checkpoint import Checkpoint
-from ..quantize import Storage, is_quantised, quantise, transpose
+from ..quantize import Storage
 from ..weights import WeightFile
 from .builder import GraphBuilder
 from .functions import cached_attention, hlora_linear
+from .matrices import matrix, stored_matrix
 
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
 
@@ -176,28 +177,17 @@ class LanguageGraph:
                 self.graph.call(
                     self.linear_function,
                     x,
-                    *self.matrix(self.base, f"{prefix}.weight", self.storage.linear, base),
+                    *self._stored(self.base, f"{prefix}.weight", self.storage.linear, base),
                     self.graph.weight(self.base, f"{prefix}.bias", FLOAT, bias) if self.has_bias else "",
-                    *self.matrix(self.own, f"{prefix}.adapter_in", self.storage.adapter, adapter_in),
-                    *self.matrix(self.own, f"{prefix}.adapter_out", self.storage.adapter, adapter_out),
+                    *self._stored(self.own, f"{prefix}.adapter_in", self.storage.adapter, adapter_in),
+                    *self._stored(self.own, f"{prefix}.adapter_out", self.storage.adapter, adapter_out),
                     block_size=self.block_size,
                     experts=task.experts,
                 )
             )
 
-    def matrix(self, file: WeightFile, key: str, data_type: int, produce: Callable[[], np.ndarray]) -> tuple[str, str]:
-        """Store a matrix [O, C] as the right operand [C, O]; names its values and its scales ("" for floats)."""
-        if not is_quantised(data_type):
-            return self.graph.weight(file, key, data_type, lambda: transpose(produce())), ""
-        parts: list[np.ndarray] = []
-
-        def part(index: int) -> np.ndarray:
-            if not parts:
-                parts.extend(quantise(produce(), data_type, self.block_size))
-            return parts[index]
-
-        values = self.graph.weight(file, key, data_type, lambda: part(0))
-        return values, self.graph.weight(file, f"{key}_scale", FLOAT, lambda: part(1))
+    def _stored(self, file: WeightFile, key: str, data_type: int, produce: Callable[[], np.ndarray]) -> tuple[str, str]:
+        return stored_matrix(self.graph, file, key, data_type, self.block_size, produce)
 
 
 def build_language(
@@ -243,19 +233,16 @@ def first_logit_row(checkpoint: Checkpoint, task: str) -> int:
 
 def head(graph: GraphBuilder, parts: LanguageGraph, hidden: str, first: int, end: int) -> str:
     """Logits [B, n, end - first] of the normed hidden states, the final norm's weight folded in."""
-    checkpoint, task, key = parts.checkpoint, parts.task, "lm_head.weight"
+    checkpoint, task, name = parts.checkpoint, parts.task, "lm_head.weight"
 
     def rows() -> np.ndarray:
         norm = to_float(checkpoint.base_tensor("norm.weight"))
-        return fold.take_norm(to_float(checkpoint.task_tensor(task, key)[first:end]), norm)
+        return fold.take_norm(to_float(checkpoint.task_tensor(task, name)[first:end]), norm)
 
-    file = parts.own if checkpoint.task_owns(task, key) else parts.base
-    values, scales = parts.matrix(file, f"lm_head.{first}.{end}", parts.storage.head, rows)
-    if scales:
-        values = graph.op("DequantizeLinear", values, scales, axis=0, block_size=parts.block_size)
-    elif parts.storage.head != FLOAT:
-        values = graph.op("Cast", values, to=FLOAT)
-    return str(graph.op("MatMul", hidden, values))
+    file = parts.own if checkpoint.task_owns(task, name) else parts.base
+    key = f"lm_head.{first}.{end}"
+    right = matrix(graph, file, key, parts.storage.head, parts.block_size, rows)
+    return str(graph.op("MatMul", hidden, right))
 
 
 def to_float(tensor: torch.Tensor) -> np.ndarray:

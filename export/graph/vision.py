@@ -18,24 +18,31 @@ from .. import fold
 from ..checkpoint import Checkpoint
 from ..weights import WeightFile
 from .builder import GraphBuilder
+from .matrices import matrix
 
 FLOAT = TensorProto.FLOAT
 
 
-def build_vision(checkpoint: Checkpoint, task: str, base: WeightFile, own: WeightFile, storage: int) -> ModelProto:
+def build_vision(
+    checkpoint: Checkpoint, task: str, base: WeightFile, own: WeightFile, storage: int, block_size: int = 128
+) -> ModelProto:
     """The vision graph of `task`: pixels uint8 [B, S, S, 3] (RGB) -> image_features float [B, P, language hidden].
 
-    The tower goes to `base`, where the tasks share it, the projector to `own`. `storage` (an onnx.TensorProto float
-    type) is how the large matrices are stored; everything is computed in float32. Raises CheckpointError.
+    The tower goes to `base`, where the tasks share it, the projector to `own`. `storage` (an onnx.TensorProto type) is
+    how the large matrices are stored, in blocks of `block_size` where it is an integer type; everything is computed
+    in float32. Raises CheckpointError.
     """
-    return _VisionGraph(checkpoint, task, base, own, storage).build()
+    return _VisionGraph(checkpoint, task, base, own, storage, block_size).build()
 
 
 class _VisionGraph:
     """The parts of one vision graph."""
 
-    def __init__(self, checkpoint: Checkpoint, task: str, base: WeightFile, own: WeightFile, storage: int) -> None:
-        self.checkpoint, self.task, self.base, self.own, self.storage = checkpoint, task, base, own, storage
+    def __init__(
+        self, checkpoint: Checkpoint, task: str, base: WeightFile, own: WeightFile, storage: int, block_size: int
+    ) -> None:
+        self.checkpoint, self.task, self.base, self.own = checkpoint, task, base, own
+        self.storage, self.block_size = storage, block_size
         self.config = checkpoint.vision
         if self.config.image_size % self.config.patch_size:
             raise CheckpointError(
@@ -108,7 +115,7 @@ class _VisionGraph:
         matrix = self._matrix(
             self.base,
             f"vision/{block}.{name}.weight",
-            lambda: np.concatenate([self._tower(f"{part}.weight") for part in parts]).T,
+            lambda: np.concatenate([self._tower(f"{part}.weight") for part in parts]),
         )
         bias = self.graph.weight(
             self.base,
@@ -122,7 +129,7 @@ class _VisionGraph:
         def read(key: str) -> np.ndarray:
             return self.checkpoint.task_tensor(self.task, key).float().numpy()
 
-        matrix = self._matrix(self.own, f"{name}.weight", lambda: read(f"{name}.weight").T)
+        matrix = self._matrix(self.own, f"{name}.weight", lambda: read(f"{name}.weight"))
         bias = self.graph.weight(self.own, f"{name}.bias", FLOAT, lambda: read(f"{name}.bias"))
         return str(self.graph.op("Add", self.graph.op("MatMul", x, matrix), bias))
 
@@ -134,9 +141,7 @@ class _VisionGraph:
         return str(self.graph.op("LayerNormalization", x, scale, bias, axis=-1, epsilon=self.config.epsilon))
 
     def _matrix(self, file: WeightFile, key: str, produce: Callable[[], np.ndarray]) -> str:
-        """A large matrix [C, O] as float32, however it is stored."""
-        stored = self.graph.weight(file, key, self.storage, produce)
-        return stored if self.storage == FLOAT else str(self.graph.op("Cast", stored, to=FLOAT))
+        return matrix(self.graph, file, key, self.storage, self.block_size, produce)
 
     def _tower(self, name: str) -> np.ndarray:
         return self.checkpoint.vision_tensor(name).float().numpy()

@@ -15,8 +15,6 @@ from ..errors import ExecutorError
 # Attention in the standard body reads the whole cache, so the cache grows in steps with the context: a step is small
 # beside a context, and copying at each step costs a fraction of a percent of the tokens in between.
 _CAPACITY_STEP_TOKENS = 256
-# Folding casts of stored fp16 matrices would keep a float32 copy of the whole model per task.
-_MAX_FOLDED_BYTES = 1 << 20
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -45,13 +43,10 @@ class OnnxExecutor:
         options.log_severity_level = 3
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
-        if role in ("language", "vocabulary"):
-            options.add_session_config_entry(
-                "optimization.constant_folding_max_output_size_in_bytes", str(_MAX_FOLDED_BYTES)
-            )
-            if self.bundle.manifest.precision in ("fp32", "fp16"):
-                # Prepacking would copy every float matrix out of the mapped file, once per task.
-                options.add_session_config_entry("session.disable_prepacking", "1")
+        if self.bundle.manifest.precision == "fp32" and role != "codes":
+            # Packing would copy every matrix out of the mapped file, once per task. (The VQGAN is small and all
+            # convolutions, which gain more from it.)
+            options.add_session_config_entry("session.disable_prepacking", "1")
         path = self.bundle.graph(task, role)
         try:
             session = onnxruntime.InferenceSession(str(path), options, providers=[self._provider])
