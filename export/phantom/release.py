@@ -25,6 +25,19 @@ from .corpus import BASE_ROWS, END_OF_TEXT
 from .vision import CONFIG as VISION
 
 
+def released_files(folder: Path) -> dict[str, Path]:
+    """What Checkpoint.open takes for a phantom in `folder`."""
+    plugins = folder / "plugins"
+    return {
+        "base": folder / "base",
+        "vision": folder / "vision",
+        "comprehension": plugins / "com_hlora_weights.bin",
+        "generation": plugins / "gen_hlora_weights.bin",
+        "fusion": plugins / "fusion_layer_weights.bin",
+        "vqgan": folder / "vqgan",
+    }
+
+
 def write_base(folder: Path, model: HealthGPT) -> None:
     """config.json, generation_config.json and model.safetensors; the tokenizer files are there already."""
     _write_json(
