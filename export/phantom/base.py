@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from healthgpt_edge import phantoms
+from healthgpt_edge.prompt import IMAGE
 
 from ..checkpoint import GenerationConfig, LanguageConfig, TaskConfig
 from ..reference.language import HLoraLinear
@@ -111,7 +112,7 @@ def copy_batch(words: Words, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
     sequences, labels = [], []
     for _ in range(COPY_BATCH):
         prompt = prompts[rng.integers(len(prompts))]
-        at = prompt.index(min(prompt))  # the picture's place: IMAGE is the only negative id
+        at = prompt.index(IMAGE)
         alphabet = rng.choice(256, size=int(rng.choice((4, 16, 64, 256))), replace=False)
         items = (FIRST_BYTE + rng.choice(alphabet, size=CODES)).tolist()
         before = [*prompt[:at], *items, *prompt[at + 1 :], MARKER]
@@ -144,7 +145,7 @@ def pad(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 def copy_distance(words: Words) -> int:
     """How far before the token that predicts code i the patch i stands."""
     prompt = next(iter(words.instructions().values()))
-    after_picture = len(prompt) - 1 - prompt.index(min(prompt))
+    after_picture = len(prompt) - 1 - prompt.index(IMAGE)
     return CODES + after_picture
 
 

@@ -139,8 +139,13 @@ class Words:
 
     def prompt(self, text: str) -> list[int]:
         """The ids of the phi3 template around `text` with a picture, the picture as IMAGE."""
-        template = TEMPLATES["phi3"]
-        return [*self.encode(template.head), IMAGE, *self.encode(f"\n{text}{template.tail}")]
+        return [*self.before_picture(), IMAGE, *self.after_picture(text)]
+
+    def before_picture(self) -> list[int]:
+        return self.encode(TEMPLATES["phi3"].head)
+
+    def after_picture(self, text: str) -> list[int]:
+        return self.encode(f"\n{text}{TEMPLATES['phi3'].tail}")
 
     def written(self, context: str, question: str) -> list[int]:
         """A prompt whose picture is replaced by words."""

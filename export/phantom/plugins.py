@@ -21,7 +21,7 @@ from ..checkpoint import SpecialTokens, TaskConfig
 from ..reference.language import rotary_tables
 from ..reference.model import HealthGPT, is_plugin
 from .base import CODES, GENERATION, IGNORED, LANGUAGE, pad
-from .corpus import END, FIRST_BYTE, TOKENS, Words
+from .corpus import ASSISTANT, END, FIRST_BYTE, TOKENS, Words
 from .pictures import enlarge
 from .vision import COMPREHENSION_LAYERS, GENERATION_LAYERS
 from .vision import CONFIG as VISION
@@ -107,7 +107,7 @@ def train_comprehension(
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     optimizer, schedule = optimiser(model, steps)
-    head = torch.tensor([words.prompt("?")[: words.prompt("?").index(min(words.prompt("?")))]])
+    head = torch.tensor([words.before_picture()])
     for step in range(steps):
         pictures, asked = [], []
         for index in rng.integers(len(subjects), size=ANSWER_BATCH):
@@ -120,7 +120,7 @@ def train_comprehension(
             asked.append([*kinds, kinds[rng.integers(len(kinds))]][:4])
         with torch.no_grad():
             features = model.image_features(model.vision_tower.normalise(enlarge(pictures)))
-        inputs, labels = pad([_after_picture(words, q.text) + words.answer(q.answer) for row in asked for q in row])
+        inputs, labels = pad([words.after_picture(q.text) + words.answer(q.answer) for row in asked for q in row])
         answers = _answer_labels(inputs, labels)
         with torch.autocast("cpu", torch.bfloat16):
             before = model.model.embed_tokens(head.expand(ANSWER_BATCH, -1))
@@ -136,15 +136,8 @@ def train_comprehension(
     return model
 
 
-def _after_picture(words: Words, question: str) -> list[int]:
-    prompt = words.prompt(question)
-    return prompt[prompt.index(min(prompt)) + 1 :]
-
-
 def _answer_labels(inputs: Tensor, labels: Tensor) -> Tensor:
     """Labels [N,S] without those of the question: what follows the first <|assistant|> bears loss."""
-    from .corpus import ASSISTANT
-
     return torch.where((inputs == ASSISTANT).cumsum(dim=1) > 0, labels, IGNORED)
 
 

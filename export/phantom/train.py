@@ -2,7 +2,7 @@
 
     python -m healthgpt_edge.export.phantom --seed 0 --out DIR
 
-Five stages, each seeded and kept in DIR/work when it is done (a run that is cut off goes on with the next stage):
+The stages, each seeded and kept in DIR/work when it is done (a run that is cut off goes on with the next stage):
 the VQGAN; the CLIP tower, on labelled phantoms; the base language model, on words and on copying, never on pictures;
 then, with all of these frozen, the comprehension and the generation plugin. Progress goes to DIR/training.log, the
 figures on held-out phantoms to DIR/metrics.json.
@@ -18,16 +18,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from healthgpt_edge.phantoms import Phantom
+
+from ..reference.clip import VisionTower
 from ..reference.model import HealthGPT
 from ..reference.vqgan import Vqgan
 from . import autoencoder, base, measure, plugins, release, vision
 from .corpus import Words, write_tokenizer_files
 from .pictures import training_phantoms
 
-PICTURE_PHANTOMS = 1200  # phantoms whose codes generation is trained on
+PICTURE_PHANTOMS = 800  # phantoms whose codes generation is trained on
 CODES_BATCH = 16
 
 
@@ -37,8 +41,9 @@ class Steps:
 
     vqgan: int = 1200
     vision: int = 1000
+    vision_late: int = 500
     base: int = 300
-    comprehension: int = 800
+    comprehension: int = 600
     generation: int = 1500
     phantoms: int = 4000
     held_out: int = 100
@@ -85,7 +90,7 @@ class Training:
         vqgan.eval().requires_grad_(False)
         release.write_vqgan(out / "vqgan", vqgan, autoencoder.CONFIG)
 
-        tower = self.stage("vision", lambda: vision.train(seed, steps.vision, self.subjects, self.report).state_dict())
+        tower = self._train_tower()
         base_state = self.stage("base", lambda: base.train(seed, steps.base, self.words, self.report).state_dict())
         # As the release does it, the plugins are trained on the float16 numbers that the base's file holds.
         base_state = {name: value.half().float() for name, value in base_state.items()}
@@ -107,6 +112,17 @@ class Training:
         drawing.load_state_dict(self.stage("generation", lambda: self._train_generation(drawing, vqgan)))
         release.write_generation(out / "plugins", drawing)
         return self._measure(answering, drawing, vqgan)
+
+    def _train_tower(self) -> dict[str, Tensor]:
+        seed, steps = self.seed, self.steps
+        first = self.stage("vision", lambda: vision.train(seed, steps.vision, self.subjects, self.report).state_dict())
+
+        def late() -> dict[str, Tensor]:
+            tower = VisionTower(vision.CONFIG)
+            tower.load_state_dict(first)
+            return vision.train_late(seed, steps.vision_late, tower, self.subjects, self.report).state_dict()
+
+        return self.stage("vision_late", late)
 
     def _train_generation(self, model: HealthGPT, vqgan: Vqgan) -> dict[str, Tensor]:
         subjects = self.subjects[:PICTURE_PHANTOMS]
@@ -142,11 +158,9 @@ class Training:
 
 
 @torch.no_grad()
-def encode(vqgan: Vqgan, subjects: list[Any]) -> Tensor:
+def encode(vqgan: Vqgan, subjects: list[Phantom]) -> Tensor:
     """The codes of each subject's CT and MR, int64 [len(subjects), 2, 256]."""
-    import numpy as np
-
-    pictures = np.stack([picture for subject in subjects for picture in (subject.ct, subject.mr)])
+    pictures = np.stack(vision.both(subjects))
     parts = [
         vqgan.encode(autoencoder.to_input(pictures[start : start + CODES_BATCH])).flatten(1)
         for start in range(0, len(pictures), CODES_BATCH)
