@@ -76,6 +76,8 @@ def quantise(weight: np.ndarray, data_type: int, block_size: int) -> tuple[np.nd
         grouped = part.reshape(-1, blocks, block_size)
         smallest, greatest = grouped.min(axis=2), grouped.max(axis=2)
         scale = np.where(greatest > -smallest, greatest, smallest) / np.float32(lowest)
+        # The inverse of a subnormal scale may be infinite: such a block, below 2e-36 throughout, becomes zero.
+        scale[np.abs(scale) < np.finfo(np.float32).tiny] = 0
         inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
         rounded = np.rint(grouped * inverse[:, :, None])
         np.clip(rounded, lowest, -lowest - 1, out=rounded)
