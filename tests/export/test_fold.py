@@ -24,6 +24,72 @@ def assert_equal(found: np.ndarray | torch.Tensor, expected: torch.Tensor, toler
     np.testing.assert_allclose(np.asarray(found), expected.numpy(), rtol=0, atol=tolerance)
 
 
+# --- language -----------------------------------------------------------------------------------------------------
+
+# Rank, experts, channels in and out; odd and prime ones too.
+HLORA_SHAPES = [(8, 4, 64, 96), (6, 3, 31, 33), (1, 1, 7, 1), (12, 4, 128, 129)]
+
+
+def assert_float32(found: np.ndarray, expected: np.ndarray) -> None:
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, rtol=0, atol=ROUNDING)
+
+
+def adapter(rank: int, experts: int, channels: int, out: int) -> tuple[np.ndarray, ...]:
+    """W [O, C], A [R, C], B [O, R], the router [E, C] and a norm's weight [C]."""
+    matrices = (tensor(*shape, seed=i) for i, shape in enumerate([(out, channels), (rank, channels), (out, rank)]))
+    router, norm = tensor(experts, channels, seed=3) * 5, tensor(channels, seed=4) + 1
+    return *(matrix.numpy() for matrix in matrices), router.numpy(), norm.numpy()
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    powers = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return powers / powers.sum(axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize(("channels", "out"), [(64, 96), (31, 1), (4099, 3)])
+def test_take_norm(channels, out):
+    weight, norm, x = tensor(out, channels).numpy(), tensor(channels).numpy() + 1, tensor(5, channels).numpy() * 8
+    before = weight.copy()
+    assert_float32(x @ fold.take_norm(weight, norm).T, (x * norm) @ weight.T)
+    assert fold.take_norm(weight, None) is weight
+    np.testing.assert_array_equal(weight, before)
+
+
+@pytest.mark.parametrize(("rank", "experts", "channels", "out"), HLORA_SHAPES)
+def test_stack_router(rank, experts, channels, out):
+    _, reduce, _, router, norm = adapter(rank, experts, channels, out)
+    x = tensor(5, channels).numpy() * 8
+    together = x @ fold.stack_router(reduce, router, norm).T
+    assert_float32(together[:, :rank], (x * norm) @ reduce.T)
+    assert_float32(together[:, rank:], (x * norm) @ router.T)
+    np.testing.assert_array_equal(fold.stack_router(reduce, router, None), np.concatenate([reduce, router]))
+
+
+@pytest.mark.parametrize("scaling", [8.0, 1.0, 2 / 3, 0.1])
+def test_scale_expansion(scaling):
+    expand, z = tensor(33, 12).numpy(), tensor(5, 12, seed=1).numpy()
+    assert_float32(z @ fold.scale_expansion(expand, scaling).T, (scaling * z) @ expand.T)
+
+
+@pytest.mark.parametrize("scaling", [8.0, 2 / 3])
+@pytest.mark.parametrize(("rank", "experts", "channels", "out"), HLORA_SHAPES)
+def test_a_whole_hlora_linear_is_two_products(rank, experts, channels, out, scaling):
+    """[A;R] x, the gate, then [W|B][x;z]: the released formula with its norm, in float64."""
+    weight, reduce, expand, router, norm = adapter(rank, experts, channels, out)
+    x = tensor(5, channels, seed=7).numpy() * 8
+    wide = (part.astype(np.float64) for part in (x, weight, reduce, expand, router, norm))
+    x64, weight64, reduce64, expand64, router64, norm64 = wide
+    normed = x64 * norm64
+    gates = softmax(normed @ router64.T).repeat(rank // experts, axis=-1)
+    expected = normed @ weight64.T + (gates * (normed @ reduce64.T) * scaling) @ expand64.T
+
+    low = x @ fold.stack_router(reduce, router, norm).T
+    z = softmax(low[:, rank:]).repeat(rank // experts, axis=-1) * low[:, :rank]
+    both = np.concatenate([fold.take_norm(weight, norm), fold.scale_expansion(expand, scaling)], axis=1)
+    assert_float32(np.concatenate([x, z], axis=1) @ both.T, expected)
+
+
 # --- vision and VQGAN ---------------------------------------------------------------------------------------------
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

@@ -10,13 +10,16 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from golden_cases import CASES, Case, open_golden
+from language_runs import as_stored
 from onnx import TensorProto
-from tolerances import FEATURES, FEATURES_FLOAT16
+from tolerances import FEATURES, FEATURES_8_BIT, FEATURES_FLOAT16
 
 from healthgpt_edge.errors import CheckpointError
 from healthgpt_edge.export.checkpoint import Checkpoint
 from healthgpt_edge.export.graph.vision import build_vision
+from healthgpt_edge.export.reference.model import HealthGPT
 from healthgpt_edge.export.weights import WeightFile
 from healthgpt_edge.images import prepare, read_image
 
@@ -26,7 +29,9 @@ PICTURE_CASES = [case for case in CASES if case.image]
 class Exported:
     """The vision graphs of a checkpoint's tasks in `folder`, as a bundle holds them."""
 
-    def __init__(self, checkpoint: Checkpoint, folder: Path, storage: int = TensorProto.FLOAT) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, folder: Path, storage: int = TensorProto.FLOAT, block_size: int = 128
+    ) -> None:
         self.folder = folder
         (folder / "weights").mkdir()
         self.models: dict[str, onnx.ModelProto] = {}
@@ -34,14 +39,16 @@ class Exported:
         base = WeightFile(folder / "weights/base.bin", "weights/base.bin")
         for task in checkpoint.tasks:
             own = WeightFile(folder / f"weights/{task}.bin", f"weights/{task}.bin")
-            self.models[task] = build_vision(checkpoint, task, base, own, storage)
+            self.models[task] = build_vision(checkpoint, task, base, own, storage, block_size)
             self.base_bytes[task] = base.size_bytes
             own.close()
             (folder / f"{task}.vision.onnx").write_bytes(self.models[task].SerializeToString())
         base.close()
 
-    def features(self, task: str, pixels: np.ndarray) -> np.ndarray:
+    def features(self, task: str, pixels: np.ndarray, optimised: bool = True) -> np.ndarray:
         options = onnxruntime.SessionOptions()
+        if not optimised:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.intra_op_num_threads = 1
         session = onnxruntime.InferenceSession(
             self.folder / f"{task}.vision.onnx", options, providers=["CPUExecutionProvider"]
@@ -97,6 +104,26 @@ def test_stored_in_float16(tmp_path):
     assert all(name.endswith(".weight") and "norm" not in name for name in matrices)
     found = graphs.features(case.task, pixels_of(case))
     np.testing.assert_allclose(found, case.arrays["projected_features"], rtol=0, atol=FEATURES_FLOAT16)
+
+
+@pytest.mark.parametrize("block_size", [32, 128])
+def test_stored_in_int8_blocks(tmp_path, block_size):
+    """The standard body equals the reference on the dequantised matrices."""
+    case = Case("m3_com_wide")
+    with open_golden("m3") as checkpoint:
+        graphs = Exported(checkpoint, tmp_path, TensorProto.INT8, block_size)
+        model = HealthGPT.load(checkpoint, case.task)
+    onnx.checker.check_model(tmp_path / f"{case.task}.vision.onnx", full_check=True)
+    for part in (model.vision_tower.encoder, model.model.mm_projector):
+        for linear in (module for module in part.modules() if isinstance(module, torch.nn.Linear)):
+            linear.weight.copy_(as_stored(linear.weight, TensorProto.INT8, block_size))
+    expected = model.features(torch.from_numpy(case.arrays["pixel_values"])).numpy()
+    found = graphs.features(case.task, pixels_of(case), optimised=False)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=FEATURES)
+    assert np.abs(found - case.arrays["projected_features"]).max() > 10 * FEATURES
+    # ONNX Runtime rounds activations to 8 bits as well.
+    found = graphs.features(case.task, pixels_of(case))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=FEATURES_8_BIT)
 
 
 def test_a_task_runs_only_the_layers_it_reads(m3):
