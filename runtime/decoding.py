@@ -111,7 +111,8 @@ class Selector:
         return token_id
 
     def _sample(self, scores: np.ndarray) -> int:
-        scaled = (scores.astype(np.float64) - float(scores.max())) / self._sampling.temperature
+        with np.errstate(over="ignore"):  # a temperature near 0 takes scores to -inf, which is right
+            scaled = (scores.astype(np.float64) - float(scores.max())) / self._sampling.temperature
         order = np.argsort(-scaled, kind="stable")
         probabilities = np.exp(scaled[order])
         probabilities /= probabilities.sum()
