@@ -17,7 +17,7 @@ from healthgpt_edge.evaluate import evaluate
 from healthgpt_edge.export.bundle import export_bundle
 from healthgpt_edge.export.checkpoint import Checkpoint
 from healthgpt_edge.export.phantom.release import released_files
-from healthgpt_edge.export.quantize import PRECISIONS
+from healthgpt_edge.manifest import PRECISIONS
 
 from .full_size import processor
 

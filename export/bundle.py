@@ -20,7 +20,7 @@ from .graph.codes import build_codes
 from .graph.draft import build_draft
 from .graph.language import build_language, build_vocabulary, first_logit_row
 from .graph.vision import build_vision
-from .quantize import BLOCK_SIZES, PRECISIONS, Storage
+from .quantize import BLOCK_SIZES, Storage
 from .summary import Part, Summary, folds_of, parts_of
 from .tokenizer import write_tokenizer
 from .weights import WeightFile
@@ -42,8 +42,8 @@ def export_bundle(
     total)` reports progress in decoder layers and graphs. Nothing is left at `out` if anything fails. Raises
     CheckpointError, BundleError.
     """
-    if precision not in PRECISIONS:
-        raise BundleError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if precision not in schema.PRECISIONS:
+        raise BundleError(f"precision must be one of {', '.join(schema.PRECISIONS)}, got {precision!r}")
     if block_size not in BLOCK_SIZES:
         raise BundleError(f"block size must be one of {BLOCK_SIZES}, got {block_size}")
     if not checkpoint.tasks:
@@ -55,14 +55,14 @@ def export_bundle(
 @contextmanager
 def _new_directory(out: Path) -> Iterator[Path]:
     """A temporary directory beside `out` that takes its place on success and is removed on failure."""
-    if out.exists() or out.is_symlink():
-        raise BundleError(f"{out.name!r} exists already; a bundle is written to a new directory")
-    if not out.parent.is_dir():
-        raise BundleError(f"the folder to hold {out.name!r} does not exist")
     try:
+        if out.exists() or out.is_symlink():
+            raise BundleError(f"{out.name!r} exists already; a bundle is written to a new directory")
+        if not out.parent.is_dir():
+            raise BundleError(f"the folder to hold {out.name!r} does not exist")
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     except OSError as error:
-        raise BundleError(f"cannot write beside {out.name!r}: {error.strerror}") from error
+        raise BundleError(f"cannot write beside {out.name[:100]!r}: {error.strerror}") from error
     try:
         yield folder
         folder.chmod(0o755)

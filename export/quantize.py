@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from onnx import TensorProto
 
-PRECISIONS = ("fp32", "fp16", "int8", "int4")
 BLOCK_SIZES = (32, 64, 128)
 
 # Values of work at a time: few enough to stay in a core's cache through all the passes below.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import BundleError
@@ -32,15 +33,15 @@ class Bundle:
         Raises BundleError.
         """
         root = Path(path)
-        if not root.is_dir():
-            raise BundleError(f"a bundle is a directory, found none at {root.name!r}")
-        manifest_path = root / MANIFEST
-        if not _is_regular(manifest_path):
-            raise BundleError(f"{root.name!r} is not a bundle: it has no regular file {MANIFEST}")
-        with manifest_path.open("rb") as file:
-            manifest = Manifest.from_json(file.read(MAX_MANIFEST_BYTES + 1))
-        bundle = cls(root, manifest)
-        bundle._check_listing()
+        with _reading(root):
+            if not root.is_dir():
+                raise BundleError(f"a bundle is a directory, found none at {root.name!r}")
+            if not _is_regular(root / MANIFEST):
+                raise BundleError(f"{root.name!r} is not a bundle: it has no regular file {MANIFEST}")
+            with (root / MANIFEST).open("rb") as file:
+                manifest = Manifest.from_json(file.read(MAX_MANIFEST_BYTES + 1))
+            bundle = cls(root, manifest)
+            bundle._check_listing()
         bundle.verify(() if verify else ("weights/",))
         return bundle
 
@@ -66,7 +67,7 @@ class Bundle:
             if name.startswith(skip) and skip:
                 continue
             digest = hashlib.sha256()
-            with self.file(name).open("rb", buffering=0) as file:
+            with _reading(self.path), self.file(name).open("rb", buffering=0) as file:
                 while chunk := file.read(_HASH_CHUNK_BYTES):
                     digest.update(chunk)
                     total += len(chunk)
@@ -100,6 +101,15 @@ class Bundle:
                 raise BundleError(f"{name} must be a regular file")
             if (size := path.stat().st_size) != entry.size:
                 raise BundleError(f"file {name} must be {entry.size} bytes, found {size}")
+
+
+@contextmanager
+def _reading(root: Path) -> Iterator[None]:
+    """What the operating system refuses is an error of the bundle."""
+    try:
+        yield
+    except OSError as error:
+        raise BundleError(f"bundle {root.name[:100]!r} cannot be read: {error.strerror}") from error
 
 
 def _is_regular(path: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import sys
 from pathlib import Path
@@ -199,6 +200,9 @@ def generate(
 
     if out.suffix.lower() != ".png":
         raise HealthGPTError(f"--out must be a .png file, got {out.name!r}")
+    # Known before the minutes that a picture may take.
+    if not out.parent.is_dir():
+        raise HealthGPTError(f"the folder to hold {out.name!r} does not exist")
     sampling = Sampling(temperature, top_p, seed)
     chosen_window = _window(window)
     session = load(bundle, tasks=(GENERATION,), device=device, threads=threads, verify=verify)
@@ -310,16 +314,30 @@ def _print_json(value: dict[str, Any]) -> None:
 
 
 def _print_table(table: Table) -> None:
-    Console(highlight=False).print(table)
+    # Names of files are no markup, whatever brackets they hold.
+    Console(highlight=False, markup=False).print(table)
+
+
+def _one_line(message: str) -> str:
+    """The message without line breaks or what a terminal would obey."""
+    line = " ".join(message.split())
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
 
 
 def main() -> None:
     """Entry point: bad input is one line on stderr and exit code 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # An answer or a file name may hold what the terminal's encoding does not.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = app(standalone_mode=False)
     except (HealthGPTError, typer.TyperException) as error:
         message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        print(f"error: {_one_line(message)}", file=sys.stderr)
+        status = 2
+    except OSError as error:
+        name = f": {Path(error.filename).name[:100]}" if isinstance(error.filename, str) else ""
+        print(f"error: {_one_line(f'{error.strerror or error}{name}')}", file=sys.stderr)
         status = 2
     except (KeyboardInterrupt, typer.Abort):
         print("error: interrupted", file=sys.stderr)

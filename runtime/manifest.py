@@ -20,9 +20,14 @@ VERSION = 1
 
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_DIMENSION = 1 << 20
+MAX_LAYERS = 1 << 10
+MAX_PENALTY = 100.0
 # One level of folders, plain characters: no name can leave the bundle or hide in a terminal.
 FILE_NAME = re.compile(r"(?:[a-z0-9_-]+/)?[a-z0-9_-]+(?:\.[a-z0-9_-]+)+")
 TASKS = ("comprehension", "generation")
+PRECISIONS = ("fp32", "fp16", "int8", "int4")
+# Every task has the first two graphs, generation the codes; the others are there or not.
+ROLES = ("vision", "language", "codes", "vocabulary", "draft")
 
 T = TypeVar("T")
 
@@ -128,9 +133,9 @@ class Manifest:
         if len(text) > MAX_MANIFEST_BYTES:
             raise BundleError(f"bundle.json must be at most {MAX_MANIFEST_BYTES} bytes, found {len(text)}")
         try:
-            data = json.loads(text)
+            data = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
         except (ValueError, RecursionError) as error:
-            raise BundleError("bundle.json is not valid JSON") from error
+            raise BundleError("bundle.json must be JSON, without NaN and no key twice") from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise BundleError(f"bundle.json must name the format {FORMAT!r}")
         if data.get("version") != VERSION:
@@ -141,24 +146,76 @@ class Manifest:
 
 
 def _check(manifest: Manifest) -> None:
+    """What types cannot say: names, ranges, and that the parts fit each other."""
     for name, entry in manifest.files.items():
-        if not FILE_NAME.fullmatch(name):
-            raise BundleError(f"file names must stay inside the bundle, found {name!r}")
-        if entry.size < 0 or not re.fullmatch(r"[0-9a-f]{64}", entry.sha256):
-            raise BundleError(f"file {name} must have a size and a SHA-256, found {entry.size} and {entry.sha256!r}")
+        _require(FILE_NAME.fullmatch(name), "file names must stay inside the bundle", repr(name))
+        _require(entry.size >= 0, f"the size of {name} must be 0 or above", entry.size)
+        _require(re.fullmatch(r"[0-9a-f]{64}", entry.sha256), f"{name} must have a SHA-256", repr(entry.sha256))
+    for precision in (manifest.precision, manifest.adapter_precision):
+        _require(precision in PRECISIONS, f"precision must be one of {', '.join(PRECISIONS)}", repr(precision))
     for part in (manifest.language, manifest.vision, manifest.codes):
         for field in dataclasses.fields(part) if part else ():
             value = getattr(part, field.name)
-            if isinstance(value, int) and not 0 <= value <= MAX_DIMENSION:
-                raise BundleError(f"{field.name} must be between 0 and {MAX_DIMENSION}, found {value}")
-    if not manifest.tasks or not set(manifest.tasks) <= set(TASKS):
-        raise BundleError(f"tasks must be some of {', '.join(TASKS)}, found {sorted(manifest.tasks)}")
-    if "generation" in manifest.tasks and manifest.codes is None:
-        raise BundleError("a bundle with generation must describe its codes")
-    named = [manifest.tokenizer.file, *(g for task in manifest.tasks.values() for g in task.graphs.values())]
-    for name in named:
-        if name not in manifest.files:
-            raise BundleError(f"{name!r} is used by the bundle but not among its files")
+            if isinstance(value, int):
+                _require(1 <= value <= MAX_DIMENSION, f"{field.name} must be between 1 and {MAX_DIMENSION}", value)
+    layers, background = manifest.language.layers, manifest.vision.background
+    _require(layers <= MAX_LAYERS, f"layers must be at most {MAX_LAYERS}", layers)
+    _require(
+        len(background) == 3 and all(0 <= level <= 255 for level in background),
+        "background must be 3 levels from 0 to 255",
+        list(background),
+    )
+    _check_tokens(manifest)
+    _check_tasks(manifest)
+
+
+def _check_tokens(manifest: Manifest) -> None:
+    vocab, decoding, codes = manifest.language.vocab, manifest.decoding, manifest.codes
+    for token_id in decoding.stop_ids:
+        _require(0 <= token_id < vocab, f"stop ids must be between 0 and {vocab - 1}", token_id)
+    penalty = decoding.repetition_penalty
+    _require(1 / MAX_PENALTY <= penalty <= MAX_PENALTY, "repetition_penalty must be between 0.01 and 100", penalty)
+    if codes:
+        last = codes.first + codes.count - 1
+        for token_id in (codes.start, last, codes.end, codes.newline):
+            _require(token_id < vocab, f"ids of codes must be below {vocab}", token_id)
+        for name, token_id in (("end", codes.end), ("newline", codes.newline)):
+            _require(not codes.first <= token_id <= last, f"{name} must not be one of the codes", token_id)
+
+
+def _check_tasks(manifest: Manifest) -> None:
+    tasks, codes = manifest.tasks, manifest.codes
+    _require(tasks and set(tasks) <= set(TASKS), f"tasks must be some of {', '.join(TASKS)}", sorted(tasks))
+    for name, task in tasks.items():
+        roles, needed = set(task.graphs), {"vision", "language"} | ({"codes"} if name == "generation" else set())
+        _require(needed <= roles <= set(ROLES), f"{name} must have the graphs {sorted(needed)}", sorted(roles))
+        lowest = 0
+        if name == "generation":
+            if codes is None:
+                raise BundleError("a bundle with generation must describe its codes")
+            lowest = min(codes.first, codes.newline)
+        first = task.first_logit
+        _require(0 <= first <= lowest, f"first_logit of {name} must be between 0 and {lowest}", first)
+        _require((first > 0) == ("vocabulary" in roles), f"{name} needs a vocabulary graph above row 0", sorted(roles))
+    graphs = (graph for task in tasks.values() for graph in task.graphs.values())
+    for file in (manifest.tokenizer.file, *graphs):
+        _require(file in manifest.files, "every file in use must be listed", f"{file!r} unlisted")
+
+
+def _require(condition: object, expected: str, found: object) -> None:
+    if not condition:
+        raise BundleError(f"bundle.json: {expected}, found {found}")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) != len(pairs):
+        raise ValueError
+    return data
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError
 
 
 def _parse(cls: type[T], data: Any, where: str) -> T:

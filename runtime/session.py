@@ -250,6 +250,8 @@ def load(
     """
     bundle = Bundle.open(Path(path), verify=verify)
     manifest = bundle.manifest
+    if manifest.template not in TEMPLATES:
+        raise BundleError(f"template must be one of {', '.join(TEMPLATES)}, found {manifest.template!r:.40}")
     wanted = tuple(sorted(manifest.tasks)) if tasks is None else tasks
     for task in wanted:
         if task not in manifest.tasks:

@@ -11,6 +11,7 @@ import onnxruntime
 
 from ..bundle import Bundle
 from ..errors import ExecutorError
+from .contract import graph_shapes
 
 # Attention in the standard body reads the whole cache, so the cache grows in steps with the context: a step is small
 # beside a context, and copying at each step costs a fraction of a percent of the tokens in between.
@@ -56,10 +57,18 @@ class OnnxExecutor:
         path = self.bundle.graph(task, role)
         try:
             session = onnxruntime.InferenceSession(str(path), options, providers=[self._provider])
-            _return_freed_memory()
-            return session
         except Exception as error:  # onnxruntime's own exceptions share no public base class
             raise ExecutorError(f"ONNX Runtime cannot load {path.name}: {_first_line(error)}") from error
+        _return_freed_memory()
+        found = {node.name: node.shape for node in [*session.get_inputs(), *session.get_outputs()]}
+        expected = graph_shapes(self.bundle.manifest, task, role)
+        for name in sorted(found.keys() | expected.keys()):
+            if found.get(name) != expected.get(name):
+                raise ExecutorError(
+                    f"{path.name}: {name} must be {expected.get(name, 'absent')} by the manifest, "
+                    f"found {found.get(name, 'none')}"
+                )
+        return session
 
     def features(self, task: str, pixels: np.ndarray) -> np.ndarray:
         (features,) = self.run(task, "vision", {"pixels": pixels[None]})

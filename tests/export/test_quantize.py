@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from healthgpt_edge.export.quantize import BLOCK_SIZES, PRECISIONS, Storage, dequantise, is_quantised, quantise
+from healthgpt_edge.export.quantize import BLOCK_SIZES, Storage, dequantise, is_quantised, quantise
 from healthgpt_edge.export.weights import WeightFile, pack_int4
+from healthgpt_edge.manifest import PRECISIONS
 
 LOWEST = {TensorProto.INT4: -8, TensorProto.INT8: -128}
 TINY, GREATEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
