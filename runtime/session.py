@@ -214,10 +214,12 @@ class Session:
     def _spliced(self, ids: list[int]) -> np.ndarray:
         """The ids the graph takes: the image placeholder as its patches, which follow the vocabulary."""
         manifest = self.bundle.manifest
-        patches = range(manifest.language.vocab, manifest.language.vocab + manifest.vision.patches)
+        vocab = manifest.language.vocab
         spliced: list[int] = []
         for token_id in ids:
-            spliced.extend(patches if token_id == IMAGE else (token_id,))
+            if token_id != IMAGE and not 0 <= token_id < vocab:
+                raise BundleError(f"the tokenizer must give ids below {vocab}, found {token_id}")
+            spliced.extend(range(vocab, vocab + manifest.vision.patches) if token_id == IMAGE else (token_id,))
         return np.array(spliced, np.int64)
 
     def _codes(self) -> Codes:
