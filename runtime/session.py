@@ -15,7 +15,7 @@ import numpy as np
 
 from .bundle import Bundle
 from .decoding import CodeGrid, FreeText, Grammar, Sampling, Selector, decode
-from .errors import BundleError, GenerationError, PromptError
+from .errors import BundleError, GenerationError, ImageError, PromptError
 from .executors import Executor, open_executor
 from .images import prepare, read_image
 from .manifest import Codes
@@ -180,6 +180,8 @@ class Session:
         if request.max_new_tokens < 1:
             raise GenerationError(f"max_new_tokens must be at least 1, got {request.max_new_tokens}")
         has_image = request.image is not None
+        if not has_image and (request.frame is not None or request.window is not None):
+            raise ImageError("frame and window need an image, got none")
         ids = prompt_ids(self.tokenizer, manifest.template, request.words, has_image, task == GENERATION)
         spliced = self._spliced(ids)
         if len(spliced) + request.max_new_tokens > manifest.language.max_positions:
@@ -233,7 +235,11 @@ class Session:
         The original cuts the stop token off as text; at the token limit it cuts the last code instead, and so must
         we to agree with it.
         """
-        return [int(number) for number in re.findall(r"\d+", self.tokenizer.decode(new_ids[:-1]))]
+        numbers = re.findall(r"\d+", self.tokenizer.decode(new_ids[:-1]))
+        try:
+            return [int(number) for number in numbers]
+        except ValueError as error:  # Python's limit, thousands of digits
+            raise GenerationError(f"codes must be numbers, the model gave {max(map(len, numbers))} digits") from error
 
 
 def load(

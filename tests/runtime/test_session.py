@@ -1,0 +1,363 @@
+"""The runtime's public calls: what they take, what they give, and that a device needs no exporter for them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command import run
+from golden_cases import Case
+from PIL import Image
+
+import healthgpt_edge
+from healthgpt_edge import Sampling, Session, load
+from healthgpt_edge.errors import BundleError, ExecutorError, GenerationError, HealthGPTError, ImageError, PromptError
+
+QUESTION = "What is in the image?"
+COM, GEN = Case("m3_com_wide"), Case("m3_gen_wide")
+
+
+@pytest.fixture(scope="module")
+def session(golden_bundle) -> Session:
+    """Both tasks of M3 resident."""
+    return load(golden_bundle("m3"), threads=1)
+
+
+@pytest.fixture(scope="module")
+def locked_picture(session):
+    """The golden picture, made once."""
+    return cache(lambda: session.generate(GEN.image, GEN.question))
+
+
+def refusal(kind: type[HealthGPTError], call) -> str:
+    with pytest.raises(kind) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+class Enough(Exception):
+    """What a listener raises that has heard enough."""
+
+
+def enough(piece: str) -> None:
+    raise Enough
+
+
+# --- pictures in ----------------------------------------------------------------------------------------------------
+
+
+def test_a_picture_may_come_in_any_form(session):
+    with Image.open(COM.image) as opened:
+        picture = opened.convert("RGB")
+    sources = [COM.image, str(COM.image), COM.image.read_bytes(), picture, np.asarray(picture)]
+    answers = [session.answer(source, COM.question, max_new_tokens=8) for source in sources]
+    assert [answer.token_ids for answer in answers] == [COM.record["output_ids"][:8]] * len(sources)
+
+
+def test_a_file_object_is_no_picture(session):
+    with COM.image.open("rb") as file:
+        message = refusal(ImageError, lambda: session.answer(file, QUESTION))
+    assert message == "expected a path, bytes, a PIL image or an array as the picture, found BufferedReader"
+
+
+def test_no_picture_is_another_prompt(session):
+    case = Case("m3_com_text")
+    answer = session.answer(None, case.question, max_new_tokens=64)
+    assert (answer.prompt_ids, answer.token_ids) == (case.record["input_ids"], case.record["output_ids"])
+    assert answer.timings_ms["vision"] == 0
+    with pytest.raises(TypeError):
+        session.answer(QUESTION)
+
+
+def test_a_picture_from_words_alone(session):
+    picture = session.generate(None, GEN.question)
+    assert -200 not in picture.prompt_ids
+    assert picture.codes != GEN.record["vq_indices"] and len(picture.codes) == 1024
+    assert (picture.pixels.shape, picture.pixels.dtype) == ((256, 256, 3), np.uint8)
+
+
+@pytest.mark.parametrize(("option", "value"), [("frame", 0), ("window", (40, 400))])
+def test_options_of_a_picture_need_one(session, option, value):
+    message = "frame and window need an image, got none"
+    assert refusal(ImageError, lambda: session.answer(None, QUESTION, **{option: value})) == message
+    assert refusal(ImageError, lambda: session.generate(None, QUESTION, **{option: value})) == message
+
+
+# --- text out -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["m3_com_wide", "m3_com_square", "phi4_com", "qwen_com"])
+def test_streamed_pieces_add_up_to_the_text(golden_bundle, name):
+    case = Case(name)
+    session = load(golden_bundle(case.system), tasks=("comprehension",), threads=1)
+    pieces: list[str] = []
+    answer = session.answer(case.image, case.question, max_new_tokens=case.max_new_tokens, on_text=pieces.append)
+    assert answer.token_ids == case.record["output_ids"]
+    assert "".join(pieces) == answer.text
+    assert len(pieces) > 3 and all(pieces)
+    # The same without anyone listening.
+    assert session.answer(case.image, case.question, max_new_tokens=case.max_new_tokens).text == answer.text
+
+
+def test_text_comes_while_it_is_written(session):
+    """The first piece is there before the run is over: a listener that raises ends it."""
+    with pytest.raises(Enough):
+        session.answer(COM.image, COM.question, max_new_tokens=4000, on_text=enough)
+
+
+def test_the_stop_token_is_among_the_ids_and_not_in_the_text(session):
+    stops = session.bundle.manifest.decoding.stop_ids
+    ids = COM.record["output_ids"]
+    assert ids[-1] in stops
+    answer = session.answer(COM.image, COM.question)
+    assert answer.token_ids == ids
+    assert answer.text == session.tokenizer.decode(ids[:-1])
+    assert session.tokenizer.decode(ids) != answer.text
+
+
+# --- sampling -------------------------------------------------------------------------------------------------------
+
+
+def test_sampled_answers_follow_their_seed(session):
+    def ids(seed: int, **options: float) -> list[int]:
+        sampling = Sampling(temperature=1.0, seed=seed, **options)
+        return session.answer(COM.image, COM.question, max_new_tokens=20, sampling=sampling).token_ids
+
+    assert ids(1) == ids(1)
+    assert ids(1) != ids(2)
+    greedy = session.answer(COM.image, COM.question, max_new_tokens=20).token_ids
+    assert greedy == COM.record["output_ids"][:20]
+    assert ids(1) != greedy
+    assert ids(1, top_p=1e-6) == greedy
+
+
+def test_sampled_pictures_are_full_grids_too(session):
+    sampling = Sampling(temperature=2.0, top_p=0.9, seed=3)
+    picture = session.generate(GEN.image, GEN.question, sampling=sampling)
+    assert len(picture.codes) == 1024 and set(picture.codes) <= set(range(64))
+    assert picture.token_ids[-1] == session.bundle.manifest.codes.end
+    assert picture.codes != GEN.record["vq_indices"]
+
+
+# --- pictures out ---------------------------------------------------------------------------------------------------
+
+
+def test_progress_counts_the_tokens(session, locked_picture):
+    counts: list[int] = []
+    picture = session.generate(GEN.image, GEN.question, on_code=counts.append)
+    assert counts == list(range(1, 1026))
+    assert picture.codes == locked_picture().codes == GEN.record["vq_indices"]
+    np.testing.assert_array_equal(picture.pixels, locked_picture().pixels)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"faithful": True, "max_new_tokens": 2}, "a picture needs exactly 1024 codes, the model gave 1"),
+        ({"faithful": True, "max_new_tokens": 1030}, "a picture needs exactly 1024 codes, the model gave 1029"),
+        ({"max_new_tokens": 1024}, "max_new_tokens must be at least 1025 for 1024 codes, got 1024"),
+        ({"faithful": True, "max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"faithful": True, "max_new_tokens": -5}, "max_new_tokens must be at least 1, got -5"),
+    ],
+)
+def test_runs_that_make_no_picture(session, options, message):
+    assert refusal(GenerationError, lambda: session.generate(GEN.image, GEN.question, **options)) == message
+
+
+def free_codes(session: Session, *pieces: str) -> list[int]:
+    ids = [session.tokenizer.added_id(piece) or session.tokenizer.model.token_to_id(piece) for piece in pieces]
+    return session._free_codes(ids)
+
+
+def test_a_free_run_is_read_as_the_original_reads_it(session):
+    """Every number in the text without its last token, whatever stands around it."""
+    assert free_codes(session, "<idx_3>", "<pixel_newline>", "<idx_63>", "<end_index>", "<|end|>") == [3, 63]
+    assert free_codes(session, "<idx_3>", "<idx_4>") == [3]
+    assert free_codes(session, "<idx_3>", "7", "7", "<|end|>") == [3, 77]
+    assert free_codes(session, "▁are", "<|end|>") == []
+    # Longer than Python turns into a number without being told to.
+    message = refusal(GenerationError, lambda: free_codes(session, *["7"] * 5000, "<|end|>"))
+    assert message == "codes must be numbers, the model gave 5000 digits"
+
+
+def test_a_free_run_with_a_number_that_is_no_code(session, monkeypatch):
+    monkeypatch.setattr(session, "_free_codes", lambda ids: [*range(64)] * 16)
+    assert session.generate(GEN.image, GEN.question, faithful=True, max_new_tokens=2).codes == [*range(64)] * 16
+    monkeypatch.setattr(session, "_free_codes", lambda ids: [64] * 1024)
+    message = refusal(
+        GenerationError, lambda: session.generate(GEN.image, GEN.question, faithful=True, max_new_tokens=2)
+    )
+    assert message == "codes must be below 64, the model gave 64"
+
+
+# --- prompts and limits ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", ["answer", "generate"])
+def test_a_prompt_and_its_answer_must_fit_the_positions(session, call):
+    words = "image " * 4000
+    message = refusal(PromptError, lambda: getattr(session, call)(None, words))
+    assert message.startswith("prompt and new tokens must fit 4096 positions, got ")
+    message = refusal(PromptError, lambda: session.answer(None, QUESTION, max_new_tokens=4096 - 23))
+    assert message == "prompt and new tokens must fit 4096 positions, got 24 + 4073"
+    # One less begins to answer.
+    with pytest.raises(Enough):
+        session.answer(None, QUESTION, max_new_tokens=4096 - 24, on_text=enough)
+
+
+def test_a_pictures_patches_count_as_positions(session):
+    patches = session.bundle.manifest.vision.patches
+    prompt = len(COM.record["input_ids"]) - 1 + patches
+    message = refusal(PromptError, lambda: session.answer(COM.image, COM.question, max_new_tokens=4097 - prompt))
+    assert message == f"prompt and new tokens must fit 4096 positions, got {prompt} + {4097 - prompt}"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", "the question must hold words, got none"),
+        (" \n\t", "the question must hold words, got none"),
+        ("x" * 131_073, "the question must have at most 131072 characters, got 131073"),
+        ("\ud800", "text must be valid Unicode"),
+        (3, "the question must be text, got int"),
+    ],
+)
+def test_unusable_words(session, words, message):
+    assert message in refusal(PromptError, lambda: session.answer(COM.image, words))
+    assert message in refusal(PromptError, lambda: session.generate(COM.image, words))
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_an_answer_has_at_least_one_token(session, limit):
+    message = refusal(GenerationError, lambda: session.answer(COM.image, QUESTION, max_new_tokens=limit))
+    assert message == f"max_new_tokens must be at least 1, got {limit}"
+
+
+# --- tasks ----------------------------------------------------------------------------------------------------------
+
+
+def test_tasks_in_turn_do_not_change_each_other(session, locked_picture):
+    """Answer, picture, answer, picture in one session: each as in a session of its own."""
+    for _ in range(2):
+        answer = session.answer(COM.image, COM.question)
+        assert answer.token_ids == COM.record["output_ids"]
+        assert locked_picture().codes == GEN.record["vq_indices"]
+        picture = session.generate(GEN.image, GEN.question, faithful=True, max_new_tokens=1025)
+        assert picture.token_ids == GEN.record["output_ids"]
+
+
+def test_a_session_of_one_task(golden_bundle):
+    session = load(golden_bundle("m3"), tasks=("comprehension",), threads=1)
+    assert session.answer(COM.image, COM.question, max_new_tokens=4).token_ids == COM.record["output_ids"][:4]
+    message = refusal(ExecutorError, lambda: session.generate(GEN.image, GEN.question))
+    assert message == "the executor was opened for comprehension, not for generation"
+
+
+def test_tasks_that_a_bundle_has_not(golden_bundle):
+    for name in ("drawing", "generation"):
+        message = refusal(BundleError, lambda name=name: load(golden_bundle("qwen"), tasks=(name,)))
+        assert message == f"the bundle has no {name} plugin, only comprehension"
+    qwen = load(golden_bundle("qwen"), threads=1)
+    assert refusal(BundleError, lambda: qwen.generate(None, "Draw.")) == "the bundle has no generation plugin"
+
+
+def test_executors_and_devices_that_are_not_there(golden_bundle):
+    path = golden_bundle("qwen")
+    assert refusal(ExecutorError, lambda: load(path, executor="magic")) == "executor must be onnx, found 'magic'"
+    assert refusal(ExecutorError, lambda: load(path, device="tpu")) == "device must be cpu or cuda, found 'tpu'"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
+        message = refusal(ExecutorError, lambda: load(path, device="cuda"))
+    assert message == "device cuda needs CUDAExecutionProvider; this onnxruntime has CPUExecutionProvider"
+
+
+def test_the_number_of_threads_changes_no_token(golden_bundle):
+    ids = [
+        load(golden_bundle("m3"), tasks=("comprehension",), threads=threads).answer(COM.image, COM.question).token_ids
+        for threads in (1, 2, None)
+    ]
+    assert ids == [COM.record["output_ids"]] * 3
+
+
+def test_a_session_may_be_asked_from_several_threads(session):
+    with ThreadPoolExecutor(4) as pool:
+        futures = [pool.submit(session.answer, COM.image, COM.question) for _ in range(8)]
+        assert [future.result().token_ids for future in futures] == [COM.record["output_ids"]] * 8
+
+
+# --- what a device installs -----------------------------------------------------------------------------------------
+
+ONLY_THE_RUNTIME = """
+import importlib.abc, sys
+
+class Forbid(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors",
+                                  "sentencepiece", "yaml"} or name.startswith("healthgpt_edge.export"):
+            raise ModuleNotFoundError(name, name=name)
+
+sys.meta_path.insert(0, Forbid())
+sys.argv = ["healthgpt-edge", *sys.argv[1:]]
+from healthgpt_edge import cli
+cli.main()
+"""
+
+
+def without_exporter(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", ONLY_THE_RUNTIME, *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_the_runtime_needs_nothing_of_the_exporter(golden_bundle, tmp_path):
+    words = ("--max-new-tokens", 4, "--threads", 1, "--json")
+    done = without_exporter("answer", golden_bundle("m3"), "--question", QUESTION, "--image", COM.image, *words)
+    assert (done.returncode, done.stderr) == (0, "")
+    done = without_exporter("inspect", golden_bundle("m3"))
+    assert (done.returncode, done.stderr) == (0, "")
+    for command in (
+        ["export", "--base", "b", "--vision", "v", "--out", tmp_path / "o"],
+        ["demo", "--out", tmp_path / "o"],
+    ):
+        done = without_exporter(*command)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith(f"error: {command[0]} needs ") and done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_importing_the_runtime_imports_no_heavy_module():
+    program = (
+        "import json, sys, healthgpt_edge, healthgpt_edge.cli, healthgpt_edge.evaluate\n"
+        "print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    modules = set(json.loads(done.stdout))
+    assert {"numpy", "PIL", "tokenizers"} <= modules
+    assert not modules & {"torch", "transformers", "onnx", "onnxruntime", "pydicom", "safetensors", "scipy"}
+
+
+def test_the_public_names():
+    names = {"Answer", "HealthGPTError", "Picture", "Sampling", "Session", "load", "write_image"}
+    assert set(healthgpt_edge.__all__) == names
+    assert all(hasattr(healthgpt_edge, name) for name in names)
+
+
+def test_stdout_that_cannot_hold_an_answer(golden_bundle):
+    """Text beyond the terminal's encoding is spelled out, not a failure after the work is done."""
+    words = ["answer", golden_bundle("m3"), "--question", QUESTION, "--max-new-tokens", "40", "--threads", "1"]
+    plain = run(*words).output
+    assert not plain.isascii()
+    done = subprocess.run(
+        [sys.executable, "-m", "healthgpt_edge.cli", *map(str, words)],
+        capture_output=True,
+        timeout=120,
+        env={"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1", "PYTHONUTF8": "0"},
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout == plain.encode("ascii", "backslashreplace")
