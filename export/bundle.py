@@ -94,20 +94,12 @@ class _Export:
 
     def run(self) -> Summary:
         (self.folder / "weights").mkdir()
-        base = self._weight_file("base")
-        for task in sorted(self.checkpoint.tasks):
-            self.graphs[task] = {}
-            own = self._weight_file(task)
-            self._language(task, base, own)
-            vision = build_vision(self.checkpoint, task, base, own, self.storage.vision, self.block_size)
-            self._save(task, "vision", vision)
-            self._step(f"{task}: vision")
-            if task == "generation":
-                self._save(task, "codes", build_codes(self.checkpoint, own))
-                self._save(task, "draft", build_draft(self.checkpoint, own))
-                self._step(f"{task}: codes")
-            self._close(own)
-        self._close(base)
+        # The files are closed whatever fails.
+        with self._weight_file("base") as base:
+            for task in sorted(self.checkpoint.tasks):
+                with self._weight_file(task) as own:
+                    self._task(task, base, own)
+            self._close(base)
         tokens = self.checkpoint.tokens
         text, options = write_tokenizer(self.checkpoint.base_dir, tokens.codes if tokens else None)
         self._write("tokenizer.json", text.encode())
@@ -117,6 +109,18 @@ class _Export:
         schema.Manifest.from_json((self.folder / MANIFEST).read_bytes())
         total = sum(entry.size for entry in self.files.values())
         return Summary(tuple(self.parts), total, tuple(folds_of(self.checkpoint)))
+
+    def _task(self, task: str, base: WeightFile, own: WeightFile) -> None:
+        self.graphs[task] = {}
+        self._language(task, base, own)
+        vision = build_vision(self.checkpoint, task, base, own, self.storage.vision, self.block_size)
+        self._save(task, "vision", vision)
+        self._step(f"{task}: vision")
+        if task == "generation":
+            self._save(task, "codes", build_codes(self.checkpoint, own))
+            self._save(task, "draft", build_draft(self.checkpoint, own))
+            self._step(f"{task}: codes")
+        self._close(own)
 
     def _language(self, task: str, base: WeightFile, own: WeightFile) -> None:
         arguments = (self.checkpoint, task, base, own, self.storage, self.block_size)

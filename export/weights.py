@@ -92,6 +92,12 @@ class WeightFile:
         self._sha256.update(data)
         self.size_bytes += len(data)
 
+    def __enter__(self) -> WeightFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
     def close(self) -> str:
         """Flush and close; returns the SHA-256 of the file."""
         self._file.close()

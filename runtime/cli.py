@@ -203,6 +203,8 @@ def generate(
     # Known before the minutes that a picture may take.
     if not out.parent.is_dir():
         raise HealthGPTError(f"the folder to hold {out.name!r} does not exist")
+    if out.is_dir():
+        raise HealthGPTError(f"--out must be a .png file, {out.name!r} is a folder")
     sampling = Sampling(temperature, top_p, seed)
     chosen_window = _window(window)
     session = load(bundle, tasks=(GENERATION,), device=device, threads=threads, verify=verify)
@@ -340,8 +342,9 @@ def main() -> None:
         print(f"error: {_one_line(f'{error.strerror or error}{name}')}", file=sys.stderr)
         status = 2
     except (KeyboardInterrupt, typer.Abort):
-        print("error: interrupted", file=sys.stderr)
         status = 130
+    if status == 130:  # what typer makes of an interrupt, too
+        print("error: interrupted", file=sys.stderr)
     sys.exit(status if isinstance(status, int) else 0)
 
 

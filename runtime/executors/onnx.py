@@ -60,7 +60,8 @@ class OnnxExecutor:
         try:
             session = onnxruntime.InferenceSession(str(path), options, providers=[self._provider])
         except Exception as error:  # onnxruntime's own exceptions share no public base class
-            raise ExecutorError(f"ONNX Runtime cannot load {path.name}: {_first_line(error)}") from error
+            reason = _first_line(error).replace(str(path), path.name)
+            raise ExecutorError(f"ONNX Runtime cannot load {path.name}: {reason}") from error
         _return_freed_memory()
         found = {node.name: node.shape for node in [*session.get_inputs(), *session.get_outputs()]}
         expected = graph_shapes(self.bundle.manifest, task, role)
