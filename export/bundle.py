@@ -90,7 +90,7 @@ class _Export:
         self.parts: list[Part] = []
         self.graphs: dict[str, dict[str, str]] = {}
         self._on_step, self._done = on_step, 0
-        self._total = len(checkpoint.tasks) * (checkpoint.language.layers + 1) + 2
+        self._total = len(checkpoint.tasks) * (checkpoint.language.layers + 1) + ("generation" in checkpoint.tasks)
 
     def run(self) -> Summary:
         (self.folder / "weights").mkdir()

@@ -1,0 +1,143 @@
+"""Whole bundles: every precision exports, opens and runs; the same checkpoint gives the same bytes."""
+
+from __future__ import annotations
+
+import stat
+from functools import cache
+from pathlib import Path
+
+import onnx
+import pytest
+from golden_cases import Case, arguments, open_golden
+
+from healthgpt_edge import load
+from healthgpt_edge.bundle import Bundle
+from healthgpt_edge.errors import BundleError
+from healthgpt_edge.export.bundle import export_bundle
+from healthgpt_edge.export.checkpoint import Checkpoint
+from healthgpt_edge.manifest import PRECISIONS
+
+COM, GEN = Case("m3_com_wide"), Case("m3_gen_wide")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Gives the M3 bundle of a precision, in blocks of 32, and the summary of its export."""
+    folder = tmp_path_factory.mktemp("bundles")
+
+    @cache
+    def export(precision: str):
+        with open_golden("m3") as checkpoint:
+            summary = export_bundle(checkpoint, folder / precision, precision=precision, block_size=32)
+        return folder / precision, summary
+
+    return export
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_precision_answers_and_draws(exported, precision):
+    path, _ = exported(precision)
+    manifest = Bundle.open(path).manifest
+    assert (manifest.precision, manifest.adapter_precision, manifest.block_size) == (precision, precision, 32)
+    session = load(path, threads=1)
+    answer = session.answer(COM.image, COM.question, max_new_tokens=8)
+    assert answer.prompt_ids == COM.record["input_ids"]
+    picture = session.generate(GEN.image, GEN.question)
+    assert len(picture.codes) == 1024 and picture.pixels.std() > 1
+    if precision in ("fp32", "fp16"):
+        # Up to the first step where the original's two best logits lie closer than float16 can tell apart.
+        assert answer.token_ids == COM.record["output_ids"][:8]
+        assert picture.codes[:20] == GEN.record["vq_indices"][:20]
+
+
+def test_each_precision_is_smaller_than_the_one_before(exported):
+    sizes = [(exported(precision)[0] / "weights/base.bin").stat().st_size for precision in PRECISIONS]
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_the_same_checkpoint_gives_the_same_bytes(exported, precision, tmp_path):
+    path, _ = exported(precision)
+    with open_golden("m3") as checkpoint:
+        export_bundle(checkpoint, tmp_path / "again", precision=precision, block_size=32)
+    assert tree(tmp_path / "again") == tree(path)
+
+
+def test_the_summary_counts_every_byte(exported):
+    path, summary = exported("int4")
+    listed = Bundle.open(path).manifest.files
+    assert summary.total_bytes == sum(entry.size for entry in listed.values())
+    # A tensor that several graphs name counts once; what lies between tensors is no part.
+    lengths: dict[str, dict[str, int]] = {}
+    for graph in path.glob("*.onnx"):
+        for tensor in onnx.load(graph, load_external_data=False).graph.initializer:
+            place = {entry.key: entry.value for entry in tensor.external_data}
+            if place:
+                lengths.setdefault(place["location"], {})[place["offset"]] = int(place["length"])
+    parts = {file: sum(part.size_bytes for part in summary.parts if part.file == file) for file in lengths}
+    assert parts == {file: sum(tensors.values()) for file, tensors in lengths.items()}
+
+
+@pytest.mark.parametrize("tasks", [("comprehension",), ("generation",), ("comprehension", "generation")], ids=str)
+def test_progress_ends_at_its_total(tmp_path, tasks):
+    files = arguments("m3")
+    if "generation" not in tasks:
+        files |= {"generation": None, "fusion": None}
+    if "comprehension" not in tasks:
+        files |= {"comprehension": None}
+    steps: list[tuple[str, int, int]] = []
+    with Checkpoint.open(**files) as checkpoint:
+        export_bundle(checkpoint, tmp_path / "out", on_step=lambda *step: steps.append(step))
+    totals = {total for _, _, total in steps}
+    assert len(totals) == 1
+    assert [done for _, done, _ in steps] == list(range(1, totals.pop() + 1))
+    assert {name.split(":")[0] for name, _, _ in steps} == set(tasks)
+    # A bundle of one task holds nothing of the other.
+    manifest = Bundle.open(tmp_path / "out").manifest
+    assert set(manifest.tasks) == set(tasks)
+    assert (manifest.codes is None) == ("generation" not in tasks)
+    session = load(tmp_path / "out", threads=1)
+    if "comprehension" in tasks:
+        assert session.answer(COM.image, COM.question).token_ids == COM.record["output_ids"]
+    else:
+        assert session.generate(GEN.image, GEN.question).codes == GEN.record["vq_indices"]
+
+
+def test_a_bundle_can_be_read_like_any_new_folder(exported):
+    """The temporary directory was its writer's alone."""
+    path, _ = exported("fp32")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o755
+    assert list(path.parent.glob(".*")) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "bf16"}, "precision must be one of fp32, fp16, int8, int4, got 'bf16'"),
+        ({"block_size": 16}, "block size must be one of (32, 64, 128), got 16"),
+    ],
+)
+def test_options_are_checked_before_anything_is_written(tmp_path, options, message):
+    with open_golden("qwen") as checkpoint, pytest.raises(BundleError) as caught:
+        export_bundle(checkpoint, tmp_path / "out", **options)
+    assert str(caught.value) == message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_in_the_middle_leaves_nothing(tmp_path):
+    """Whatever it is, also one of our own making."""
+    steps = 0
+
+    def fail(*_: object) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 3:
+            raise ZeroDivisionError
+
+    with open_golden("qwen") as checkpoint, pytest.raises(ZeroDivisionError):
+        export_bundle(checkpoint, tmp_path / "out", on_step=fail)
+    assert list(tmp_path.iterdir()) == []
