@@ -18,7 +18,6 @@ from .errors import HealthGPTError, PromptError
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="Run HealthGPT medical vision-language models on any machine.",

@@ -661,6 +661,7 @@ REQUESTS = {
     "sampling: top-p above one": Bad(answer("--top-p", 1.5), "top_p must be above 0 and at most 1, found 1.5"),
     "sampling: negative seed": Bad(answer("--seed", -1), "seed must be 0 or above, found -1"),
     # the command line
+    "command: none": Bad(lambda place: [], "Missing command"),
     "command: unknown": Bad(lambda place: ["diagnose", place.sound()], "No such command 'diagnose'"),
     "command: unknown option": Bad(answer("--verbose"), "No such option: --verbose"),
     "command: one bundle too many": Bad(
