@@ -264,6 +264,21 @@ def test_onnxruntime_keeps_every_quantised_matrix_packed(tmp_path, precision, bl
 # --- the files ------------------------------------------------------------------------------------------------------
 
 
+@each_task
+def test_what_a_kernel_is_told(golden_bundle, system, task):
+    """Attributes that the standard bodies ignore are there for kernels, which do not see the mask or the blocks."""
+    model = onnx.load(golden_bundle(system) / f"{task}.language.onnx", load_external_data=False)
+    config = model_of(system, task).language
+    told = {"HLoraLinear": [], "CachedAttention": []}
+    for node in model.graph.node:
+        if node.domain == "healthgpt":
+            told[node.op_type].append({attribute.name: attribute.i for attribute in node.attribute})
+    assert told["HLoraLinear"] == [{"block_size": 128, "experts": 4}] * config.layers * len(config.linears)
+    attention = {"heads": config.heads, "kv_heads": config.kv_heads, "window": config.sliding_window or 0}
+    assert told["CachedAttention"] == [attention] * config.layers
+    assert attention["window"] == (2047 if system == "m3" else 0)
+
+
 def external(path: Path) -> dict[str, dict[str, str]]:
     """Location, offset and length of a graph's external tensors, by name."""
     model = onnx.load(path, load_external_data=False)

@@ -110,6 +110,10 @@ def test_tokens_come_with_their_probabilities(temperature, top_p):
     assert statistic < 20.5
 
 
+def test_a_share_that_is_met_exactly_takes_no_more_tokens():
+    assert set(draw([1.0, 1.0, -100.0], 50, Sampling(1.0, top_p=0.5))) == {0}
+
+
 def test_the_statistic_above_would_notice_another_temperature():
     expected = softmax(np.array(SCORES))
     found = np.bincount(draw(SCORES, DRAWS, Sampling(1.15, 1.0, seed=5)), minlength=len(SCORES))
@@ -149,6 +153,12 @@ def test_generated_ids_are_penalised_by_their_sign():
     fresh = Selector(GREEDY, 2.0, first_logit=7)
     assert fresh.choose(np.array([-1.0, -1.5], np.float32), FreeText()) == 7
     assert fresh.choose(np.array([-1.0, -1.5], np.float32), FreeText()) == 8
+
+
+def test_a_penalty_below_one_is_a_reward():
+    selector = Selector(GREEDY, 0.5, first_logit=0)
+    assert selector.choose(np.array([2.0, 1.0], np.float32), FreeText()) == 0
+    assert selector.choose(np.array([2.0, 3.0], np.float32), FreeText()) == 0
 
 
 def test_a_penalty_counts_once_however_often_an_id_came():

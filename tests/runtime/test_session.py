@@ -106,6 +106,19 @@ def test_streamed_pieces_add_up_to_the_text(golden_bundle, name):
     assert session.answer(case.image, case.question, max_new_tokens=case.max_new_tokens).text == answer.text
 
 
+def test_streamed_pieces_add_up_wherever_the_answer_is_cut(session):
+    """Also in the middle of a character, which is held back until the end."""
+    case = Case("m3_com_square")
+    held_back = 0
+    for limit in range(1, 25):
+        pieces: list[str] = []
+        answer = session.answer(case.image, case.question, max_new_tokens=limit, on_text=pieces.append)
+        assert "".join(pieces) == answer.text
+        streamer = session.tokenizer.streamer()
+        held_back += "".join(map(streamer.push, answer.token_ids)) != answer.text
+    assert held_back
+
+
 def test_text_comes_while_it_is_written(session):
     """The first piece is there before the run is over: a listener that raises ends it."""
     with pytest.raises(Enough):
