@@ -18,6 +18,8 @@ from .contract import graph_shapes
 # Attention in the standard body reads the whole cache, so the cache grows in steps with the context: a step is small
 # beside a context, and copying at each step costs a fraction of a percent of the tokens in between.
 _CAPACITY_STEP_TOKENS = 256
+# A prefill's workspace is worth giving back, a decode step's is not.
+_TRIM_ABOVE_TOKENS = 64
 _RESIDENT = ("vision", "language", "codes")
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -75,6 +77,7 @@ class OnnxExecutor:
 
     def features(self, task: str, pixels: np.ndarray) -> np.ndarray:
         (features,) = self.run(task, "vision", {"pixels": pixels[None]})
+        _return_freed_memory()
         return np.asarray(features[0])
 
     def context(self, task: str, image_features: np.ndarray | None) -> OnnxContext:
@@ -135,6 +138,8 @@ class OnnxContext:
             raise ExecutorError(f"ONNX Runtime failed in the language graph: {_first_line(error)}") from error
         outputs = dict(zip(results, binding.get_outputs()[-len(results) :], strict=True))
         self.length += len(token_ids)
+        if len(token_ids) > _TRIM_ABOVE_TOKENS:
+            _return_freed_memory()
         logits = outputs["logits"].numpy()[0]
         if full_vocabulary and "hidden" in outputs:
             (other,) = self._executor.run(self._task, "vocabulary", {"hidden": outputs["hidden"].numpy()})
@@ -162,7 +167,7 @@ def _zeros(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _return_freed_memory() -> None:
-    """Give back what packing the weights freed: at M3's size glibc would keep 1.1 GB of it per task."""
+    """Give back what was freed: at M3's size glibc would keep 1.1 GB per task from packing the weights alone."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
 
