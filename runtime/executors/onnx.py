@@ -48,7 +48,7 @@ class OnnxExecutor:
 
     def _open(self, task: str, role: str) -> onnxruntime.InferenceSession:
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # fatal: every error is raised as well, and stderr holds one line
         # The arena keeps a prefill's workspace for good, 0.9 GB per task at M3's size, and gains no time here.
         options.enable_cpu_mem_arena = False
         options.enable_mem_pattern = False

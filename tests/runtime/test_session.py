@@ -291,6 +291,12 @@ def test_executors_and_devices_that_are_not_there(golden_bundle):
     assert message == "device cuda needs CUDAExecutionProvider; this onnxruntime has CPUExecutionProvider"
 
 
+def test_a_failure_of_the_engine_is_an_error_and_nothing_on_stderr(session, capfd):
+    message = refusal(ExecutorError, lambda: session.executor.picture(np.full((32, 32), 64)))
+    assert message.startswith("ONNX Runtime failed in the codes graph of generation: ")
+    assert capfd.readouterr() == ("", "")
+
+
 def test_the_number_of_threads_changes_no_token(golden_bundle):
     ids = [
         load(golden_bundle("m3"), tasks=("comprehension",), threads=threads).answer(COM.image, COM.question).token_ids
