@@ -32,6 +32,8 @@ NEW_TOKENS = SpecialTokens(TOKENS, CODES)
 LEARNING_RATE = 1e-3
 ANSWER_BATCH = 6  # pictures, each with all its questions
 PICTURE_BATCH = 4
+# So many pictures more with exactly one lesion: only those can be asked where it is, the hardest question.
+ONE_LESION_SHARE = 0.3
 # Codes replaced at random in the input, so that drawing relies on the picture more than on the codes before.
 WRONG_CODES = 0.2
 
@@ -108,11 +110,12 @@ def train_comprehension(
     rng = np.random.default_rng(seed)
     optimizer, schedule = optimiser(model, steps)
     head = torch.tensor([words.before_picture()])
+    with_one = [subject for subject in subjects if len(subject.lesions) == 1]
     for step in range(steps):
         pictures, asked = [], []
-        for index in rng.integers(len(subjects), size=ANSWER_BATCH):
-            modality = rng.integers(2)
-            subject = subjects[index]
+        for _ in range(ANSWER_BATCH):
+            some = with_one if rng.random() < ONE_LESION_SHARE else subjects
+            subject, modality = some[rng.integers(len(some))], rng.integers(2)
             pictures.append((subject.ct, subject.mr)[modality])
             kinds = phantoms.questions(subject)
             kinds = kinds[: len(kinds) // 2] if modality == 0 else kinds[len(kinds) // 2 :]

@@ -1,0 +1,83 @@
+"""The trained phantom through exported bundles: accuracy on held-out slices, and equality with the reference.
+
+Thresholds leave room below what was measured on more phantoms (phantom/metrics.json, benchmarks/results/). Chance is
+the share of the most frequent answer; the baselines are those of healthgpt_edge.phantoms.tasks.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import healthgpt_edge
+from healthgpt_edge import phantoms
+from healthgpt_edge.evaluate import MAX_ANSWER_TOKENS, evaluate
+from healthgpt_edge.export.bundle import export_bundle
+from healthgpt_edge.export.checkpoint import Checkpoint
+from healthgpt_edge.export.demo import contact_sheet, list_jobs
+from healthgpt_edge.export.phantom.release import released_files
+from healthgpt_edge.export.reference.model import HealthGPT
+from healthgpt_edge.images import prepare, read_image
+
+PHANTOM = Path(__file__).parents[1] / "phantom"
+BLOCK_SIZE = 32
+ANSWERED, DRAWN = 25, 2
+# How far above chance an exact match must be, and how many dB above the trivial picture.
+ABOVE_CHANCE = {"modality": 0.4, "lesion": 0.2, "count": 0.2, "where": 0.2}
+ABOVE_BASELINE_DB = {"reconstruct": 3.0, "ct-to-mr": 3.0, "super-resolve": 0.0}
+
+
+@pytest.fixture(scope="module")
+def checkpoint():
+    with Checkpoint.open(**released_files(PHANTOM)) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module", params=["fp32", "int4"])
+def session(request, checkpoint, tmp_path_factory):
+    bundle = tmp_path_factory.mktemp("phantom") / request.param
+    export_bundle(checkpoint, bundle, precision=request.param, block_size=BLOCK_SIZE)
+    return healthgpt_edge.load(bundle)
+
+
+def test_answers_and_pictures_are_far_above_chance(session):
+    scores = evaluate(session, answer_phantoms=ANSWERED, picture_phantoms=DRAWN)
+    assert set(scores.answers) == set(ABOVE_CHANCE)
+    for kind, score in scores.answers.items():
+        assert score.accuracy >= score.chance + ABOVE_CHANCE[kind], (kind, score)
+    assert set(scores.pictures) == set(ABOVE_BASELINE_DB)
+    for kind, score in scores.pictures.items():
+        assert score.psnr >= score.baseline_psnr + ABOVE_BASELINE_DB[kind], (kind, score)
+
+
+def test_fp32_ids_equal_the_reference_on_phantoms_and_dicom(session, checkpoint):
+    manifest = session.bundle.manifest
+    if manifest.precision != "fp32":
+        pytest.skip("only float32 promises equal ids")
+    models = {task: HealthGPT.load(checkpoint, task) for task in checkpoint.tasks}
+    chosen = [job for job in list_jobs() if not job.generates or job.name.startswith("phantom 0 reconstruct")]
+    for job in chosen:
+        picture = prepare(read_image(job.picture), manifest.vision.image_size, manifest.vision.background)
+        if job.generates:
+            result = session.generate(job.picture, job.words)
+            model, ids, limit = models["generation"], result.token_ids[:-1], manifest.codes.grid**2
+        else:
+            result = session.answer(job.picture, job.words, max_new_tokens=MAX_ANSWER_TOKENS)
+            model, ids, limit = models["comprehension"], result.token_ids, MAX_ANSWER_TOKENS
+        values = model.vision_tower.normalise(torch.from_numpy(picture)[None])
+        assert model.generate(result.prompt_ids, values, limit) == ids, (job.name, job.words)
+
+
+def test_contact_sheet_holds_every_tile():
+    tile = np.full((128, 128, 3), 7, np.uint8)
+    sheet = contact_sheet([("one", tile), ("two\nlines", tile), ("wide", np.concatenate([tile, tile], axis=1))], 2)
+    assert sheet.dtype == np.uint8
+    assert (sheet == 7).all(-1).sum() == 4 * 128 * 128
+
+
+def test_the_demo_asks_about_phantoms_and_real_dicom_files():
+    jobs = list_jobs()
+    assert {type(job.picture) for job in jobs if "dcm" in job.name} == {type(Path())}
+    assert any(job.generates for job in jobs)
+    assert {job.words for job in jobs} >= set(phantoms.QUESTIONS.values()) | set(phantoms.INSTRUCTIONS.values())
