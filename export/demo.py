@@ -10,6 +10,7 @@ import shutil
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from .reference.model import HealthGPT
 
 PHANTOM = Path(__file__).resolve().parents[1] / "phantom"
 PRECISIONS = ("fp32", "int4")
+STAGES = ("vision", "prefill", "decode", "codes", "total")
 HELD_OUT = 2
 DICOM_FILES = ("CT_small.dcm", "MR_small.dcm", "RG1_UNCR.dcm")
 QUESTIONS = tuple(phantoms.QUESTIONS.values())[:3]
@@ -57,6 +59,7 @@ class Row:
     name: str
     precision: str
     words: str
+    generates: bool
     answer: str
     ids_equal_reference: bool
     timings_ms: dict[str, float]
@@ -75,23 +78,24 @@ class Result:
         return {"contact_sheet": str(self.sheet), "rows": [asdict(row) for row in self.rows]}
 
     def print_tables(self, console: Console) -> None:
-        table = Table(
-            "picture", "question or instruction", "answer", "precision", "vision", "prefill", "decode", "codes", "total"
-        )
-        table.add_column("ms/token", justify="right")
-        table.add_column("PyTorch total", justify="right")
-        table.add_column("ids = PyTorch fp32")
-        for row in self.rows:
-            stages = [f"{row.timings_ms[stage]:.0f}" for stage in ("vision", "prefill", "decode", "codes", "total")]
-            per_token = f"{row.timings_ms['decode'] / max(1, row.tokens - 1):.1f}"
-            equal = "yes" if row.ids_equal_reference else "NO" if row.precision == "fp32" else "no"
-            table.add_row(
-                row.name, row.words, row.answer, row.precision, *stages, per_token, f"{row.reference_ms:.0f}", equal
-            )
+        said = Table("picture", "question or instruction", *PRECISIONS, title="what the phantom model says")
+        for index in range(0, len(self.rows), len(PRECISIONS)):
+            rows = self.rows[index : index + len(PRECISIONS)]
+            said.add_row(rows[0].name, rows[0].words, *(row.answer for row in rows))
+        console.print(said)
+        table = Table("medians, ms", *STAGES, "per token", "PyTorch", "ids = PyTorch", title="latency")
+        for precision in PRECISIONS:
+            for kind, generates in (("answer", False), ("picture", True)):
+                rows = [row for row in self.rows if row.precision == precision and row.generates == generates]
+                stages = [f"{median(row.timings_ms[stage] for row in rows):.1f}" for stage in STAGES]
+                per_token = median(row.timings_ms["decode"] / max(1, row.tokens - 1) for row in rows)
+                reference = median(row.reference_ms for row in rows)
+                equal = f"{sum(row.ids_equal_reference for row in rows)} of {len(rows)}"
+                table.add_row(f"{kind} {precision}", *stages, f"{per_token:.2f}", f"{reference:.0f}", equal)
         console.print(table)
-        exact = [row for row in self.rows if row.precision == "fp32"]
-        equal_rows = sum(row.ids_equal_reference for row in exact)
-        console.print(f"fp32: token ids equal to the PyTorch reference in {equal_rows} of {len(exact)} runs")
+        console.print(
+            "total: from the file to the text or the pixels. PyTorch: the reference in float32, without codes."
+        )
         console.print(f"contact sheet: {self.sheet}")
 
 
@@ -164,7 +168,9 @@ def _run(
         ids, answer, timings = said.token_ids, said.text, said.timings_ms
         if job.expected is not None:
             answer += " (right)" if answer.strip().casefold() == job.expected.casefold() else f" (is: {job.expected})"
-    row = Row(job.name, precision, job.words, answer, ids == expected_ids, timings, reference_ms, len(ids))
+    row = Row(
+        job.name, precision, job.words, job.generates, answer, ids == expected_ids, timings, reference_ms, len(ids)
+    )
     return row, made
 
 

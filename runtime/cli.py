@@ -292,7 +292,7 @@ def demo(
     if as_json:
         _print_json(result.to_json())
     else:
-        result.print_tables(Console(highlight=False))
+        result.print_tables(Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 110))
 
 
 def _window(text: str | None) -> tuple[float, float] | None:
