@@ -158,6 +158,7 @@ class OnnxContext:
                 grown[:, :, : self.length] = self._caches[name].numpy()[:, :, : self.length]
             self._caches[name] = onnxruntime.OrtValue.ortvalue_from_numpy(grown)
         self._capacity = capacity
+        _return_freed_memory()
 
 
 def _zeros(shape: tuple[int, ...]) -> np.ndarray:
