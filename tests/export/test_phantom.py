@@ -13,6 +13,7 @@ import torch
 from healthgpt_edge import phantoms
 from healthgpt_edge.export.checkpoint import Checkpoint
 from healthgpt_edge.export.phantom import autoencoder, base, corpus, measure, pictures, plugins
+from healthgpt_edge.export.phantom.release import released_files
 from healthgpt_edge.export.reference.language import rotary_tables, rotate
 from healthgpt_edge.export.reference.model import HealthGPT
 
@@ -21,14 +22,7 @@ PHANTOM = Path(__file__).parents[2] / "phantom"
 
 @pytest.fixture(scope="module")
 def checkpoint() -> Iterator[Checkpoint]:
-    with Checkpoint.open(
-        base=PHANTOM / "base",
-        vision=PHANTOM / "vision",
-        comprehension=PHANTOM / "plugins" / "com_hlora_weights.bin",
-        generation=PHANTOM / "plugins" / "gen_hlora_weights.bin",
-        fusion=PHANTOM / "plugins" / "fusion_layer_weights.bin",
-        vqgan=PHANTOM / "vqgan",
-    ) as opened:
+    with Checkpoint.open(**released_files(PHANTOM)) as opened:
         yield opened
 
 
