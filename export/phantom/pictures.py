@@ -41,6 +41,12 @@ def patch_windows(pictures: Sequence[Picture]) -> Tensor:
     return functional.unfold(around, 2 * PATCH, stride=PATCH).transpose(1, 2)
 
 
+def patch_places() -> Tensor:
+    """Row and column of each patch's centre in [-1,1], [256,2]."""
+    axis = (torch.arange(GRID) + 0.5) * 2 / GRID - 1
+    return torch.cartesian_prod(axis, axis)
+
+
 def lesion_map(subject: Phantom) -> np.ndarray:
     """Which patches hold the centre of a lesion, float32 [256]."""
     centres = np.zeros((GRID, GRID), dtype=np.float32)

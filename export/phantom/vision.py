@@ -2,12 +2,13 @@
 
 The features that the plugins will read are trained for what they will be asked: the first layer's (generation)
 for the pixels of each patch and around it, in full detail even where a low-resolution picture is shown; those before
-the last layer (comprehension) for where lesions are and, averaged, for modality and count (`train`), then for the
-count in each quadrant (`train_late`, which leaves the first layer as it is). Then the tower is frozen.
+the last layer (comprehension) for where lesions are and, averaged, for modality and for the count, in all and in each
+quadrant. Then the tower is frozen.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -21,7 +22,7 @@ from healthgpt_edge.phantoms import Phantom, Picture
 from ..checkpoint import VisionConfig
 from ..reference.clip import VisionTower
 from .corpus import QUADRANTS
-from .pictures import INPUT_SIDE, PATCH, enlarge, lesion_map, patch_windows
+from .pictures import INPUT_SIDE, PATCH, enlarge, lesion_map, patch_places, patch_windows
 
 CONFIG = VisionConfig(
     hidden=128,
@@ -48,13 +49,14 @@ class Heads(nn.Module):
         self.centres = nn.Linear(CONFIG.hidden, 1)
         self.counts = nn.Linear(CONFIG.hidden, len(phantoms.COUNT_WORDS))
         self.modality = nn.Linear(CONFIG.hidden, 2)
+        self.quadrants = nn.Linear(CONFIG.hidden, len(QUADRANTS) * len(phantoms.COUNT_WORDS))
 
 
 def train(seed: int, steps: int, subjects: list[Phantom], report: Callable[[str], None]) -> VisionTower:
     """A tower trained for `steps` batches of 8 pictures."""
     torch.manual_seed(seed)
     tower, heads = VisionTower(CONFIG), Heads()
-    _start_bright(tower)
+    _start_informed(tower)
     rng = np.random.default_rng(seed)
 
     def losses(step: int) -> dict[str, Tensor]:
@@ -67,30 +69,6 @@ def train(seed: int, steps: int, subjects: list[Phantom], report: Callable[[str]
         return {"pixels": pixels, **_late_losses(heads, batch, _late(tower, first))}
 
     _descend([*tower.parameters(), *heads.parameters()], LEARNING_RATE, steps, losses, report)
-    return tower.eval()
-
-
-def train_late(
-    seed: int, steps: int, tower: VisionTower, subjects: list[Phantom], report: Callable[[str], None]
-) -> VisionTower:
-    """Train the layers between the first and the last for `steps` more batches, on lesions by quadrant too."""
-    torch.manual_seed(seed + 1)
-    heads, places = Heads(), nn.Linear(CONFIG.hidden, 4 * len(phantoms.COUNT_WORDS))
-    middle = tower.encoder.layers[GENERATION_LAYERS:COMPREHENSION_LAYERS]
-    rng = np.random.default_rng(seed + 1)
-
-    def losses(step: int) -> dict[str, Tensor]:
-        batch = [subjects[i] for i in rng.integers(len(subjects), size=BATCH // 2)]
-        with torch.no_grad():
-            first = tower(tower.normalise(enlarge(both(batch))), GENERATION_LAYERS)
-        late = _late(tower, first)
-        counts = torch.tensor([[_in_quadrant(one, name) for name in QUADRANTS] for one in batch])  # [B/2, 4]
-        guessed = places(late.mean(dim=1)).unflatten(1, (4, -1)).flatten(0, 1)
-        quadrants = functional.cross_entropy(guessed, counts.repeat_interleave(2, 0).flatten())
-        return {"quadrants": 2 * quadrants, **_late_losses(heads, batch, late)}
-
-    learned = [*middle.parameters(), *heads.parameters(), *places.parameters()]
-    _descend(learned, LEARNING_RATE, steps, losses, report)
     return tower.eval()
 
 
@@ -116,16 +94,19 @@ def _descend(
             report(f"vision {step}/{steps} " + ", ".join(f"{name} {loss.item():.3f}" for name, loss in parts.items()))
 
 
-def _start_bright(tower: VisionTower) -> None:
-    """Give every position a common vector, larger than what a patch adds to it.
+def _start_informed(tower: VisionTower) -> None:
+    """Let what a small tower finds only slowly be readable from the start: brightness and place.
 
-    The norm in front of the layers divides by a patch's length: without this, how bright a flat patch is would be lost
-    from the start, and is found again only slowly.
+    Every position gets a common vector, larger than what a patch adds to it: the norm in front of the layers divides
+    by a patch's length, so that how bright a flat patch is would be lost otherwise. On top comes its row and column.
     """
+    places = patch_places()  # [256, 2]
+    waves = torch.cat([places, (math.pi * places).sin(), (math.pi * places).cos()], dim=1)
     with torch.no_grad():
         tower.embeddings.patch_embedding.weight.mul_(0.5)
         positions = tower.embeddings.position_embedding.weight
         positions.copy_(torch.randn(CONFIG.hidden) + 0.1 * torch.randn_like(positions))
+        positions[1:] += 0.35 * waves @ torch.randn(waves.shape[1], CONFIG.hidden)
 
 
 def both(subjects: Sequence[Phantom]) -> list[Picture]:
@@ -146,12 +127,15 @@ def _in_quadrant(subject: Phantom, quadrant: str) -> int:
 
 def _late_losses(heads: Heads, subjects: Sequence[Phantom], late: Tensor) -> dict[str, Tensor]:
     """Lesion centres patch by patch; their number and the modality from the average feature."""
-    centres = torch.from_numpy(np.stack([lesion_map(subject) for subject in subjects])).repeat_interleave(2, 0)
-    counts = torch.tensor([len(subject.lesions) for subject in subjects]).repeat_interleave(2)
+    centres = torch.from_numpy(np.stack([lesion_map(one) for one in subjects])).repeat_interleave(2, 0)
+    counts = torch.tensor([len(one.lesions) for one in subjects]).repeat_interleave(2)
+    places = torch.tensor([[_in_quadrant(one, name) for name in QUADRANTS] for one in subjects]).repeat_interleave(2, 0)
     modality = torch.tensor([0, 1] * len(subjects))
     pooled = late.mean(dim=1)
+    quadrants = heads.quadrants(pooled).unflatten(1, (*places.shape[1:], -1)).flatten(0, 1)
     return {
         "centres": 256 / 8 * functional.binary_cross_entropy_with_logits(heads.centres(late)[..., 0], centres),
         "counts": 0.5 * functional.cross_entropy(heads.counts(pooled), counts),
+        "quadrants": functional.cross_entropy(quadrants, places.flatten()),
         "modality": 0.2 * functional.cross_entropy(heads.modality(pooled), modality),
     }
