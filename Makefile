@@ -1,16 +1,20 @@
 # make setup: .venv with everything; make demo: the whole path on a small trained model; make test: the tests.
+# make bench: a full-size random M3 in BENCH_WORK, timed beside the peers that `make peers` builds into .peers (both
+# long). BENCH_OPTIONS are those of `python -m benchmarks`.
 PYTHON ?= python3
 BIN := .venv/bin
+BENCH_WORK ?= bench-work
+BENCH_OPTIONS ?= --picture
 NATIVE := $(shell find csrc -name '*.cc' -o -name '*.h')
 
-.PHONY: setup demo test lint format clean
+.PHONY: setup demo test bench peers lint format clean
 
 setup: .venv/installed
 
 .venv/installed: pyproject.toml setup.py CMakeLists.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[export,test]'
+	$(BIN)/python -m pip install --quiet --editable '.[bench,export,test]'
 	touch $@
 
 demo: setup
@@ -18,6 +22,13 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+bench: setup
+	$(BIN)/python -m benchmarks $(BENCH_WORK) $(addprefix --peers-python ,$(wildcard .peers/bin/python)) $(BENCH_OPTIONS)
+
+peers:
+	test -x .peers/bin/python || $(PYTHON) -m venv .peers
+	CMAKE_ARGS="-DGGML_NATIVE=ON" .peers/bin/python -m pip install --quiet -r benchmarks/peers/requirements.txt
 
 lint: setup
 	$(BIN)/ruff check .

@@ -10,7 +10,7 @@ from setuptools.command.build_ext import build_ext
 
 
 class CMakeBuild(build_ext):
-    """Builds the one extension module, healthgpt_edge._kernels, with CMake and Ninja."""
+    """Builds healthgpt_edge._kernels and, beside it, ONNX Runtime's library of kernels, with CMake and Ninja."""
 
     def build_extension(self, extension: Extension) -> None:
         target = Path(self.get_ext_fullpath(extension.name)).resolve().parent

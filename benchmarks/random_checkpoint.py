@@ -13,7 +13,6 @@ import json
 import shutil
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,29 +21,13 @@ import yaml
 from healthgpt_edge.export.checkpoint import VqConfig
 from healthgpt_edge.export.reference.vqgan import Vqgan
 
+from .systems import SYSTEMS, System
+
 TOKENIZER = Path(__file__).parents[1] / "tests" / "data" / "phi3-tokenizer"
 SHARD_BYTES = 4 << 30
 # One pool of normal values, read from a moving start: as good as fresh ones here, and a hundred times faster.
 POOL_SIZE = 1 << 24
 STANDARD_DEVIATION = 0.02
-
-
-@dataclass(frozen=True)
-class System:
-    """Sizes of one released system (HEALTHGPT.md)."""
-
-    folder: str
-    hidden: int
-    layers: int
-    heads: int
-    intermediate: int
-    base_vocab: int
-    vocab: int
-    ranks: dict[str, int]
-    experts: int = 4
-
-
-SYSTEMS = {"m3": System("HealthGPT-M3", 3072, 32, 32, 8192, 32064, 40206, {"com": 64, "gen": 256})}
 
 
 class Normal:
@@ -69,21 +52,10 @@ class Normal:
         return flat.view(shape)
 
 
-def linears(system: System) -> dict[str, tuple[int, int]]:
-    """Each Phi-3 linear's (outputs, inputs)."""
-    hidden, intermediate = system.hidden, system.intermediate
-    return {
-        "self_attn.qkv_proj": (3 * hidden, hidden),
-        "self_attn.o_proj": (hidden, hidden),
-        "mlp.gate_up_proj": (2 * intermediate, hidden),
-        "mlp.down_proj": (hidden, intermediate),
-    }
-
-
 def base_tensors(system: System) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "model.embed_tokens.weight", (system.base_vocab, system.hidden)
     for layer in range(system.layers):
-        for name, shape in linears(system).items():
+        for name, shape in system.linears.items():
             yield f"model.layers.{layer}.{name}.weight", shape
         for name in ("input_layernorm", "post_attention_layernorm"):
             yield f"model.layers.{layer}.{name}.weight", (system.hidden,)
@@ -209,7 +181,7 @@ def write_plugins(folder: Path, system: System, normal: Normal) -> None:
     for task, rank in system.ranks.items():
         state = {}
         for layer in range(system.layers):
-            for name, (outputs, inputs) in linears(system).items():
+            for name, (outputs, inputs) in system.linears.items():
                 key = f"{prefix}.layers.{layer}.{name}"
                 state[f"{key}.lora_A.weight"] = normal(rank, inputs, dtype=half)
                 state[f"{key}.lora_B.weight"] = normal(outputs, rank, dtype=half)

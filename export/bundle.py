@@ -173,7 +173,7 @@ class _Export:
             template=checkpoint.template,
             precision=self.precision,
             block_size=self.block_size,
-            adapter_precision=self.precision,
+            cache_precision="fp32" if self.storage.cache == onnx.TensorProto.FLOAT else "fp16",
             language=schema.Language(
                 architecture=language.architecture,
                 layers=language.layers,

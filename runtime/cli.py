@@ -34,6 +34,7 @@ TopP = Annotated[float, typer.Option("--top-p", help="Sample from this share of 
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the sampling.")]
 Frame = Annotated[int | None, typer.Option("--frame", help="Frame of a multi-frame DICOM file, from 0.")]
 Window = Annotated[str | None, typer.Option("--window", metavar="CENTRE,WIDTH", help="DICOM window.")]
+Kernels = Annotated[bool, typer.Option("--kernels/--no-kernels", help="Native kernels, where they are built.")]
 Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Check the hashes of the weights first.")]
 
 
@@ -104,7 +105,7 @@ def inspect(bundle: BundlePath, as_json: Json = False) -> None:
     language, vision = manifest.language, manifest.vision
     table.add_row("system", f"{language.architecture}, template {manifest.template}")
     blocks = f", blocks of {manifest.block_size}" if manifest.precision.startswith("int") else ""
-    table.add_row("precision", f"{manifest.precision}{blocks}; adapters {manifest.adapter_precision}")
+    table.add_row("precision", f"{manifest.precision}{blocks}; caches {manifest.cache_precision}")
     table.add_row("language", f"{language.layers} layers, hidden {language.hidden}, vocabulary {language.vocab}")
     table.add_row("vision", f"{vision.image_size} x {vision.image_size}, {vision.patches} patches")
     for name, task in sorted(manifest.tasks.items()):
@@ -144,6 +145,7 @@ def answer(
     window: Window = None,
     device: Device = "cpu",
     threads: Threads = None,
+    kernels: Kernels = True,
     verify: Verify = True,
     as_json: Json = False,
 ) -> None:
@@ -153,7 +155,7 @@ def answer(
 
     sampling = Sampling(temperature, top_p, seed)
     chosen_window = _window(window)
-    session = load(bundle, tasks=(COMPREHENSION,), device=device, threads=threads, verify=verify)
+    session = load(bundle, tasks=(COMPREHENSION,), device=device, threads=threads, verify=verify, kernels=kernels)
 
     def write(piece: str) -> None:
         sys.stdout.write(piece)
@@ -189,6 +191,7 @@ def generate(
     window: Window = None,
     device: Device = "cpu",
     threads: Threads = None,
+    kernels: Kernels = True,
     verify: Verify = True,
     as_json: Json = False,
 ) -> None:
@@ -206,7 +209,7 @@ def generate(
         raise HealthGPTError(f"--out must be a .png file, {out.name!r} is a folder")
     sampling = Sampling(temperature, top_p, seed)
     chosen_window = _window(window)
-    session = load(bundle, tasks=(GENERATION,), device=device, threads=threads, verify=verify)
+    session = load(bundle, tasks=(GENERATION,), device=device, threads=threads, verify=verify, kernels=kernels)
     with _progress() as progress:
         codes = session.bundle.manifest.codes
         bar = progress.add_task("codes", total=codes.grid**2 if codes else None)
@@ -243,13 +246,14 @@ def evaluate(
     picture_phantoms: Annotated[int, typer.Option(min=0, max=10_000, help="Phantoms to make pictures of.")] = 10,
     device: Device = "cpu",
     threads: Threads = None,
+    kernels: Kernels = True,
     as_json: Json = False,
 ) -> None:
     """Score a bundle of the phantom model on slices it has never seen."""
     from .evaluate import evaluate as run
     from .session import load
 
-    session = load(bundle, device=device, threads=threads)
+    session = load(bundle, device=device, threads=threads, kernels=kernels)
     with _progress() as progress:
         bar = progress.add_task("evaluate", total=None)
         result = run(
@@ -275,6 +279,48 @@ def evaluate(
             f"{made.baseline_ssim:.3f}",
             str(made.total),
         )
+    _print_table(table)
+
+
+@app.command()
+def bench(
+    bundle: BundlePath,
+    rows: Annotated[str, typer.Option(help="What to time: ppN, tgN@C, img, vq, vit, load, with commas between.")] = (
+        "load,pp600,tg64@700,img,vq,vit"
+    ),
+    repeat: Annotated[int, typer.Option(min=1, max=1000, help="Times each; a whole picture a fifth of it.")] = 5,
+    check: Annotated[bool, typer.Option("--check/--no-check", help="Compare with the standard bodies first.")] = True,
+    kernels: Kernels = True,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Time a bundle, after checking that it computes the same in every way it is timed."""
+    from .bench import parse_rows
+    from .bench import run as run_bench
+
+    parsed = parse_rows(rows)
+    with _progress() as progress:
+        bar = progress.add_task("bench", total=None)
+        report = run_bench(
+            bundle,
+            parsed,
+            threads=threads,
+            kernels=kernels,
+            repeat=repeat,
+            check=check,
+            on_step=lambda name: progress.update(bar, description=name),
+        )
+    if as_json:
+        _print_json(report)
+        return
+    settings = report["settings"]
+    title = f"{bundle} on {report['machine']['processor']}, {settings['threads']} threads, {settings['executor']}"
+    table = Table("row", "task", "p50 ms", "p90 ms", "p99 ms", "of", "G of", "", "share", title=title)
+    for row in report["rows"]:
+        cost = f"{row['cost'] / 1e9:.3g}" if "cost" in row else ""
+        share = f"{row['share']:.0%}" if "share" in row else ""
+        percentiles = (f"{row[name]:.2f}" for name in ("p50_ms", "p90_ms", "p99_ms"))
+        table.add_row(row["row"], row["task"], *percentiles, str(row["count"]), cost, row.get("cost_unit"), share)
     _print_table(table)
 
 

@@ -30,3 +30,7 @@ class ExecutorError(HealthGPTError):
 
 class GenerationError(HealthGPTError):
     """The model's output is unusable: not finite, or not the codes of one image."""
+
+
+class BenchmarkError(HealthGPTError):
+    """A row is unknown or does not fit the bundle, or what was to be timed computes something else."""

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from .errors import BundleError
 
 FORMAT = "healthgpt-edge bundle"
-VERSION = 1
+VERSION = 2
 
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_DIMENSION = 1 << 20
@@ -26,6 +26,8 @@ MAX_PENALTY = 100.0
 FILE_NAME = re.compile(r"(?:[a-z0-9_-]+/)?[a-z0-9_-]+(?:\.[a-z0-9_-]+)+")
 TASKS = ("comprehension", "generation")
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
+# How keys and values are kept, with numpy's name of the type.
+CACHE_TYPES = {"fp32": "float32", "fp16": "float16"}
 # Every task has the first two graphs, generation the codes; the others are there or not.
 ROLES = ("vision", "language", "codes", "vocabulary", "draft")
 
@@ -114,7 +116,7 @@ class Manifest:
     template: str
     precision: str
     block_size: int
-    adapter_precision: str
+    cache_precision: str
     language: Language
     vision: Vision
     tokenizer: Tokenizer
@@ -151,8 +153,9 @@ def _check(manifest: Manifest) -> None:
         _require(FILE_NAME.fullmatch(name), "file names must stay inside the bundle", repr(name))
         _require(entry.size >= 0, f"the size of {name} must be 0 or above", entry.size)
         _require(re.fullmatch(r"[0-9a-f]{64}", entry.sha256), f"{name} must have a SHA-256", repr(entry.sha256))
-    for precision in (manifest.precision, manifest.adapter_precision):
-        _require(precision in PRECISIONS, f"precision must be one of {', '.join(PRECISIONS)}", repr(precision))
+    for name, known in (("precision", PRECISIONS), ("cache_precision", CACHE_TYPES)):
+        value = getattr(manifest, name)
+        _require(value in known, f"{name} must be one of {', '.join(known)}", repr(value))
     for part in (manifest.language, manifest.vision, manifest.codes):
         for field in dataclasses.fields(part) if part else ():
             value = getattr(part, field.name)

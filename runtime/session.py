@@ -250,11 +250,12 @@ def load(
     device: str = "cpu",
     threads: int | None = None,
     verify: bool = True,
+    kernels: bool = True,
 ) -> Session:
     """Open the bundle at `path` for `tasks` (all of them by default).
 
-    `verify=False` skips the hashes of the weight files, which take most of the time of a cold start. Raises
-    BundleError, ExecutorError.
+    `verify=False` skips the hashes of the weight files, which take most of the time of a cold start.
+    `kernels=False` computes everything by ONNX Runtime's own nodes. Raises BundleError, ExecutorError.
     """
     bundle = Bundle.open(Path(path), verify=verify)
     manifest = bundle.manifest
@@ -265,4 +266,4 @@ def load(
         if task not in manifest.tasks:
             raise BundleError(f"the bundle has no {task} plugin, only {', '.join(sorted(manifest.tasks))}")
     tokenizer = Tokenizer.load(bundle.file(manifest.tokenizer.file), manifest.tokenizer.options)
-    return Session(bundle, open_executor(bundle, wanted, executor, device, threads), tokenizer)
+    return Session(bundle, open_executor(bundle, wanted, executor, device, threads, kernels), tokenizer)

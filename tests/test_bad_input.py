@@ -461,7 +461,10 @@ BUNDLES = {
         damaged(link("weights"), "verify"), "weights must be part of the bundle, found a link"
     ),
     "bundle: version of tomorrow": Bad(
-        damaged(manifest(lambda data: data.update(version=2)), "inspect"), "bundle format version must be 1, found 2"
+        damaged(manifest(lambda data: data.update(version=3)), "inspect"), "bundle format version must be 2, found 3"
+    ),
+    "bundle: version of yesterday": Bad(
+        damaged(manifest(lambda data: data.update(version=1)), "inspect"), "bundle format version must be 2, found 1"
     ),
     "bundle: unknown key": Bad(
         damaged(manifest(lambda data: data.update(plugins={})), "inspect"),
@@ -489,7 +492,8 @@ BUNDLES = {
     ),
     "bundle: more layers than the graph": Bad(
         damaged(manifest(lambda data: data["language"].update(layers=4)), *ASK),
-        "comprehension.language.onnx: past_key_values.3.key must be ['B', 4, 'M', 16] by the manifest, found none",
+        "comprehension.language.onnx: past_key_values.3.key must be float32 ['B', 4, 'M', 16] by the manifest, "
+        "found none",
     ),
     "bundle: a graph that is none": Bad(
         damaged(nonsense_graph, *ASK), "ONNX Runtime cannot load comprehension.language.onnx: "

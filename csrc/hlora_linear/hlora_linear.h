@@ -1,31 +1,44 @@
 // y = x W + b + gate(x R) * (x A) B: one H-LoRA linear (HealthGPT, arXiv 2502.09838, section 3.3).
 //
 // Raw pointers only: every integration (pybind11, ONNX Runtime, TensorRT) calls this same launcher. The operands are
-// laid out as the exporter writes them for the node healthgpt::HLoraLinear, so a kernel reads the mapped file.
+// laid out as the exporter writes them for the node healthgpt::HLoraLinear, so the kernels read the mapped file.
 #pragma once
 
 #include <cstdint>
 
+#include "parallel.h"
+#include "target.h"
+
 namespace healthgpt {
 
-struct HLoraLinearShape {
-  int64_t rows;      // S: tokens
-  int64_t channels;  // C: inputs
-  int64_t outputs;   // O
-  int64_t rank;      // R: a multiple of experts
-  int64_t experts;   // E
+enum class Storage { kFloat32, kFloat16, kInt8, kInt4 };
+
+// A matrix (channels, outputs), row by row. int4 holds two neighbouring outputs per byte, the even one in the low
+// bits. Integers stand for scales(channel / block_size, output) * value and have no zero point.
+struct Matrix {
+  const void* values = nullptr;
+  const float* scales = nullptr;  // (ceil(channels / block_size), outputs), null for floats
+  Storage storage = Storage::kFloat32;
+  int64_t channels = 0;
+  int64_t outputs = 0;
+  int64_t block_size = 0;  // a multiple of 4, at most 256; 0 for floats
 };
 
-// The scalar reference, float32 with float32 accumulation: what every faster path is compared with.
-// A row's result does not depend on the other rows of the call.
-//   x            (S, C)
-//   weight       (C, O)
-//   bias         (O) or null
-//   adapter_in   (C, R + E)  A, then the router
-//   adapter_out  (R, O)      B with the H-LoRA scaling folded in
-//   workspace    (R + E)     caller's memory, so that nothing is allocated here
-//   y            (S, O)
-void HLoraLinear(const HLoraLinearShape& shape, const float* x, const float* weight, const float* bias,
-                 const float* adapter_in, const float* adapter_out, float* workspace, float* y);
+struct HLoraLinearArguments {
+  int64_t rows = 0;     // S: tokens
+  int64_t experts = 0;  // E; 0 for a plain linear, without adapters
+  const float* x = nullptr;
+  Matrix weight;                // (C, O)
+  const float* bias = nullptr;  // (O) or null
+  Matrix adapter_in;            // (C, R + E): A, then the router; R is a multiple of E
+  Matrix adapter_out;           // (R, O): B with the H-LoRA scaling folded in
+  float* y = nullptr;           // (S, O)
+};
+
+// With integer weights x is rounded to 8 bits per row and block, as ONNX Runtime does it; sums are
+// exact within a block and float32 between blocks. With float weights everything is float32.
+// A row's result depends neither on the other rows of the call nor on the threads, to the last bit.
+// Working memory is kept per thread and reused, see scratch.h.
+void HLoraLinear(const HLoraLinearArguments& arguments, const Parallel& parallel, Target target = BestTarget());
 
 }  // namespace healthgpt

@@ -3,59 +3,230 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <map>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "cached_attention/cached_attention.h"
 #include "hlora_linear/hlora_linear.h"
+#include "python/threads.h"
 
 namespace py = pybind11;
-using Matrix = py::array_t<float, py::array::c_style | py::array::forcecast>;
+
+void BindCeilings(py::module_& module);  // ceilings.cc
+
+using Floats = py::array_t<float, py::array::c_style | py::array::forcecast>;
 
 namespace {
 
-void CheckShape(const char* name, const Matrix& array, std::vector<int64_t> expected) {
-  std::string wanted, found;
-  bool same = array.ndim() == static_cast<py::ssize_t>(expected.size());
-  for (size_t i = 0; i < expected.size(); ++i) {
-    wanted += (i ? ", " : "") + std::to_string(expected[i]);
-    same = same && array.shape(static_cast<py::ssize_t>(i)) == expected[i];
+const std::map<std::string, healthgpt::Target> kTargets = {{"portable", healthgpt::Target::kPortable},
+                                                           {"neon", healthgpt::Target::kNeon},
+                                                           {"avx2", healthgpt::Target::kAvx2},
+                                                           {"avx-vnni", healthgpt::Target::kAvxVnni},
+                                                           {"avx512", healthgpt::Target::kAvx512}};
+
+std::vector<std::string> Targets() {
+  std::vector<std::string> names;
+  for (const auto& [name, target] : kTargets) {
+    if (healthgpt::IsSupported(target)) names.push_back(name);
   }
-  for (py::ssize_t i = 0; i < array.ndim(); ++i) found += (i ? ", " : "") + std::to_string(array.shape(i));
-  if (!same) {
-    throw py::value_error("[hlora_linear] " + std::string(name) + " must be [" + wanted + "], got [" + found + "]");
+  return names;
+}
+
+healthgpt::Target TargetOf(const std::optional<std::string>& name) {
+  if (!name) return healthgpt::BestTarget();
+  const auto found = kTargets.find(*name);
+  if (found == kTargets.end() || !healthgpt::IsSupported(found->second)) {
+    std::string names;
+    for (const std::string& one : Targets()) names += (names.empty() ? "" : ", ") + one;
+    throw py::value_error("target must be one of " + names + ", got " + *name);
+  }
+  return found->second;
+}
+
+std::string Text(const std::vector<int64_t>& shape) {
+  std::string text;
+  for (int64_t size : shape) text += (text.empty() ? "" : ", ") + std::to_string(size);
+  return "[" + text + "]";
+}
+
+void CheckShape(const char* name, const py::array& array, const std::vector<int64_t>& expected) {
+  const std::vector<int64_t> found(array.shape(), array.shape() + array.ndim());
+  if (found != expected) {
+    throw py::value_error(std::string(name) + " must be " + Text(expected) + ", got " + Text(found));
   }
 }
 
-Matrix HLoraLinear(const Matrix& x, const Matrix& weight, const std::optional<Matrix>& bias, const Matrix& adapter_in,
-                   const Matrix& adapter_out, int64_t experts) {
-  if (x.ndim() != 2 || weight.ndim() != 2 || adapter_out.ndim() != 2) {
-    throw py::value_error("[hlora_linear] x, weight and adapter_out must have 2 dimensions");
+// A matrix as the exporter stores it, kept alive by its arrays.
+struct StoredMatrix {
+  StoredMatrix(const py::array& given, const std::optional<Floats>& scales_given, int64_t block_size,
+               const std::optional<std::vector<int64_t>>& shape)
+      : values(py::array::ensure(given, py::array::c_style)), scales(scales_given) {
+    using healthgpt::Storage;
+    const bool packed = py::isinstance<py::array_t<uint8_t>>(values);
+    if (packed) {
+      matrix.storage = Storage::kInt4;
+    } else if (py::isinstance<py::array_t<int8_t>>(values)) {
+      matrix.storage = Storage::kInt8;
+    } else if (py::isinstance<py::array_t<float>>(values)) {
+      matrix.storage = Storage::kFloat32;
+    } else if (values.dtype().kind() == 'f' && values.itemsize() == 2) {
+      matrix.storage = Storage::kFloat16;
+    } else {
+      throw py::value_error("values must be float32, float16, int8, or uint8 with two int4 each");
+    }
+    if (packed != shape.has_value()) throw py::value_error("shape goes with packed int4 values, and only with them");
+    const std::vector<int64_t> size =
+        packed ? *shape : std::vector<int64_t>(values.shape(), values.shape() + values.ndim());
+    if (size.size() != 2 || size[0] < 0 || size[1] < 0) throw py::value_error("a matrix must have 2 dimensions");
+    matrix.channels = size[0];
+    matrix.outputs = size[1];
+    if (packed) CheckShape("values", values, {(size[0] * size[1] + 1) / 2});
+    const bool integer = matrix.storage == Storage::kInt4 || matrix.storage == Storage::kInt8;
+    if (integer != scales.has_value()) throw py::value_error("scales go with integers, and only with them");
+    if (integer) {
+      if (block_size < 4 || block_size > 256 || block_size % 4 != 0) {
+        throw py::value_error("block_size must be a multiple of 4 up to 256, got " + std::to_string(block_size));
+      }
+      CheckShape("scales", *scales, {(size[0] + block_size - 1) / block_size, size[1]});
+      matrix.block_size = block_size;
+      matrix.scales = scales->data();
+    }
+    matrix.values = values.data();
   }
-  const healthgpt::HLoraLinearShape shape{x.shape(0), x.shape(1), weight.shape(1), adapter_out.shape(0), experts};
-  if (experts < 1 || shape.rank % experts != 0) {
-    throw py::value_error("[hlora_linear] rank must be a multiple of experts, got " + std::to_string(shape.rank) +
-                          " and " + std::to_string(experts));
+
+  void Check(const char* name, int64_t channels, int64_t outputs) const {
+    if (matrix.channels != channels || matrix.outputs != outputs) {
+      throw py::value_error(std::string(name) + " must be " + Text({channels, outputs}) + ", got " +
+                            Text({matrix.channels, matrix.outputs}));
+    }
   }
-  CheckShape("weight", weight, {shape.channels, shape.outputs});
-  CheckShape("adapter_in", adapter_in, {shape.channels, shape.rank + experts});
-  CheckShape("adapter_out", adapter_out, {shape.rank, shape.outputs});
-  if (bias) CheckShape("bias", *bias, {shape.outputs});
-  Matrix y({shape.rows, shape.outputs});
-  std::vector<float> workspace(static_cast<size_t>(shape.rank + experts));
-  float* out = y.mutable_data();
+
+  py::array values;
+  std::optional<Floats> scales;
+  healthgpt::Matrix matrix;
+};
+
+Floats HLoraLinear(const Floats& x, const StoredMatrix& weight, const std::optional<Floats>& bias,
+                   const StoredMatrix* adapter_in, const StoredMatrix* adapter_out, int64_t experts,
+                   const std::optional<std::string>& target, size_t threads) {
+  if (x.ndim() != 2) throw py::value_error("x must have 2 dimensions");
+  if ((experts > 0) != (adapter_in != nullptr) || (experts > 0) != (adapter_out != nullptr) || experts < 0) {
+    throw py::value_error("adapter_in, adapter_out and experts go together");
+  }
+  healthgpt::HLoraLinearArguments arguments;
+  arguments.rows = x.shape(0);
+  arguments.experts = experts;
+  arguments.x = x.data();
+  arguments.weight = weight.matrix;
+  weight.Check("weight", x.shape(1), weight.matrix.outputs);
+  if (experts > 0) {
+    const int64_t rank = adapter_out->matrix.channels;
+    if (rank % experts != 0) {
+      throw py::value_error("rank must be a multiple of experts, got " + std::to_string(rank) + " and " +
+                            std::to_string(experts));
+    }
+    adapter_in->Check("adapter_in", x.shape(1), rank + experts);
+    adapter_out->Check("adapter_out", rank, weight.matrix.outputs);
+    arguments.adapter_in = adapter_in->matrix;
+    arguments.adapter_out = adapter_out->matrix;
+  }
+  if (bias) {
+    CheckShape("bias", *bias, {weight.matrix.outputs});
+    arguments.bias = bias->data();
+  }
+  Floats y({arguments.rows, weight.matrix.outputs});
+  arguments.y = y.mutable_data();
+  const healthgpt::Target chosen = TargetOf(target);
   {
     py::gil_scoped_release release;
-    healthgpt::HLoraLinear(shape, x.data(), weight.data(), bias ? bias->data() : nullptr, adapter_in.data(),
-                           adapter_out.data(), workspace.data(), out);
+    healthgpt::Threads pool(threads);
+    healthgpt::HLoraLinear(arguments, pool.parallel(), chosen);
   }
   return y;
+}
+
+using Lengths = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
+
+Floats CachedAttention(const Floats& query, const Floats& key, const Floats& value, const Floats& cosine,
+                       const Floats& sine, const Lengths& past_length, const py::array& keys, const py::array& values,
+                       int64_t window, const std::optional<std::string>& target, size_t threads) {
+  if (query.ndim() != 3 || keys.ndim() != 4) {
+    throw py::value_error("query must have 3 dimensions and the caches 4");
+  }
+  healthgpt::CachedAttentionArguments arguments;
+  arguments.batch = query.shape(0);
+  arguments.tokens = query.shape(1);
+  arguments.kv_heads = keys.shape(1);
+  arguments.capacity = keys.shape(2);
+  arguments.head_size = keys.shape(3);
+  arguments.window = window;
+  const int64_t size = arguments.head_size;
+  if (size < 2 || size % 2 != 0) throw py::value_error("head size must be even, got " + std::to_string(size));
+  arguments.heads = query.shape(2) / size;
+  if (arguments.kv_heads < 1 || arguments.heads % arguments.kv_heads != 0 || window < 0) {
+    throw py::value_error("heads must be a multiple of kv_heads, got " + std::to_string(arguments.heads) + " and " +
+                          std::to_string(arguments.kv_heads));
+  }
+  const int64_t batch = arguments.batch, tokens = arguments.tokens, kv_size = arguments.kv_heads * size;
+  const std::vector<int64_t> cache_shape = {batch, arguments.kv_heads, arguments.capacity, size};
+  CheckShape("query", query, {batch, tokens, arguments.heads * size});
+  CheckShape("key", key, {batch, tokens, kv_size});
+  CheckShape("value", value, {batch, tokens, kv_size});
+  CheckShape("cosine", cosine, {batch, tokens, size / 2});
+  CheckShape("sine", sine, {batch, tokens, size / 2});
+  CheckShape("past_length", past_length, {batch});
+  for (const py::array* cache : {&keys, &values}) {
+    CheckShape("cache", *cache, cache_shape);
+    const bool known = cache->dtype().kind() == 'f' && (cache->itemsize() == 4 || cache->itemsize() == 2);
+    if (!known || !cache->dtype().is(keys.dtype()) || !(cache->flags() & py::array::c_style) || !cache->writeable()) {
+      throw py::value_error("caches must be writable C arrays, both float32 or both float16");
+    }
+  }
+  for (int64_t i = 0; i < batch; ++i) {
+    const int64_t past = past_length.at(i);
+    if (past < 0 || past + tokens > arguments.capacity) {
+      throw py::value_error("past_length + tokens must be at most " + std::to_string(arguments.capacity) + ", got " +
+                            std::to_string(past) + " + " + std::to_string(tokens));
+    }
+  }
+  arguments.past_length = past_length.data();
+  arguments.query = query.data();
+  arguments.key = key.data();
+  arguments.value = value.data();
+  arguments.cosine = cosine.data();
+  arguments.sine = sine.data();
+  arguments.cache = keys.itemsize() == 2 ? healthgpt::Storage::kFloat16 : healthgpt::Storage::kFloat32;
+  arguments.keys = const_cast<void*>(keys.data());
+  arguments.values = const_cast<void*>(values.data());
+  Floats output({batch, tokens, arguments.heads * size});
+  arguments.output = output.mutable_data();
+  const healthgpt::Target chosen = TargetOf(target);
+  {
+    py::gil_scoped_release release;
+    healthgpt::Threads pool(threads);
+    healthgpt::CachedAttention(arguments, pool.parallel(), chosen);
+  }
+  return output;
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_kernels, module) {
-  module.def("hlora_linear", &HLoraLinear, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("adapter_in"),
-             py::arg("adapter_out"), py::arg("experts"),
+  module.def("targets", &Targets, "The instruction sets with kernels that this machine has.");
+  py::class_<StoredMatrix>(module, "Matrix", "A matrix [channels, outputs] as the exporter stores it.")
+      .def(py::init<const py::array&, const std::optional<Floats>&, int64_t,
+                    const std::optional<std::vector<int64_t>>&>(),
+           py::arg("values"), py::arg("scales") = py::none(), py::arg("block_size") = 0, py::arg("shape") = py::none());
+  module.def("hlora_linear", &HLoraLinear, py::arg("x"), py::arg("weight"), py::arg("bias") = py::none(),
+             py::arg("adapter_in") = py::none(), py::arg("adapter_out") = py::none(), py::arg("experts") = 0,
+             py::arg("target") = py::none(), py::arg("threads") = 1,
              "y [S, O] = x W + b + gate(x R) * (x A) B, float32; operands as in csrc/hlora_linear/hlora_linear.h.");
+  module.def("cached_attention", &CachedAttention, py::arg("query"), py::arg("key"), py::arg("value"),
+             py::arg("cosine"), py::arg("sine"), py::arg("past_length"), py::arg("keys"), py::arg("values"),
+             py::arg("window") = 0, py::arg("target") = py::none(), py::arg("threads") = 1,
+             "Attention [B, S, H * D] over caches [B, K, M, D], which take the new keys and values in; operands as in "
+             "csrc/cached_attention/cached_attention.h.");
+  BindCeilings(module);
 }

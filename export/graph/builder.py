@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,14 +38,27 @@ class GraphBuilder:
         return name
 
     def output(self, value: str, name: str, data_type: int, shape: list[int | str]) -> None:
-        """Give `value` out of the graph under `name`."""
-        self.nodes.append(helper.make_node("Identity", [value], [name], name=f"output/{name}"))
+        """Give `value` out of the graph under `name`, by a node of its own unless it has that name already."""
+        if value != name:
+            self.nodes.append(helper.make_node("Identity", [value], [name], name=f"output/{name}"))
         self._outputs.append(helper.make_tensor_value_info(name, data_type, shape))
 
-    def op(self, op_type: str, *inputs: str, outputs: int = 1, domain: str = "", **attributes: Any) -> Any:
-        """Append one node; returns its output name, or a list of them where `outputs` is above one."""
+    def op(
+        self,
+        op_type: str,
+        *inputs: str,
+        outputs: int = 1,
+        last: Sequence[str] = (),
+        domain: str = "",
+        **attributes: Any,
+    ) -> Any:
+        """Append one node; returns its output name, or a list of them where `outputs` is above one.
+
+        `last` names the last outputs: those that leave the graph as they are, so that the node itself writes to the
+        buffer that the caller has bound.
+        """
         name = self._unique(op_type)
-        names = [name] if outputs == 1 else [f"{name}:{i}" for i in range(outputs)]
+        names = [name] if outputs == 1 else [*(f"{name}:{i}" for i in range(outputs - len(last))), *last]
         self.nodes.append(helper.make_node(op_type, list(inputs), names, name=name, domain=domain, **attributes))
         return names[0] if outputs == 1 else names
 

@@ -1,8 +1,9 @@
-"""The two named nodes of the language graph, as ONNX functions of standard operators.
+"""The named nodes of the language and vision graphs, as ONNX functions of standard operators.
 
-Any runtime can run the bodies below; a runtime that has a kernel for `healthgpt::HLoraLinear` or
-`healthgpt::CachedAttention` runs that on the same inputs instead. B batch, S sequence, C channels in, O channels out,
-R rank, E experts, H heads, K key/value heads, D head size, M cache capacity.
+Any runtime can run the bodies below; a runtime that has a kernel for `healthgpt::HLoraLinear`, `healthgpt::Linear` or
+`healthgpt::CachedAttention` runs that on the same inputs instead. A body is written for the types that its graph
+stores. B batch, S sequence, C channels in, O channels out, R rank, E experts, H heads, K key/value heads, D head size,
+M cache capacity.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from ..quantize import is_quantised
 
 
 def _stored(name: str, data_type: int) -> tuple[str, str]:
-    """The statement that turns a stored matrix into float32, and the name of the result."""
+    """The statement that turns a stored tensor into float32, and the name of the result."""
     if data_type == TensorProto.FLOAT:
         return "", name
     if is_quantised(data_type):
@@ -21,6 +22,31 @@ def _stored(name: str, data_type: int) -> tuple[str, str]:
     else:
         statement = f"{name}_float = Cast <to = 1> ({name})"
     return statement, f"{name}_float"
+
+
+def _rounded(name: str, data_type: int) -> tuple[str, str]:
+    """The statement that turns a float32 value into the type it is stored in, and the name of the result."""
+    if data_type == TensorProto.FLOAT:
+        return "", name
+    return f"{name}_rounded = Cast <to = {data_type}> ({name})", f"{name}_rounded"
+
+
+def linear(data_type: int, bias: bool) -> FunctionProto:
+    """`y = x W + b`, a linear without adapters.
+
+    Inputs, in the order every kernel gets them; the scale is left out for float storage, the bias where there is none:
+    x [B, S, C] or [S, C]; weight [C, O], weight_scale [C/block, O]; bias [O].
+    Attribute: block_size (ignored for float storage).
+    """
+    to_weight, weight = _stored("weight", data_type)
+    product = f"product = MatMul (x, {weight}) y = Add (product, bias)" if bias else f"y = MatMul (x, {weight})"
+    return parser.parse_function(f"""
+        <domain: "healthgpt", opset_import: ["" : 24]>
+        Linear <block_size> (x, weight, weight_scale, bias) => (y) {{
+            {to_weight}
+            {product}
+        }}
+    """)
 
 
 def hlora_linear(linear_type: int, adapter_type: int, bias: bool) -> FunctionProto:
@@ -68,20 +94,25 @@ def hlora_linear(linear_type: int, adapter_type: int, bias: bool) -> FunctionPro
     """)
 
 
-def cached_attention() -> FunctionProto:
+def cached_attention(cache_type: int) -> FunctionProto:
     """Rotary positions, cache append and masked attention over the cache.
 
     query [B, S, H*D], key and value [B, S, K*D], cosine and sine [B, S, D/2] of the S new positions, past_length
-    int64 [B], visible bool [B, 1, S, M], past_key and past_value [B, K, M, D], of which the first past_length rows
-    are filled. The new rows are written at past_length; giving the same buffer for past and present makes that a
-    write in place. Attributes: heads H, kv_heads K, window (the number of earlier positions seen, 0 for all).
+    int64 [B], visible bool [B, 1, S, M], past_key and past_value [B, K, M, D] of `cache_type`, of which the first
+    past_length rows are filled. The new rows, rounded to that type, are written at past_length; giving the same buffer
+    for past and present makes that a write in place. Attention itself is in float32.
+    Attributes: heads H, kv_heads K, window (the number of earlier positions seen, 0 for all).
     `visible` says the same as past_length and window: the body needs it, a kernel may compute it.
     """
-    return parser.parse_function("""
+    to_key_rows, key_rows = _rounded("key_rotated", cache_type)
+    to_value_rows, value_rows = _rounded("value_heads", cache_type)
+    to_keys, keys = _stored("present_key", cache_type)
+    to_values, values = _stored("present_value", cache_type)
+    return parser.parse_function(f"""
         <domain: "healthgpt", opset_import: ["" : 24]>
         CachedAttention <heads, kv_heads, window> (
             query, key, value, cosine, sine, past_length, visible, past_key, past_value
-        ) => (output, present_key, present_value) {
+        ) => (output, present_key, present_value) {{
             heads_scalar = Constant <value_int: int = @heads> ()
             kv_heads_scalar = Constant <value_int: int = @kv_heads> ()
             last = Constant <value_ints = [-1]> ()
@@ -98,11 +129,15 @@ def cached_attention() -> FunctionProto:
             value_heads = Transpose <perm = [0, 2, 1, 3]> (value_split)
             query_rotated = RotaryEmbedding (query_heads, cosine, sine)
             key_rotated = RotaryEmbedding (key_heads, cosine, sine)
-            present_key = TensorScatter <axis = 2> (past_key, key_rotated, past_length)
-            present_value = TensorScatter <axis = 2> (past_value, value_heads, past_length)
-            attended = Attention (query_rotated, present_key, present_value, visible)
+            {to_key_rows}
+            {to_value_rows}
+            present_key = TensorScatter <axis = 2> (past_key, {key_rows}, past_length)
+            present_value = TensorScatter <axis = 2> (past_value, {value_rows}, past_length)
+            {to_keys}
+            {to_values}
+            attended = Attention (query_rotated, {keys}, {values}, visible)
             rows = Transpose <perm = [0, 2, 1, 3]> (attended)
             merge = Constant <value_ints = [0, 0, -1]> ()
             output = Reshape (rows, merge)
-        }
+        }}
     """)

@@ -18,7 +18,7 @@ from ..quantize import Storage
 from ..weights import WeightFile
 from .builder import GraphBuilder
 from .functions import cached_attention, hlora_linear
-from .matrices import matrix, stored_matrix
+from .matrices import stored_linear, stored_matrix
 
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
 
@@ -36,7 +36,7 @@ class LanguageGraph:
         # Qwen has biases on some linears: then all of them carry one, so that one function body serves the graph.
         self.has_bias = self.config.architecture == "qwen2"
         self.linear_function = hlora_linear(storage.linear, storage.adapter, self.has_bias)
-        self.attention_function = cached_attention()
+        self.attention_function = cached_attention(storage.cache)
 
     def build(self, on_layer: Callable[[], None] = lambda: None) -> ModelProto:
         """The whole graph; `on_layer` is called after each decoder layer, for a progress bar."""
@@ -48,8 +48,8 @@ class LanguageGraph:
         cache_shape: list[int | str] = ["B", config.kv_heads, "M", config.head_dim]
         pasts = [
             (
-                graph.input(f"past_key_values.{layer}.key", FLOAT, cache_shape),
-                graph.input(f"past_key_values.{layer}.value", FLOAT, cache_shape),
+                graph.input(f"past_key_values.{layer}.key", self.storage.cache, cache_shape),
+                graph.input(f"past_key_values.{layer}.value", self.storage.cache, cache_shape),
             )
             for layer in range(config.layers)
         ]
@@ -123,17 +123,20 @@ class LanguageGraph:
                 query, key, value = graph.op("Split", packed, sizes, outputs=3, axis=-1)
             else:
                 query, key, value = (self._linear(layer, f"self_attn.{p}_proj", normed, norm) for p in "qkv")
-            attended, present_key, present_value = graph.call(
+            # Caches leave the graph straight from the node: a copy in between would touch all of them at every token.
+            presents = [f"present_key_values.{layer}.{kind}" for kind in ("key", "value")]
+            attended, *_ = graph.call(
                 self.attention_function,
                 *(query, key, value, *shared, *past),
+                last=presents,
                 heads=config.heads,
                 kv_heads=config.kv_heads,
                 window=config.sliding_window or 0,
             )
             hidden = graph.op("Add", hidden, self._linear(layer, "self_attn.o_proj", attended))
         cache_shape: list[int | str] = ["B", config.kv_heads, "M", config.head_dim]
-        graph.output(present_key, f"present_key_values.{layer}.key", FLOAT, cache_shape)
-        graph.output(present_value, f"present_key_values.{layer}.value", FLOAT, cache_shape)
+        for present in presents:
+            graph.output(present, present, self.storage.cache, cache_shape)
         with graph.scope("mlp"):
             norm = f"layers.{layer}.post_attention_layernorm.weight"
             normed = self._norm(hidden)
@@ -202,7 +205,8 @@ def build_language(
     """The language graph of `task`.
 
     Inputs: token_ids int64 [B, S], image_features float [B, P, C] (P >= 1, zeros where there is no image),
-    past_length int64 [B], last_positions int64 [1] = n, past_key_values.{i}.{key,value} [B, K, M, D].
+    past_length int64 [B], last_positions int64 [1] = n, past_key_values.{i}.{key,value} [B, K, M, D] of
+    the storage's cache type.
     Outputs: logits [B, n, V - first] for the rows from `first_logit_row` on, present_key_values.{i}.{key,value}, and,
     where `first` is above 0, hidden [B, n, C] for the `vocabulary` graph.
     """
@@ -241,8 +245,7 @@ def head(graph: GraphBuilder, parts: LanguageGraph, hidden: str, first: int, end
 
     file = parts.own if checkpoint.task_owns(task, name) else parts.base
     key = f"lm_head.{first}.{end}"
-    right = matrix(graph, file, key, parts.storage.head, parts.block_size, rows)
-    return str(graph.op("MatMul", hidden, right))
+    return stored_linear(graph, hidden, file, key, parts.storage.head, parts.block_size, rows)
 
 
 def to_float(tensor: torch.Tensor) -> np.ndarray:

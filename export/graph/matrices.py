@@ -1,4 +1,4 @@
-"""Matrices in a graph: written once to a weight file in the type asked for, read back as float32."""
+"""Matrices in a graph: written once to a weight file in the type asked for, and multiplied with."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from onnx import TensorProto
 from ..quantize import is_quantised, quantise, transpose
 from ..weights import WeightFile
 from .builder import GraphBuilder
+from .functions import linear
 
 
 def stored_matrix(
@@ -34,16 +35,16 @@ def stored_matrix(
     return values, graph.weight(file, f"{key}_scale", TensorProto.FLOAT, lambda: part(1))
 
 
-def matrix(
+def stored_linear(
     graph: GraphBuilder,
+    x: str,
     file: WeightFile,
     key: str,
     data_type: int,
     block_size: int,
     produce: Callable[[], np.ndarray],
+    bias: str = "",
 ) -> str:
-    """A matrix [O, C] as the float32 right operand [C, O] of a product, however it is stored."""
+    """`x` times a stored matrix [O, C], plus a `bias` [O] where one is named, as the node `healthgpt::Linear`."""
     values, scales = stored_matrix(graph, file, key, data_type, block_size, produce)
-    if scales:
-        return str(graph.op("DequantizeLinear", values, scales, axis=0, block_size=block_size))
-    return values if data_type == TensorProto.FLOAT else str(graph.op("Cast", values, to=TensorProto.FLOAT))
+    return str(graph.call(linear(data_type, bool(bias)), x, values, scales, bias, block_size=block_size))

@@ -18,7 +18,7 @@ from .. import fold
 from ..checkpoint import Checkpoint
 from ..weights import WeightFile
 from .builder import GraphBuilder
-from .matrices import matrix
+from .matrices import stored_linear
 
 FLOAT = TensorProto.FLOAT
 
@@ -87,7 +87,8 @@ class _VisionGraph:
                 class_embedding, self._tower("embeddings.position_embedding.weight"), folded()[1]
             )
 
-        # Always float32: divided by 255 std, most of the patch weights would be subnormal numbers in float16.
+        # Always float32: divided by 255 std, most of the patch weights would be subnormal numbers in float16. So no
+        # `Linear` either, whose body is for one type per graph.
         matrix = graph.weight(self.base, "vision/patches", FLOAT, lambda: folded()[0])
         positions = graph.weight(self.base, "vision/positions", FLOAT, table)
         return str(graph.op("Add", graph.op("MatMul", patches, matrix), positions))
@@ -112,26 +113,24 @@ class _VisionGraph:
     def _linear(self, block: str, name: str, x: str) -> str:
         """A linear of the tower; `qkv` is its three projections in one matrix."""
         parts = [f"{block}.{part}_proj" for part in name] if name == "qkv" else [f"{block}.{name}"]
-        matrix = self._matrix(
-            self.base,
-            f"vision/{block}.{name}.weight",
-            lambda: np.concatenate([self._tower(f"{part}.weight") for part in parts]),
-        )
-        bias = self.graph.weight(
-            self.base,
-            f"vision/{block}.{name}.bias",
-            FLOAT,
-            lambda: np.concatenate([self._tower(f"{part}.bias") for part in parts]),
-        )
-        return str(self.graph.op("Add", self.graph.op("MatMul", x, matrix), bias))
+
+        def read(kind: str) -> np.ndarray:
+            return np.concatenate([self._tower(f"{part}.{kind}") for part in parts])
+
+        return self._product(self.base, f"vision/{block}.{name}", x, read)
 
     def _projector(self, name: str, x: str) -> str:
-        def read(key: str) -> np.ndarray:
-            return self.checkpoint.task_tensor(self.task, key).float().numpy()
+        def read(kind: str) -> np.ndarray:
+            return self.checkpoint.task_tensor(self.task, f"{name}.{kind}").float().numpy()
 
-        matrix = self._matrix(self.own, f"{name}.weight", lambda: read(f"{name}.weight"))
-        bias = self.graph.weight(self.own, f"{name}.bias", FLOAT, lambda: read(f"{name}.bias"))
-        return str(self.graph.op("Add", self.graph.op("MatMul", x, matrix), bias))
+        return self._product(self.own, name, x, read)
+
+    def _product(self, file: WeightFile, key: str, x: str, read: Callable[[str], np.ndarray]) -> str:
+        """x W + b, where `read` gives the "weight" [O, C] and the "bias" [O]."""
+        bias = self.graph.weight(file, f"{key}.bias", FLOAT, lambda: read("bias"))
+        return stored_linear(
+            self.graph, x, file, f"{key}.weight", self.storage, self.block_size, lambda: read("weight"), bias
+        )
 
     def _norm(self, name: str, x: str) -> str:
         def weight(part: str) -> str:
@@ -139,9 +138,6 @@ class _VisionGraph:
 
         scale, bias = weight("weight"), weight("bias")
         return str(self.graph.op("LayerNormalization", x, scale, bias, axis=-1, epsilon=self.config.epsilon))
-
-    def _matrix(self, file: WeightFile, key: str, produce: Callable[[], np.ndarray]) -> str:
-        return matrix(self.graph, file, key, self.storage, self.block_size, produce)
 
     def _tower(self, name: str) -> np.ndarray:
         return self.checkpoint.vision_tensor(name).float().numpy()

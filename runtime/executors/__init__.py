@@ -41,10 +41,12 @@ class Executor(Protocol):
         ...
 
 
-def open_executor(bundle: Bundle, tasks: tuple[str, ...], name: str, device: str, threads: int | None) -> Executor:
+def open_executor(
+    bundle: Bundle, tasks: tuple[str, ...], name: str, device: str, threads: int | None, kernels: bool
+) -> Executor:
     """Open the executor called `name` (onnx) for `tasks`; raises ExecutorError."""
     if name == "onnx":
         from .onnx import OnnxExecutor
 
-        return OnnxExecutor(bundle, tasks, device=device, threads=threads)
+        return OnnxExecutor(bundle, tasks, device=device, threads=threads, kernels=kernels)
     raise ExecutorError(f"executor must be onnx, found {name!r}")

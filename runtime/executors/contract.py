@@ -2,39 +2,52 @@
 
 from __future__ import annotations
 
-from ..manifest import Manifest
+from typing import NamedTuple
+
+from ..manifest import CACHE_TYPES, Manifest
 
 Shape = list[int | str]
 
 
-def graph_shapes(manifest: Manifest, task: str, role: str) -> dict[str, Shape]:
-    """Name to shape of every input and output of a task's graph; letters stand for what a run chooses.
+class Value(NamedTuple):
+    """An input or output of a graph; `type` is numpy's name of its elements' type."""
+
+    type: str
+    shape: Shape
+
+    def __str__(self) -> str:
+        return f"{self.type} {self.shape}"
+
+
+def graph_values(manifest: Manifest, task: str, role: str) -> dict[str, Value]:
+    """Every input and output of a task's graph by name; letters in shapes stand for what a run chooses.
 
     B sequences or pictures, S new tokens, P image features, n positions asked for, M cache capacity.
     """
     language, vision, codes = manifest.language, manifest.vision, manifest.codes
     first_logit = manifest.tasks[task].first_logit
-    hidden: Shape = ["B", "n", language.hidden]
-    shapes: dict[str, Shape] = {}
+    hidden = Value("float32", ["B", "n", language.hidden])
+    values: dict[str, Value] = {}
     if role == "vision":
-        shapes["pixels"] = ["B", vision.image_size, vision.image_size, 3]
-        shapes["image_features"] = ["B", vision.patches, language.hidden]
+        values["pixels"] = Value("uint8", ["B", vision.image_size, vision.image_size, 3])
+        values["image_features"] = Value("float32", ["B", vision.patches, language.hidden])
     elif role == "language":
-        shapes["token_ids"] = ["B", "S"]
-        shapes["image_features"] = ["B", "P", language.hidden]
-        shapes["past_length"] = ["B"]
-        shapes["last_positions"] = [1]
-        shapes["logits"] = ["B", "n", language.vocab - first_logit]
+        values["token_ids"] = Value("int64", ["B", "S"])
+        values["image_features"] = Value("float32", ["B", "P", language.hidden])
+        values["past_length"] = Value("int64", ["B"])
+        values["last_positions"] = Value("int64", [1])
+        values["logits"] = Value("float32", ["B", "n", language.vocab - first_logit])
         if first_logit:
-            shapes["hidden"] = hidden
+            values["hidden"] = hidden
+        cache = Value(CACHE_TYPES[manifest.cache_precision], ["B", language.kv_heads, "M", language.head_dim])
         for layer in range(language.layers):
             for name in (f"key_values.{layer}.key", f"key_values.{layer}.value"):
-                cache: Shape = ["B", language.kv_heads, "M", language.head_dim]
-                shapes[f"past_{name}"] = shapes[f"present_{name}"] = cache
+                values[f"past_{name}"] = values[f"present_{name}"] = cache
     elif role == "vocabulary":
-        shapes["hidden"] = hidden
-        shapes["logits"] = ["B", "n", first_logit]
+        values["hidden"] = hidden
+        values["logits"] = Value("float32", ["B", "n", first_logit])
     elif codes:
-        shapes["codes"] = ["B", codes.grid, codes.grid]
-        shapes["image" if role == "codes" else "pixels"] = ["B", codes.image_size, codes.image_size, 3]
-    return shapes
+        values["codes"] = Value("int64", ["B", codes.grid, codes.grid])
+        picture = Value("uint8", ["B", codes.image_size, codes.image_size, 3])
+        values["image" if role == "codes" else "pixels"] = picture
+    return values

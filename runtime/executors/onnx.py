@@ -6,6 +6,7 @@ import ctypes
 import math
 import mmap
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,28 +14,48 @@ import onnxruntime
 
 from ..bundle import Bundle
 from ..errors import ExecutorError
-from .contract import graph_shapes
+from ..manifest import CACHE_TYPES
+from .contract import Value, graph_values
 
 # Attention in the standard body reads the whole cache, so the cache grows in steps with the context: a step is small
 # beside a context, and copying at each step costs a fraction of a percent of the tokens in between.
 _CAPACITY_STEP_TOKENS = 256
-# A prefill's workspace is worth giving back, a decode step's is not.
-_TRIM_ABOVE_TOKENS = 64
+# A prefill's workspace is worth giving back, a single decode step's is not, but over many steps the heap grows too.
+_TRIM_EVERY_TOKENS = 64
 _RESIDENT = ("vision", "language", "codes")
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_KERNEL_LIBRARY = Path(__file__).parents[1] / "healthgpt_onnxruntime.so"
+
+
+def kernel_library() -> Path | None:
+    """The library that gives ONNX Runtime our CPU kernels for the named nodes; None where it was not built."""
+    return _KERNEL_LIBRARY if _KERNEL_LIBRARY.is_file() else None
 
 
 class OnnxExecutor:
-    """All graphs of the given tasks as ONNX Runtime sessions; weights are mapped from the bundle's files."""
+    """All graphs of the given tasks as ONNX Runtime sessions; weights are mapped from the bundle's files.
 
-    def __init__(self, bundle: Bundle, tasks: tuple[str, ...], *, device: str = "cpu", threads: int | None = None):
+    On the CPU our kernels compute the named nodes, where they are built and wanted; `name` says whether they do.
+    Otherwise ONNX Runtime runs the bodies that the graphs hold of them.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        tasks: tuple[str, ...],
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+        kernels: bool = True,
+    ) -> None:
         if device not in _PROVIDERS:
             raise ExecutorError(f"device must be cpu or cuda, found {device!r}")
         provider = _PROVIDERS[device]
         available = onnxruntime.get_available_providers()
         if provider not in available:
             raise ExecutorError(f"device {device} needs {provider}; this onnxruntime has {', '.join(available)}")
-        self.name = f"onnx-{device}"
+        self._kernels = kernel_library() if kernels and device == "cpu" else None
+        self.name = f"onnx-{device}+kernels" if self._kernels else f"onnx-{device}"
         self.bundle = bundle
         self._provider, self._threads = provider, threads
         self._tasks = tasks
@@ -58,6 +79,8 @@ class OnnxExecutor:
             # Packing would copy every matrix out of the mapped file, once per task. (The VQGAN is small and all
             # convolutions, which gain more from it.)
             options.add_session_config_entry("session.disable_prepacking", "1")
+        if self._kernels:
+            self._register(options, self._kernels)
         path = self.bundle.graph(task, role)
         try:
             session = onnxruntime.InferenceSession(str(path), options, providers=[self._provider])
@@ -65,8 +88,8 @@ class OnnxExecutor:
             reason = _first_line(error).replace(str(path), path.name)
             raise ExecutorError(f"ONNX Runtime cannot load {path.name}: {reason}") from error
         _return_freed_memory()
-        found = {node.name: node.shape for node in [*session.get_inputs(), *session.get_outputs()]}
-        expected = graph_shapes(self.bundle.manifest, task, role)
+        found = {node.name: value_of(node) for node in [*session.get_inputs(), *session.get_outputs()]}
+        expected = graph_values(self.bundle.manifest, task, role)
         for name in sorted(found.keys() | expected.keys()):
             if found.get(name) != expected.get(name):
                 raise ExecutorError(
@@ -74,6 +97,14 @@ class OnnxExecutor:
                     f"found {found.get(name, 'none')}"
                 )
         return session
+
+    @staticmethod
+    def _register(options: onnxruntime.SessionOptions, library: Path) -> None:
+        try:
+            options.register_custom_ops_library(str(library))
+        except Exception as error:
+            reason = _first_line(error).replace(str(library), library.name)
+            raise ExecutorError(f"ONNX Runtime cannot load {library.name}: {reason}") from error
 
     def features(self, task: str, pixels: np.ndarray) -> np.ndarray:
         (features,) = self.run(task, "vision", {"pixels": pixels[None]})
@@ -111,6 +142,7 @@ class OnnxContext:
         self._executor, self._task = executor, task
         self._session = executor.session(task, "language")
         self._shape = (1, language.kv_heads, 0, language.head_dim)
+        self._type = np.dtype(CACHE_TYPES[executor.bundle.manifest.cache_precision])
         self._names = [f"{layer}.{kind}" for layer in range(language.layers) for kind in ("key", "value")]
         self._caches: dict[str, Any] = {}
         self._capacity = 0
@@ -137,8 +169,8 @@ class OnnxContext:
         except Exception as error:
             raise ExecutorError(f"ONNX Runtime failed in the language graph: {_first_line(error)}") from error
         outputs = dict(zip(results, binding.get_outputs()[-len(results) :], strict=True))
-        self.length += len(token_ids)
-        if len(token_ids) > _TRIM_ABOVE_TOKENS:
+        before, self.length = self.length, self.length + len(token_ids)
+        if self.length // _TRIM_EVERY_TOKENS > before // _TRIM_EVERY_TOKENS:
             _return_freed_memory()
         logits = outputs["logits"].numpy()[0]
         if full_vocabulary and "hidden" in outputs:
@@ -153,7 +185,7 @@ class OnnxContext:
         capacity = -(-length // _CAPACITY_STEP_TOKENS) * _CAPACITY_STEP_TOKENS
         batch, heads, _, size = self._shape
         for name in self._names:
-            grown = _zeros((batch, heads, capacity, size))
+            grown = _zeros((batch, heads, capacity, size), self._type)
             if self._capacity:
                 grown[:, :, : self.length] = self._caches[name].numpy()[:, :, : self.length]
             self._caches[name] = onnxruntime.OrtValue.ortvalue_from_numpy(grown)
@@ -161,10 +193,16 @@ class OnnxContext:
         _return_freed_memory()
 
 
-def _zeros(shape: tuple[int, ...]) -> np.ndarray:
-    """Zeros straight from the system, which get back to it when dropped; the heap would keep 1.4 GB of M3's caches."""
-    memory = mmap.mmap(-1, 4 * math.prod(shape))
-    return np.frombuffer(memory, np.float32).reshape(shape)
+def value_of(node: Any) -> Value:
+    """An input or output of a session as the contract writes it."""
+    element = node.type.removeprefix("tensor(").removesuffix(")")
+    return Value("float32" if element == "float" else element, node.shape)
+
+
+def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    """Zeros straight from the system, which get back to it when dropped; the heap would keep much of M3's caches."""
+    memory = mmap.mmap(-1, dtype.itemsize * math.prod(shape))
+    return np.frombuffer(memory, dtype).reshape(shape)
 
 
 def _return_freed_memory() -> None:

@@ -11,9 +11,11 @@ import torch
 from golden_cases import CASES, Case
 from onnx import TensorProto
 
+from healthgpt_edge.executors.onnx import value_of
 from healthgpt_edge.export.checkpoint import Checkpoint
 from healthgpt_edge.export.graph.language import build_language, build_vocabulary, first_logit_row
 from healthgpt_edge.export.quantize import Storage, dequantise, quantise
+from healthgpt_edge.export.reference.language import KeyValueCache
 from healthgpt_edge.export.reference.model import IMAGE, HealthGPT
 from healthgpt_edge.export.weights import WeightFile
 
@@ -54,10 +56,10 @@ class LanguageRun:
 
     def sequences(self, batch: int = 1, capacity: int = 128) -> Sequences:
         """Empty sequences; rows that were never written hold large values, which nothing may read."""
-        shapes = {node.name: node.shape for node in self.session.get_inputs() if node.name.startswith("past_key")}
+        values = {node.name: value_of(node) for node in self.session.get_inputs() if node.name.startswith("past_key")}
         caches = {
-            name: np.full((batch, heads, capacity, size), 1e3, np.float32)
-            for name, (_, heads, _, size) in shapes.items()
+            name: np.full((batch, heads, capacity, size), 1e3, element)
+            for name, (element, (_, heads, _, size)) in values.items()
         }
         return Sequences(caches, np.zeros(batch, np.int64))
 
@@ -155,8 +157,19 @@ def spliced(prompt_ids: list[int], vocab: int, patches: int) -> np.ndarray:
     return np.array([ids])
 
 
-def reference_logits(model: HealthGPT, prompt_ids: list[int], features: np.ndarray | None) -> np.ndarray:
+class Float16Cache(KeyValueCache):
+    """Keys and values rounded to what a float16 cache keeps of them."""
+
+    def extend(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return super().extend(layer, key.half().float(), value.half().float())
+
+
+def reference_logits(
+    model: HealthGPT, prompt_ids: list[int], features: np.ndarray | None, cache_type: int = TensorProto.FLOAT
+) -> np.ndarray:
     """Logits [T, V] at every position, the picture's included."""
     with torch.inference_mode():
-        found = model(model.embed(prompt_ids, None if features is None else torch.from_numpy(features)))
+        embeddings = model.embed(prompt_ids, None if features is None else torch.from_numpy(features))
+        cache = None if cache_type == TensorProto.FLOAT else Float16Cache(model.language, embeddings.shape[1])
+        found = model(embeddings, cache)
     return found[0].numpy()

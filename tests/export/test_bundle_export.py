@@ -42,7 +42,8 @@ def tree(folder: Path) -> dict[str, bytes]:
 def test_every_precision_answers_and_draws(exported, precision):
     path, _ = exported(precision)
     manifest = Bundle.open(path).manifest
-    assert (manifest.precision, manifest.adapter_precision, manifest.block_size) == (precision, precision, 32)
+    assert (manifest.precision, manifest.block_size) == (precision, 32)
+    assert manifest.cache_precision == ("fp32" if precision == "fp32" else "fp16")
     session = load(path, threads=1)
     answer = session.answer(COM.image, COM.question, max_new_tokens=8)
     assert answer.prompt_ids == COM.record["input_ids"]

@@ -22,10 +22,11 @@ from language_runs import (
     spliced,
     write_graphs,
 )
-from tolerances import LOGITS_8_BIT_LARGEST, LOGITS_8_BIT_MEAN, LOGITS_SAME_ARITHMETIC
+from tolerances import LOGITS_8_BIT_LARGEST, LOGITS_8_BIT_MEAN, LOGITS_FLOAT16_CACHES, LOGITS_SAME_ARITHMETIC
 
 from healthgpt_edge.bundle import Bundle
 from healthgpt_edge.executors.onnx import OnnxExecutor
+from healthgpt_edge.export.bundle import export_bundle
 from healthgpt_edge.export.checkpoint import Checkpoint
 from healthgpt_edge.export.graph.language import first_logit_row
 from healthgpt_edge.export.quantize import Storage, is_quantised
@@ -181,20 +182,26 @@ def test_a_sliding_window_hides_what_lies_before_it(tmp_path):
     assert np.abs(expected[6:] - unlimited[6:]).max(axis=1).min() > 100 * LOGITS_SAME_ARITHMETIC
 
 
-def test_the_executor_grows_its_caches_and_keeps_what_they_hold(golden_bundle):
+@pytest.mark.parametrize(
+    ("precision", "tolerance"), [("fp32", LOGITS_SAME_ARITHMETIC), ("fp16", LOGITS_FLOAT16_CACHES)]
+)
+def test_the_executor_grows_its_caches_and_keeps_what_they_hold(tmp_path, precision, tolerance):
     """Over the steps of 256 tokens, in pieces and one by one; and back again."""
-    executor = OnnxExecutor(Bundle.open(golden_bundle("m3")), ("comprehension",), threads=1)
+    with open_golden("m3") as checkpoint:
+        export_bundle(checkpoint, tmp_path / "bundle", precision=precision)
+        model = as_exported(HealthGPT.load(checkpoint, "comprehension"), precision, 128)
+    executor = OnnxExecutor(Bundle.open(tmp_path / "bundle"), ("comprehension",), threads=1)
     ids = np.random.default_rng(0).integers(3, 400, 520)
-    expected = reference_logits(model_of("m3", "comprehension"), ids.tolist(), None)
+    expected = reference_logits(model, ids.tolist(), None, Storage.of(precision).cache)
     context = executor.context("comprehension", None)
-    assert_close(context.forward(ids[:250], last_positions=3), expected[247:250])
+    assert_close(context.forward(ids[:250], last_positions=3), expected[247:250], tolerance)
     for position in range(250, 262):
-        assert_close(context.forward(ids[position : position + 1])[0], expected[position])
-    assert_close(context.forward(ids[262:520])[0], expected[519])
+        assert_close(context.forward(ids[position : position + 1])[0], expected[position], tolerance)
+    assert_close(context.forward(ids[262:520])[0], expected[519], tolerance)
     context.length = 255
-    assert_close(context.forward(ids[255:258], last_positions=3), expected[255:258])
+    assert_close(context.forward(ids[255:258], last_positions=3), expected[255:258], tolerance)
     # A new context starts from nothing, whatever the others hold.
-    assert_close(executor.context("comprehension", None).forward(ids[:9])[0], expected[8])
+    assert_close(executor.context("comprehension", None).forward(ids[:9])[0], expected[8], tolerance)
 
 
 def test_the_executor_gives_the_whole_vocabulary_when_asked(golden_bundle):
@@ -229,9 +236,12 @@ def test_the_body_computes_with_the_dequantised_weights(stored, system, task):
     ids, token_ids, features = prompt(system, task)
     with open_golden(system) as checkpoint:
         model = as_exported(HealthGPT.load(checkpoint, task), precision, block_size)
-    expected = reference_logits(model, ids, features)
+    expected = reference_logits(model, ids, features, Storage.of(precision).cache)
     run = LanguageRun(folders[system], task, optimised=False)
-    assert_close(run.forward(run.sequences(), token_ids, features, n=len(expected))[0], expected)
+    found = run.forward(run.sequences(), token_ids, features, n=len(expected))[0]
+    assert_close(found, expected, LOGITS_FLOAT16_CACHES)
+    # Caches are rounded as the reference rounds them.
+    assert np.abs(found - reference_logits(model, ids, features)).max() > LOGITS_FLOAT16_CACHES
     # The weights are others than the released ones, so the comparison says something.
     released = reference_logits(model_of(system, task), ids, features)
     assert np.abs(expected - released).max() > 10 * LOGITS_SAME_ARITHMETIC
@@ -239,7 +249,7 @@ def test_the_body_computes_with_the_dequantised_weights(stored, system, task):
     run = LanguageRun(folders[system], task)
     found = run.forward(run.sequences(), token_ids, features, n=len(expected))[0]
     if not is_quantised(Storage.of(precision).linear):
-        assert_close(found, expected)
+        assert_close(found, expected, LOGITS_FLOAT16_CACHES)
         return
     # ONNX Runtime multiplies packed weights with activations rounded to 8 bits, by itself.
     difference = np.abs(found - expected)
@@ -269,14 +279,19 @@ def test_what_a_kernel_is_told(golden_bundle, system, task):
     """Attributes that the standard bodies ignore are there for kernels, which do not see the mask or the blocks."""
     model = onnx.load(golden_bundle(system) / f"{task}.language.onnx", load_external_data=False)
     config = model_of(system, task).language
-    told = {"HLoraLinear": [], "CachedAttention": []}
+    told = {"HLoraLinear": [], "Linear": [], "CachedAttention": []}
     for node in model.graph.node:
         if node.domain == "healthgpt":
             told[node.op_type].append({attribute.name: attribute.i for attribute in node.attribute})
     assert told["HLoraLinear"] == [{"block_size": 128, "experts": 4}] * config.layers * len(config.linears)
+    assert told["Linear"] == [{"block_size": 128}]
     attention = {"heads": config.heads, "kv_heads": config.kv_heads, "window": config.sliding_window or 0}
     assert told["CachedAttention"] == [attention] * config.layers
     assert attention["window"] == (2047 if system == "m3" else 0)
+    # It writes to the buffers that the caller binds, with nothing in between.
+    caches = {node.name for node in model.graph.output if node.name.startswith("present_")}
+    written = {name for node in model.graph.node if node.op_type == "CachedAttention" for name in node.output[1:]}
+    assert caches == written and len(caches) == 2 * config.layers
 
 
 def external(path: Path) -> dict[str, dict[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -126,6 +127,20 @@ def test_stored_in_int8_blocks(tmp_path, block_size):
     np.testing.assert_allclose(found, expected, rtol=0, atol=FEATURES_8_BIT)
 
 
+def test_onnxruntime_keeps_every_quantised_matrix_packed(tmp_path):
+    with open_golden("m3") as checkpoint:
+        Exported(checkpoint, tmp_path, TensorProto.INT8, 32)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    onnxruntime.InferenceSession(tmp_path / "comprehension.vision.onnx", options, providers=["CPUExecutionProvider"])
+    optimised = onnx.load(options.optimized_model_filepath, load_external_data=False)
+    nodes = Counter(node.op_type for node in optimised.graph.node)
+    assert nodes["MatMulNBits"] == 4 * 4 + 2
+    assert nodes["DequantizeLinear"] == 0
+    # Of the patches, which are always float32.
+    assert nodes["MatMul"] == 1
+
+
 def test_a_task_runs_only_the_layers_it_reads(m3):
     checkpoint, graphs = m3
     for task, model in graphs.models.items():
@@ -150,7 +165,9 @@ def test_tasks_share_one_tower(m3):
 def test_the_graph_is_standard_and_well_formed(m3):
     _, graphs = m3
     for task, model in graphs.models.items():
-        assert {node.domain for node in model.graph.node} == {""}
+        # A node is standard, or carries its body.
+        assert {(node.domain, node.op_type) for node in model.graph.node if node.domain} == {("healthgpt", "Linear")}
+        assert [function.name for function in model.functions] == ["Linear"]
         onnx.checker.check_model(graphs.folder / f"{task}.vision.onnx", full_check=True)
 
 

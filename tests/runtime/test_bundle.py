@@ -21,7 +21,8 @@ from command import run
 
 from healthgpt_edge.bundle import Bundle
 from healthgpt_edge.errors import BundleError, ExecutorError, HealthGPTError
-from healthgpt_edge.executors.contract import graph_shapes
+from healthgpt_edge.executors.contract import graph_values
+from healthgpt_edge.executors.onnx import value_of
 from healthgpt_edge.manifest import MAX_MANIFEST_BYTES, Manifest
 from healthgpt_edge.session import load
 
@@ -83,7 +84,7 @@ def test_a_manifest_survives_writing_and_reading(golden_bundle, system):
 
 def test_what_the_manifest_of_m3_says(golden_bundle):
     manifest = Bundle.open(golden_bundle("m3")).manifest
-    assert (manifest.template, manifest.precision, manifest.adapter_precision) == ("phi3", "fp32", "fp32")
+    assert (manifest.template, manifest.precision, manifest.cache_precision) == ("phi3", "fp32", "fp32")
     assert (manifest.language.layers, manifest.language.vocab, manifest.language.max_positions) == (3, 478, 4096)
     assert (manifest.vision.image_size, manifest.vision.patches, manifest.vision.background) == (
         56,
@@ -132,10 +133,11 @@ def listing(name: str) -> Callable[[dict[str, Any]], None]:
 MANIFEST_FAULTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "no format": (without("format"), "bundle.json must name the format 'healthgpt-edge bundle'"),
     "another format": (setting("format", "zip"), "bundle.json must name the format 'healthgpt-edge bundle'"),
-    "version of tomorrow": (setting("version", 2), "bundle format version must be 1, found 2"),
-    "version as text": (setting("version", "1"), "bundle format version must be 1, found '1'"),
-    "version as a truth": (setting("version", True), "bundle.json: version must be int, found bool"),
-    "version as a fraction": (setting("version", 1.0), "bundle.json: version must be int, found float"),
+    "version of yesterday": (setting("version", 1), "bundle format version must be 2, found 1"),
+    "version of tomorrow": (setting("version", 3), "bundle format version must be 2, found 3"),
+    "version as text": (setting("version", "2"), "bundle format version must be 2, found '2'"),
+    "version as a truth": (setting("version", True), "bundle format version must be 2, found True"),
+    "version as a fraction": (setting("version", 2.0), "bundle.json: version must be int, found float"),
     "unknown key": (setting("plugins", []), "bundle.json has unknown keys ['plugins'] and lacks []"),
     "unknown key inside": (
         setting("language/window", 3),
@@ -172,6 +174,10 @@ MANIFEST_FAULTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "no precision of ours": (
         setting("precision", "int2"),
         "precision must be one of fp32, fp16, int8, int4, found 'int2'",
+    ),
+    "no cache precision of ours": (
+        setting("cache_precision", "int8"),
+        "cache_precision must be one of fp32, fp16, found 'int8'",
     ),
     "no layers": (setting("language/layers", 0), "layers must be between 1 and 1048576, found 0"),
     "negative layers": (setting("language/layers", -1), "layers must be between 1 and 1048576, found -1"),
@@ -298,7 +304,7 @@ def test_what_is_no_manifest(text, message):
 def test_a_key_twice_and_numbers_that_are_none(manifest_data):
     text = json.dumps(manifest_data)
     for wrong in (
-        text.replace('"version": 1', '"version": 1, "version": 1', 1),
+        text.replace('"version": 2', '"version": 2, "version": 2', 1),
         text.replace('"rank": 8', '"rank": 8, "rank": 8', 1),
         text.replace('"alpha": 16.0', '"alpha": NaN', 1),
         text.replace('"alpha": 16.0', '"alpha": -Infinity', 1),
@@ -527,13 +533,13 @@ def test_a_file_that_may_not_be_read(golden_bundle, tmp_path, name):
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_the_manifest_tells_the_shapes_of_every_graph(golden_bundle, system):
+def test_the_manifest_tells_the_types_and_shapes_of_every_graph(golden_bundle, system):
     opened = Bundle.open(golden_bundle(system))
     for task, entry in opened.manifest.tasks.items():
         for role in entry.graphs:
             session = onnxruntime.InferenceSession(opened.graph(task, role), providers=["CPUExecutionProvider"])
-            shapes = {node.name: node.shape for node in [*session.get_inputs(), *session.get_outputs()]}
-            assert shapes == graph_shapes(opened.manifest, task, role)
+            values = {node.name: value_of(node) for node in [*session.get_inputs(), *session.get_outputs()]}
+            assert values == graph_values(opened.manifest, task, role)
 
 
 @pytest.mark.parametrize(
@@ -541,19 +547,28 @@ def test_the_manifest_tells_the_shapes_of_every_graph(golden_bundle, system):
     [
         (
             "language/layers",
-            "language.onnx: past_key_values.3.key must be ['B', 4, 'M', 16] by the manifest, found none",
+            "language.onnx: past_key_values.3.key must be float32 ['B', 4, 'M', 16] by the manifest, found none",
         ),
         (
             "language/kv_heads",
-            "past_key_values.0.key must be ['B', 5, 'M', 16] by the manifest, found ['B', 4, 'M', 16]",
+            "past_key_values.0.key must be float32 ['B', 5, 'M', 16] by the manifest, found float32 ['B', 4, 'M', 16]",
         ),
-        ("language/head_dim", "past_key_values.0.key must be ['B', 4, 'M', 17] by the manifest"),
-        ("language/hidden", "image_features must be ['B', 'P', 65] by the manifest, found ['B', 'P', 64]"),
-        ("language/vocab", "logits must be ['B', 'n', 479] by the manifest, found ['B', 'n', 478]"),
-        ("vision/image_size", "vision.onnx: pixels must be ['B', 57, 57, 3] by the manifest, found ['B', 56, 56, 3]"),
-        ("vision/patches", "image_features must be ['B', 17, 64] by the manifest, found ['B', 16, 64]"),
-        ("codes/grid", "generation.codes.onnx: codes must be ['B', 33, 33] by the manifest, found ['B', 32, 32]"),
-        ("codes/image_size", "image must be ['B', 257, 257, 3] by the manifest, found ['B', 256, 256, 3]"),
+        ("language/head_dim", "past_key_values.0.key must be float32 ['B', 4, 'M', 17] by the manifest"),
+        (
+            "language/hidden",
+            "image_features must be float32 ['B', 'P', 65] by the manifest, found float32 ['B', 'P', 64]",
+        ),
+        ("language/vocab", "logits must be float32 ['B', 'n', 479] by the manifest, found float32 ['B', 'n', 478]"),
+        (
+            "vision/image_size",
+            "vision.onnx: pixels must be uint8 ['B', 57, 57, 3] by the manifest, found uint8 ['B', 56, 56, 3]",
+        ),
+        ("vision/patches", "image_features must be float32 ['B', 17, 64] by the manifest, found float32 ['B', 16, 64]"),
+        (
+            "codes/grid",
+            "generation.codes.onnx: codes must be int64 ['B', 33, 33] by the manifest, found int64 ['B', 32, 32]",
+        ),
+        ("codes/image_size", "image must be uint8 ['B', 257, 257, 3] by the manifest, found uint8 ['B', 256, 256, 3]"),
     ],
 )
 def test_numbers_that_the_graphs_contradict(bundle, manifest_data, key, message):
@@ -562,6 +577,16 @@ def test_numbers_that_the_graphs_contradict(bundle, manifest_data, key, message)
     with pytest.raises(ExecutorError) as caught:
         load(bundle, threads=1)
     assert message in str(caught.value)
+
+
+def test_caches_of_another_type_than_the_graph(bundle):
+    edit(bundle, setting("cache_precision", "fp16"))
+    with pytest.raises(ExecutorError) as caught:
+        load(bundle, threads=1)
+    assert str(caught.value) == (
+        "comprehension.language.onnx: past_key_values.0.key must be float16 ['B', 4, 'M', 16] by the manifest, "
+        "found float32 ['B', 4, 'M', 16]"
+    )
 
 
 def test_a_template_of_tomorrow(bundle):
@@ -608,7 +633,7 @@ def test_inspect(bundle, manifest_data):
     assert (outcome.code, outcome.errors) == (0, "")
     for line in (
         "phi3, template phi3",
-        "fp32; adapters fp32",
+        "fp32; caches fp32",
         "3 layers, hidden 64, vocabulary 478",
         "32 x 32 of 64 codes",
     ):

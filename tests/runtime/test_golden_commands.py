@@ -64,6 +64,15 @@ def test_answers(golden_bundle, case):
     assert set(answer["timings_ms"]) == STAGES
     assert (answer["timings_ms"]["vision"] > 0) == (case.image is not None)
     assert answer["timings_ms"]["decode"] > 0 and answer["timings_ms"]["codes"] == 0
+    assert answer["executor"] == "onnx-cpu+kernels"
+
+
+@pytest.mark.parametrize("case", ANSWERS, ids=str)
+def test_answers_without_kernels(golden_bundle, case):
+    """The standard bodies of the same graphs, by ONNX Runtime alone."""
+    words = ["--question", case.question, *options(case), "--no-kernels", "--json"]
+    answer = run("answer", golden_bundle(case.system), *words).json
+    assert answer["token_ids"] == case.record["output_ids"]
     assert answer["executor"] == "onnx-cpu"
 
 

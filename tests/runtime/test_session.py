@@ -14,10 +14,13 @@ import pytest
 from command import run
 from golden_cases import Case
 from PIL import Image
+from tolerances import FEATURES, LOGITS_SAME_ARITHMETIC
 
 import healthgpt_edge
 from healthgpt_edge import Sampling, Session, load
+from healthgpt_edge.bundle import Bundle
 from healthgpt_edge.errors import BundleError, ExecutorError, GenerationError, HealthGPTError, ImageError, PromptError
+from healthgpt_edge.images import prepare, read_image
 
 QUESTION = "What is in the image?"
 COM, GEN = Case("m3_com_wide"), Case("m3_gen_wide")
@@ -289,6 +292,30 @@ def test_executors_and_devices_that_are_not_there(golden_bundle):
         patch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
         message = refusal(ExecutorError, lambda: load(path, device="cuda"))
     assert message == "device cuda needs CUDAExecutionProvider; this onnxruntime has CPUExecutionProvider"
+
+
+def test_kernels_and_standard_bodies_compute_the_same(golden_bundle):
+    ids, results = np.array([5, 6, 7, 8]), []
+    vision = Bundle.open(golden_bundle("m3")).manifest.vision
+    pixels = prepare(read_image(COM.image), vision.image_size, vision.background)
+    for kernels in (True, False):
+        session = load(golden_bundle("m3"), threads=1, kernels=kernels)
+        assert session.executor.name == ("onnx-cpu+kernels" if kernels else "onnx-cpu")
+        features = session.executor.features("comprehension", pixels)
+        results.append((features, session.executor.context("comprehension", features).forward(ids, last_positions=4)))
+    (features, logits), (expected_features, expected_logits) = results
+    np.testing.assert_allclose(features, expected_features, rtol=0, atol=FEATURES)
+    np.testing.assert_allclose(logits, expected_logits, rtol=0, atol=LOGITS_SAME_ARITHMETIC)
+
+
+def test_kernels_that_are_not_built_or_cannot_be_opened(golden_bundle, tmp_path, monkeypatch):
+    path, library = golden_bundle("qwen"), tmp_path / "healthgpt_onnxruntime.so"
+    monkeypatch.setattr("healthgpt_edge.executors.onnx._KERNEL_LIBRARY", library)
+    assert load(path, threads=1).executor.name == "onnx-cpu"
+    library.write_bytes(b"no library")
+    message = refusal(ExecutorError, lambda: load(path, threads=1))
+    assert message.startswith("ONNX Runtime cannot load healthgpt_onnxruntime.so: ") and str(tmp_path) not in message
+    assert load(path, threads=1, kernels=False).executor.name == "onnx-cpu"
 
 
 def test_a_failure_of_the_engine_is_an_error_and_nothing_on_stderr(session, capfd):

@@ -1,0 +1,115 @@
+"""A full-size M3 by this project and by what people would run instead, in turn in one run.
+
+    python -m benchmarks WORK_DIR [--peers-python PYTHON] [--rounds 3] [--threads N] [--picture] [--out DIR]
+
+Every contender runs once per round, in a process of its own, so that only one is in memory; rounds begin with another
+one each. Samples of all rounds are pooled. WORK_DIR keeps the random checkpoint (11 GB), the bundle and the peers'
+files. The peers' interpreter has benchmarks/peers/requirements.txt installed (`make peers`); what is missing there is
+reported as absent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from healthgpt_edge import machine
+
+from . import full_size
+from .contenders import CONTENDERS
+from .goals import goals
+from .pooled import Results
+from .report import markdown, plot
+from .systems import SYSTEMS
+
+PRECISION = "int4"
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--peers-python", type=Path, help="interpreter that has the peers' packages")
+    parser.add_argument("--bundle", type=Path, help="another bundle than WORK_DIR's full-size one")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="for comparison.{json,md,png}")
+    parser.add_argument("--only", action="append", help="this contender; may be repeated")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--repeat", type=int, default=1, help="times each row in every turn")
+    parser.add_argument("--threads", type=int, default=machine.cores())
+    parser.add_argument("--picture", action="store_true", help="whole pictures too, in the first round: minutes each")
+    parser.add_argument("--prefill", type=int, default=600)
+    parser.add_argument("--decode", type=int, default=64)
+    parser.add_argument("--context", type=int, default=700)
+    parser.add_argument("--layers", type=int, default=SYSTEMS["m3"].layers, help="of the peers; fewer for a quick look")
+    arguments = parser.parse_args()
+    names = [contender.name for contender in CONTENDERS]
+    if unknown := set(arguments.only or names) - set(names):
+        parser.error(f"--only must be one of {', '.join(names)}, got {sorted(unknown)}")
+    # Contenders run in the repository's root. Nothing is resolved: an environment's interpreter is a link.
+    for name in ("work", "bundle", "peers_python"):
+        if path := getattr(arguments, name):
+            setattr(arguments, name, path.absolute())
+    return arguments
+
+
+def full_size_bundle(work: Path) -> Path:
+    """The full-size int4 bundle in `work`, made first where it is not there."""
+    bundle, checkpoint = work / f"bundle-{PRECISION}", work / "m3"
+    if not bundle.exists():
+        if not checkpoint.exists():
+            subprocess.run([sys.executable, "-m", "benchmarks.random_checkpoint", str(checkpoint)], check=True)
+        full_size.export(checkpoint, bundle, PRECISION)
+    return bundle
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    arguments.bundle = arguments.bundle or full_size_bundle(arguments.work)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    chosen = [one for one in CONTENDERS if not arguments.only or one.name in arguments.only]
+    results = Results()
+    ceilings = []
+    for number in range(arguments.rounds):
+        start = number % len(chosen)
+        for contender in [*chosen[start:], *chosen[:start]]:
+            if contender.name in results.absent:
+                continue
+            ceilings.append(
+                {
+                    "before": contender.name,
+                    "read_bytes_per_s": machine.read_bandwidth(arguments.threads),
+                    "int8_operations_per_s": machine.arithmetic_rate("int8", arguments.threads),
+                }
+            )
+            print(f"round {number + 1} of {arguments.rounds}: {contender.name}", file=sys.stderr, flush=True)
+            results.add(contender.name, contender.turn(arguments, first=number == 0))
+    settings = {
+        "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
+        "bundle": arguments.bundle.name,
+        "machine": machine.description(),
+        "threads": arguments.threads,
+        "rounds": arguments.rounds,
+        "repeat": arguments.repeat,
+    }
+    reached = goals(results)
+    report = {
+        "settings": settings,
+        "ceilings": ceilings,
+        "goals": [dict(zip(("goal", "limit", "measured", "met"), goal.cells(), strict=True)) for goal in reached],
+        "contenders": results.to_json(),
+    }
+    (arguments.out / "comparison.json").write_text(json.dumps(report, indent=1) + "\n")
+    page = markdown(settings, results, reached)
+    (arguments.out / "comparison.md").write_text(page)
+    print(page)
+    try:
+        plot(results, arguments.out / "comparison.png")
+    except ModuleNotFoundError as error:
+        print(f"no plot: {error.name} is not installed (pip install 'healthgpt-edge[bench]')", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

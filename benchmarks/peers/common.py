@@ -1,0 +1,78 @@
+"""What every peer shares: its options, its clock, its report. Needs nothing but Python."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ..systems import SYSTEMS, System
+
+RANKS = {"comprehension": SYSTEMS["m3"].ranks["com"], "generation": SYSTEMS["m3"].ranks["gen"]}
+
+
+def parse_arguments(description: str | None, **variants: Any) -> argparse.Namespace:
+    """The options that the driver gives to every peer."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--work", type=Path, required=True, help="where files of several gigabytes may stay")
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--prefill", type=int, default=600)
+    parser.add_argument("--decode", type=int, default=64)
+    parser.add_argument("--context", type=int, default=700)
+    parser.add_argument("--layers", type=int, default=SYSTEMS["m3"].layers, help="fewer, for a quick look")
+    parser.add_argument("--picture", action="store_true", help="a whole picture of 1024 codes too")
+    parser.add_argument("--variant", **variants)
+    return parser.parse_args()
+
+
+def system(arguments: argparse.Namespace) -> System:
+    return System(**{**vars(SYSTEMS["m3"]), "layers": arguments.layers})
+
+
+class Report:
+    """Rows of samples, printed as one JSON object at the end."""
+
+    def __init__(self, version: str, note: str) -> None:
+        self._report: dict[str, Any] = {"version": version, "note": note, "checks": [], "rows": []}
+
+    def check(self, name: str, distance: float, tolerance: float) -> None:
+        """A distance that must be small, or nothing is timed."""
+        self._report["checks"].append({"name": name, "distance": distance, "tolerance": tolerance})
+        if not distance <= tolerance:
+            raise SystemExit(f"{name} must agree to {tolerance:g}, found {distance:.3g}; nothing was timed")
+
+    def row(self, name: str, task: str, samples_ms: list[float], **facts: Any) -> None:
+        self._report["rows"].append({"row": name, "task": task, "samples_ms": samples_ms, **facts})
+
+    def print(self) -> None:
+        self._report["pss_bytes"] = proportional_memory()
+        print(json.dumps(self._report))
+
+
+def absent(reason: str) -> NoReturn:
+    """The peer cannot run here; says why in place of a report."""
+    print(json.dumps({"absent": reason}))
+    sys.exit(0)
+
+
+def milliseconds(action: Callable[[], object], count: int = 1) -> list[float]:
+    samples = []
+    for _ in range(count):
+        begin = time.perf_counter()
+        action()
+        samples.append((time.perf_counter() - begin) * 1e3)
+    return samples
+
+
+def proportional_memory() -> int | None:
+    """PSS of this process in bytes."""
+    try:
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), None)

@@ -1,0 +1,73 @@
+"""What all turns gave, pooled: samples of the same row and task together, percentiles and shares of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from healthgpt_edge.bench import summary
+
+
+@dataclass
+class Entry:
+    """One row of one contender for one task, over all turns."""
+
+    row: str
+    task: str
+    samples_ms: list[float] = field(default_factory=list)
+    turns: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.samples_ms += row["samples_ms"]
+        self.turns.append(row)
+
+    @property
+    def median_ms(self) -> float:
+        return float(summary(self.samples_ms)["p50_ms"])
+
+    @property
+    def share(self) -> float | None:
+        """What the median reaches of the highest ceiling measured around any turn."""
+        ceilings = [turn.get(f"ceiling_{when}") for turn in self.turns for when in ("before", "after")]
+        if not ceilings or None in ceilings:
+            return None
+        return float(self.turns[0]["cost"] / (self.median_ms / 1e3) / max(ceilings))
+
+    def to_json(self) -> dict[str, Any]:
+        facts = [{key: value for key, value in turn.items() if key not in ("row", "task")} for turn in self.turns]
+        return {"row": self.row, "task": self.task, **summary(self.samples_ms), "share": self.share, "turns": facts}
+
+
+class Results:
+    """Entries of every contender, and what each said of itself; absent ones with their reason."""
+
+    def __init__(self) -> None:
+        self.entries: dict[str, dict[tuple[str, str], Entry]] = {}
+        self.facts: dict[str, list[dict[str, Any]]] = {}
+        self.absent: dict[str, str] = {}
+
+    def add(self, name: str, report: dict[str, Any]) -> None:
+        """One turn's report."""
+        if "absent" in report:
+            self.absent[name] = report["absent"]
+            return
+        entries = self.entries.setdefault(name, {})
+        for row in report["rows"]:
+            key = row["row"], row["task"]
+            entries.setdefault(key, Entry(*key)).add(row)
+        self.facts.setdefault(name, []).append({key: value for key, value in report.items() if key != "rows"})
+
+    def find(self, name: str, kind: str, task: str) -> Entry | None:
+        """The entry whose row begins with `kind` (pp, tg, img, vq, vit, load)."""
+        entries = self.entries.get(name, {}).values()
+        return next((entry for entry in entries if entry.row.startswith(kind) and entry.task == task), None)
+
+    def median_ms(self, name: str, kind: str, task: str) -> float | None:
+        entry = self.find(name, kind, task)
+        return entry.median_ms if entry else None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            name: {"rows": [entry.to_json() for entry in entries.values()], "turns": self.facts[name]}
+            for name, entries in self.entries.items()
+        } | {name: {"absent": reason} for name, reason in self.absent.items()}

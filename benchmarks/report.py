@@ -1,0 +1,95 @@
+"""The comparison as a Markdown page and as a plot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from healthgpt_edge.bench import summary
+
+from .contenders import OURS
+from .goals import Goal, overheads
+from .pooled import Entry, Results
+
+
+def markdown(settings: dict[str, Any], results: Results, goals: list[Goal]) -> str:
+    """Goals beside what was measured, then every row of everyone."""
+    machine = settings["machine"]
+    memory = f"{machine['memory_bytes'] / 2**30:.0f} GiB" if machine["memory_bytes"] else "unknown"
+    lines = [
+        f"# {settings['bundle']} and its peers",
+        "",
+        f"{machine['processor']}, {machine['cores']} cores, {memory} of memory, {settings['threads']} threads, "
+        f"{settings['rounds']} rounds in turn. Medians. `{settings['command']}`",
+        "",
+        *_table(("goal", "limit", "measured", "met"), [goal.cells() for goal in goals]),
+        "",
+        *_table(
+            ("contender", "row", "task", "p50 ms", "p90 ms", "p99 ms", "samples", "of the ceiling"), _rows(results)
+        ),
+        "",
+    ]
+    if added := overheads(results):
+        lines += [
+            "What adapters add to a decoded token:",
+            "",
+            *_table(("contender", "task", "added"), [(name, task, f"{share:+.0%}") for name, task, share in added]),
+            "",
+        ]
+    lines += [
+        f"* {name}: {turns[0]['version']}. {turns[0]['note']}."
+        for name, turns in results.facts.items()
+        if "note" in turns[0]
+    ]
+    lines += [f"* {name}: absent, {reason}." for name, reason in results.absent.items()]
+    return "\n".join(lines) + "\n"
+
+
+def plot(results: Results, path: Path) -> None:
+    """One panel per row and task: everyone's median, with a whisker to the 90th percentile. Needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels: dict[tuple[str, str], list[tuple[str, Entry]]] = {}
+    for name, entries in results.entries.items():
+        for (row, task), entry in entries.items():
+            # A peer's time without adapters belongs beside those with them.
+            for shown in ("comprehension", "generation") if task == "base" else (task,):
+                panels.setdefault((row, shown), []).append((f"{name}, no adapters" if task == "base" else name, entry))
+    panels = {key: bars for key, bars in panels.items() if len(bars) > 1}
+    if not panels:
+        return
+    tallest = max(len(bars) for bars in panels.values())
+    figure, axes = pyplot.subplots(
+        len(panels), figsize=(9, (0.3 * tallest + 0.7) * len(panels)), layout="constrained", squeeze=False
+    )
+    for ((row, task), bars), axis in zip(sorted(panels.items()), axes[:, 0], strict=True):
+        bars = sorted(bars, key=lambda bar: bar[1].median_ms, reverse=True)
+        for position, (name, entry) in enumerate(bars):
+            figures = summary(entry.samples_ms)
+            median, high = float(figures["p50_ms"]), float(figures["p90_ms"])
+            colour = "tab:blue" if name == OURS else "lightgrey"
+            axis.barh(position, median, color=colour, xerr=[[0], [high - median]], ecolor="grey")
+            axis.text(0, position, f" {median:,.4g}", va="center")
+        axis.set_yticks(range(len(bars)), [name for name, _ in bars])
+        axis.set_title(f"{row}, {task} (ms{' per token' if row.startswith('tg') else ''}, less is better)", loc="left")
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _rows(results: Results) -> list[tuple[str, ...]]:
+    rows = []
+    for name, entries in results.entries.items():
+        for entry in entries.values():
+            figures = summary(entry.samples_ms)
+            percentiles = (f"{figures[key]:.4g}" for key in ("p50_ms", "p90_ms", "p99_ms"))
+            share = "" if entry.share is None else f"{entry.share:.0%}"
+            rows.append((name, entry.row, entry.task, *percentiles, str(figures["count"]), share))
+    return rows
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (head, ("---",) * len(head), *rows)]

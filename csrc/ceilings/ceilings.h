@@ -1,0 +1,24 @@
+// What the machine can do at most, measured: the denominators of a benchmark's shares.
+//
+// Loops that do nothing else. Each takes the best of several short windows, so that other work on the machine
+// lowers a ceiling as little as possible. Threads are the ceiling's own and end with the call.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+
+namespace healthgpt {
+
+// Bytes per second that `threads` threads together read from a buffer of `bytes`, each its own part in order. The
+// buffer has to be much larger than the last-level cache, or it is the cache that is measured. Its pages are small,
+// like those of the mapped weight files.
+double ReadBandwidth(int threads, int64_t bytes);
+
+// Operations per second (a multiplication and an addition are two) of 4-way int8 dot products into int32, operands in
+// registers. Nothing where the processor has no such instruction.
+std::optional<double> Int8Rate(int threads);
+
+// The same of float32 fused multiply-adds.
+std::optional<double> Float32Rate(int threads);
+
+}  // namespace healthgpt

@@ -1,0 +1,13 @@
+// The kernels of HLoraLinear: kernel.cc is compiled to one per target.
+#pragma once
+
+#include "hlora_linear/hlora_linear.h"
+#include "target.h"
+
+namespace healthgpt {
+
+using HLoraLinearKernel = void(const HLoraLinearArguments& arguments, const Parallel& parallel);
+
+HLoraLinearKernel HLoraLinearPortable, HLoraLinearNeon, HLoraLinearAvx2, HLoraLinearAvxVnni, HLoraLinearAvx512;
+
+}  // namespace healthgpt

@@ -1,0 +1,134 @@
+// The part of ONNX Runtime's C interface that custom operators need, declared by hand.
+//
+// The onnxruntime wheel, which is all the runtime asks of a machine, ships no headers, and building from source must
+// not download any. The interface makes this safe: within a version nothing changes, and later versions only append,
+// so what stands here is true of every ONNX Runtime since 1.17. Of the table of functions only those in use are
+// named, the rest are gaps; the assertions below hold each to its place, and tests/csrc/test_onnxruntime_library.py
+// calls each through a real session.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+extern "C" {
+
+// The first version with KernelContext_ParallelFor, the newest function in use (ONNX Runtime 1.17, 2024).
+constexpr uint32_t kOrtApiVersion = 17;
+
+struct OrtCustomOpDomain;
+struct OrtKernelContext;
+struct OrtKernelInfo;
+struct OrtSessionOptions;
+struct OrtShapeInferContext;
+struct OrtStatus;  // null for success
+struct OrtTensorTypeAndShapeInfo;
+struct OrtValue;
+
+enum OrtErrorCode : int { kOrtFail = 1, kOrtInvalidArgument = 2 };
+
+// As onnx.TensorProto.DataType up to 16; from there ONNX Runtime counts on its own.
+enum OrtElementType : int {
+  kOrtUndefined = 0,
+  kOrtFloat32 = 1,
+  kOrtInt8 = 3,
+  kOrtInt64 = 7,
+  kOrtBool = 9,
+  kOrtFloat16 = 10,
+  kOrtInt4 = 22,
+};
+
+enum OrtCharacteristic : int { kOrtRequired = 0, kOrtOptional = 1 };
+enum OrtMemoryType : int { kOrtDefaultMemory = 0 };
+
+struct OrtApi {
+  OrtStatus* (*CreateStatus)(OrtErrorCode code, const char* message);
+  void* gap_1;
+  const char* (*GetErrorMessage)(const OrtStatus* status);
+  void* gap_3[23];
+  OrtStatus* (*CreateCustomOpDomain)(const char* name, OrtCustomOpDomain** domain);
+  OrtStatus* (*CustomOpDomain_Add)(OrtCustomOpDomain* domain, const struct OrtCustomOp* op);
+  OrtStatus* (*AddCustomOpDomain)(OrtSessionOptions* options, OrtCustomOpDomain* domain);
+  void* gap_29[22];
+  OrtStatus* (*GetTensorMutableData)(OrtValue* value, void** data);
+  void* gap_52[8];
+  OrtStatus* (*GetTensorElementType)(const OrtTensorTypeAndShapeInfo* info, OrtElementType* type);
+  OrtStatus* (*GetDimensionsCount)(const OrtTensorTypeAndShapeInfo* info, size_t* count);
+  OrtStatus* (*GetDimensions)(const OrtTensorTypeAndShapeInfo* info, int64_t* dimensions, size_t count);
+  void* gap_63;
+  OrtStatus* (*GetTensorShapeElementCount)(const OrtTensorTypeAndShapeInfo* info, size_t* count);
+  OrtStatus* (*GetTensorTypeAndShape)(const OrtValue* value, OrtTensorTypeAndShapeInfo** info);
+  void* gap_66[20];
+  OrtStatus* (*KernelInfoGetAttribute_int64)(const OrtKernelInfo* info, const char* name, int64_t* value);
+  void* gap_87[3];
+  OrtStatus* (*KernelContext_GetInput)(const OrtKernelContext* context, size_t index, const OrtValue** value);
+  OrtStatus* (*KernelContext_GetOutput)(OrtKernelContext* context, size_t index, const int64_t* dimensions,
+                                        size_t count, OrtValue** value);
+  void* gap_92;
+  void (*ReleaseStatus)(OrtStatus* status);
+  void* gap_94[5];
+  void (*ReleaseTensorTypeAndShapeInfo)(OrtTensorTypeAndShapeInfo* info);
+  void* gap_100;
+  void (*ReleaseCustomOpDomain)(OrtCustomOpDomain* domain);
+  void* gap_102[172];
+  // Calls function(state, index) for every index below count; batches 0 lets free threads take the next index.
+  OrtStatus* (*KernelContext_ParallelFor)(const OrtKernelContext* context, void (*function)(void*, size_t),
+                                          size_t count, size_t batches, void* state);
+};
+
+struct OrtApiBase {
+  const OrtApi* (*GetApi)(uint32_t version);  // null for a version newer than this ONNX Runtime
+  const char* (*GetVersionString)();
+};
+
+// One operator as its library describes it. Null stands for the default where the comment says so.
+struct OrtCustomOp {
+  uint32_t version;
+  void* (*CreateKernel)(const OrtCustomOp*, const OrtApi*, const OrtKernelInfo*);  // null: CreateKernelV2
+  const char* (*GetName)(const OrtCustomOp*);
+  const char* (*GetExecutionProviderType)(const OrtCustomOp*);  // gives null for the CPU
+  OrtElementType (*GetInputType)(const OrtCustomOp*, size_t index);
+  size_t (*GetInputTypeCount)(const OrtCustomOp*);
+  OrtElementType (*GetOutputType)(const OrtCustomOp*, size_t index);
+  size_t (*GetOutputTypeCount)(const OrtCustomOp*);
+  void (*KernelCompute)(void* kernel, OrtKernelContext*);  // null: KernelComputeV2
+  void (*KernelDestroy)(void* kernel);
+  OrtCharacteristic (*GetInputCharacteristic)(const OrtCustomOp*, size_t index);
+  OrtCharacteristic (*GetOutputCharacteristic)(const OrtCustomOp*, size_t index);
+  OrtMemoryType (*GetInputMemoryType)(const OrtCustomOp*, size_t index);
+  int (*variadic[4])(const OrtCustomOp*);  // asked for variadic inputs and outputs alone
+  OrtStatus* (*CreateKernelV2)(const OrtCustomOp*, const OrtApi*, const OrtKernelInfo*, void** kernel);
+  OrtStatus* (*KernelComputeV2)(void* kernel, OrtKernelContext*);
+  OrtStatus* (*InferOutputShape)(const OrtCustomOp*, OrtShapeInferContext*);  // null: shapes are known when run
+  int (*GetStartVersion)(const OrtCustomOp*);                                 // null: 1
+  int (*GetEndVersion)(const OrtCustomOp*);                                   // null: none
+};
+
+}  // extern "C"
+
+// Where ONNX Runtime's own header of version 17 has them.
+#define HEALTHGPT_IS_AT(structure, member, place) \
+  static_assert(offsetof(structure, member) == (place) * sizeof(void*), #member " must be at " #place)
+
+HEALTHGPT_IS_AT(OrtApi, CreateStatus, 0);
+HEALTHGPT_IS_AT(OrtApi, GetErrorMessage, 2);
+HEALTHGPT_IS_AT(OrtApi, CreateCustomOpDomain, 26);
+HEALTHGPT_IS_AT(OrtApi, CustomOpDomain_Add, 27);
+HEALTHGPT_IS_AT(OrtApi, AddCustomOpDomain, 28);
+HEALTHGPT_IS_AT(OrtApi, GetTensorMutableData, 51);
+HEALTHGPT_IS_AT(OrtApi, GetTensorElementType, 60);
+HEALTHGPT_IS_AT(OrtApi, GetDimensionsCount, 61);
+HEALTHGPT_IS_AT(OrtApi, GetDimensions, 62);
+HEALTHGPT_IS_AT(OrtApi, GetTensorShapeElementCount, 64);
+HEALTHGPT_IS_AT(OrtApi, GetTensorTypeAndShape, 65);
+HEALTHGPT_IS_AT(OrtApi, KernelInfoGetAttribute_int64, 86);
+HEALTHGPT_IS_AT(OrtApi, KernelContext_GetInput, 90);
+HEALTHGPT_IS_AT(OrtApi, KernelContext_GetOutput, 91);
+HEALTHGPT_IS_AT(OrtApi, ReleaseStatus, 93);
+HEALTHGPT_IS_AT(OrtApi, ReleaseTensorTypeAndShapeInfo, 99);
+HEALTHGPT_IS_AT(OrtApi, ReleaseCustomOpDomain, 101);
+HEALTHGPT_IS_AT(OrtApi, KernelContext_ParallelFor, 274);
+HEALTHGPT_IS_AT(OrtCustomOp, GetInputMemoryType, 12);
+HEALTHGPT_IS_AT(OrtCustomOp, CreateKernelV2, 17);
+HEALTHGPT_IS_AT(OrtCustomOp, GetEndVersion, 21);
+
+#undef HEALTHGPT_IS_AT

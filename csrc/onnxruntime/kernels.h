@@ -1,0 +1,14 @@
+// The operators of the domain "healthgpt" that this library has kernels for.
+#pragma once
+
+#include "hlora_linear/hlora_linear.h"
+#include "onnxruntime/abi.h"
+
+namespace healthgpt {
+
+const OrtCustomOp* LinearOperator();
+const OrtCustomOp* HLoraLinearOperator();
+// ONNX Runtime infers one type of output per operator, so there is one for each type of cache.
+const OrtCustomOp* CachedAttentionOperator(Storage cache);
+
+}  // namespace healthgpt

@@ -1,0 +1,46 @@
+// The library that SessionOptions.register_custom_ops_library opens: it gives the session our kernels for the nodes of
+// the domain "healthgpt". Without it, ONNX Runtime runs the same nodes by the function bodies in the graph.
+#include <memory>
+
+#include "onnxruntime/kernels.h"
+#include "onnxruntime/operator.h"
+
+namespace healthgpt {
+namespace {
+
+// Sessions point into the domain, so it stays for as long as the library.
+class Domain {
+ public:
+  explicit Domain(const OrtApi& api) : api_(api) {
+    Check(api, api.CreateCustomOpDomain("healthgpt", &domain_));
+    for (const OrtCustomOp* op : {LinearOperator(), HLoraLinearOperator(), CachedAttentionOperator(Storage::kFloat32),
+                                  CachedAttentionOperator(Storage::kFloat16)}) {
+      Check(api, api.CustomOpDomain_Add(domain_, op));
+    }
+  }
+  ~Domain() { api_.ReleaseCustomOpDomain(domain_); }
+  Domain(const Domain&) = delete;
+  Domain& operator=(const Domain&) = delete;
+
+  OrtCustomOpDomain* get() const { return domain_; }
+
+ private:
+  const OrtApi& api_;
+  OrtCustomOpDomain* domain_ = nullptr;
+};
+
+}  // namespace
+}  // namespace healthgpt
+
+extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options,
+                                                                               const OrtApiBase* base) {
+  const OrtApi* api = base->GetApi(kOrtApiVersion);
+  if (api == nullptr) {
+    // CreateStatus has been where it is since version 1.
+    return base->GetApi(1)->CreateStatus(kOrtFail, "the kernels of healthgpt-edge need ONNX Runtime 1.17 or newer");
+  }
+  return healthgpt::Guarded(*api, "healthgpt kernels", [&] {
+    static const healthgpt::Domain domain(*api);
+    healthgpt::Check(*api, api->AddCustomOpDomain(options, domain.get()));
+  });
+}

@@ -1,0 +1,121 @@
+#include "onnxruntime/operator.h"
+
+#include <atomic>
+
+namespace healthgpt {
+namespace {
+
+std::string Brackets(const int64_t* shape, size_t rank) {
+  std::string text = "[";
+  for (size_t i = 0; i < rank; ++i) text += (i == 0 ? "" : ", ") + std::to_string(shape[i]);
+  return text + "]";
+}
+
+// The type and shape of a value, given back to ONNX Runtime when done with.
+class Description {
+ public:
+  Description(const OrtApi& api, const OrtValue* value) : api_(api) {
+    Check(api, api.GetTensorTypeAndShape(value, &info_));
+  }
+  ~Description() { api_.ReleaseTensorTypeAndShapeInfo(info_); }
+  Description(const Description&) = delete;
+  Description& operator=(const Description&) = delete;
+
+  const OrtTensorTypeAndShapeInfo* info() const { return info_; }
+
+ private:
+  const OrtApi& api_;
+  OrtTensorTypeAndShapeInfo* info_ = nullptr;
+};
+
+}  // namespace
+
+void Check(const OrtApi& api, OrtStatus* status) {
+  if (status == nullptr) return;
+  const std::string message = api.GetErrorMessage(status);
+  api.ReleaseStatus(status);
+  throw std::runtime_error(message);
+}
+
+std::string Tensor::ShapeText() const { return Brackets(shape, rank); }
+
+void Tensor::Expect(std::initializer_list<int64_t> expected) const {
+  bool same = rank == expected.size();
+  for (size_t i = 0; same && i < rank; ++i) same = shape[i] == expected.begin()[i];
+  if (!same) {
+    throw std::invalid_argument(std::string(name) + " must be " + Brackets(expected.begin(), expected.size()) +
+                                ", found " + ShapeText());
+  }
+}
+
+int64_t Attributes::Integer(const char* name, int64_t smallest, int64_t largest) const {
+  int64_t value = 0;
+  Check(api_, api_.KernelInfoGetAttribute_int64(info_, name, &value));
+  if (value < smallest || value > largest) {
+    throw std::invalid_argument(std::string(name) + " must be from " + std::to_string(smallest) + " to " +
+                                std::to_string(largest) + ", found " + std::to_string(value));
+  }
+  return value;
+}
+
+Tensor Call::Input(size_t index) const {
+  const Operand& operand = inputs_[index];
+  Tensor tensor;
+  tensor.name = operand.name;
+  const OrtValue* value = nullptr;
+  Check(api_, api_.KernelContext_GetInput(context_, index, &value));
+  if (value == nullptr) {
+    if (operand.characteristic == kOrtOptional) return tensor;
+    throw std::invalid_argument(std::string(operand.name) + " is missing");
+  }
+  const Description description(api_, value);
+  Check(api_, api_.GetTensorElementType(description.info(), &tensor.type));
+  if (operand.type != kOrtUndefined && tensor.type != operand.type) {
+    throw std::invalid_argument(std::string(operand.name) + " must have the ONNX type " + std::to_string(operand.type) +
+                                ", found " + std::to_string(tensor.type));
+  }
+  Check(api_, api_.GetDimensionsCount(description.info(), &tensor.rank));
+  if (tensor.rank > Tensor::kMostDimensions) {
+    throw std::invalid_argument(std::string(operand.name) + " must have at most " +
+                                std::to_string(Tensor::kMostDimensions) + " dimensions, found " +
+                                std::to_string(tensor.rank));
+  }
+  Check(api_, api_.GetDimensions(description.info(), tensor.shape, tensor.rank));
+  size_t elements = 0;
+  Check(api_, api_.GetTensorShapeElementCount(description.info(), &elements));
+  tensor.elements = static_cast<int64_t>(elements);
+  // There is no function that gives const memory; no kernel writes to an input but as its own output.
+  Check(api_, api_.GetTensorMutableData(const_cast<OrtValue*>(value), &tensor.data));
+  tensor.given = true;
+  return tensor;
+}
+
+void* Call::Output(size_t index, const int64_t* shape, size_t rank) const {
+  OrtValue* value = nullptr;
+  void* data = nullptr;
+  Check(api_, api_.KernelContext_GetOutput(context_, index, shape, rank, &value));
+  Check(api_, api_.GetTensorMutableData(value, &data));
+  return data;
+}
+
+void Call::Run(void* call, size_t count, Parallel::Task task, void* state) {
+  const Call& self = *static_cast<const Call*>(call);
+  // ONNX Runtime's threads know no exceptions of ours: they are kept on this side and reported on the caller's.
+  struct Shared {
+    Parallel::Task task;
+    void* state;
+    std::atomic<bool> failed;
+  } shared = {task, state, {false}};
+  const auto run = [](void* pointer, size_t index) {
+    Shared& work = *static_cast<Shared*>(pointer);
+    try {
+      work.task(work.state, index);
+    } catch (...) {
+      work.failed = true;
+    }
+  };
+  Check(self.api_, self.api_.KernelContext_ParallelFor(self.context_, run, count, 0, &shared));
+  if (shared.failed) throw std::runtime_error("a task failed");
+}
+
+}  // namespace healthgpt

@@ -1,0 +1,150 @@
+// From a kernel class to an ONNX Runtime operator.
+//
+// A kernel class names its inputs and outputs, reads its attributes when it is made and computes when it is called:
+//
+//   struct Kernel {
+//     static constexpr const char* kName;
+//     static constexpr Operand kInputs[], kOutputs[];
+//     explicit Kernel(const Attributes& attributes);
+//     void Compute(Call& call) const;
+//   };
+//   const OrtCustomOp* op = Operator<Kernel>();
+//
+// Both throw on anything amiss; the exception ends here, as the status that ONNX Runtime raises where the session is
+// used. A graph may come from anyone, so a kernel checks every shape before it hands out a pointer.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <exception>
+#include <initializer_list>
+#include <iterator>
+#include <stdexcept>
+#include <string>
+
+#include "onnxruntime/abi.h"
+#include "parallel.h"
+
+namespace healthgpt {
+
+struct Operand {
+  const char* name;
+  OrtElementType type;  // kOrtUndefined takes every type
+  OrtCharacteristic characteristic = kOrtRequired;
+};
+
+// An input as it came. Nothing of it is allocated.
+struct Tensor {
+  static constexpr size_t kMostDimensions = 8;
+
+  const char* name = "";
+  bool given = false;  // an optional input may be absent
+  OrtElementType type = kOrtUndefined;
+  size_t rank = 0;
+  int64_t shape[kMostDimensions] = {};
+  int64_t elements = 0;
+  void* data = nullptr;
+
+  template <class Type>
+  const Type* As() const {
+    return static_cast<const Type*>(data);
+  }
+  std::string ShapeText() const;
+  // Throws unless the shape is the one expected.
+  void Expect(std::initializer_list<int64_t> expected) const;
+};
+
+// Throws if ONNX Runtime gave an error.
+void Check(const OrtApi& api, OrtStatus* status);
+
+class Attributes {
+ public:
+  Attributes(const OrtApi& api, const OrtKernelInfo* info) : api_(api), info_(info) {}
+  // The integer called `name`; throws unless it is there and in range.
+  int64_t Integer(const char* name, int64_t smallest, int64_t largest) const;
+
+ private:
+  const OrtApi& api_;
+  const OrtKernelInfo* info_;
+};
+
+// One call of a kernel: its inputs, its outputs, and the threads it may use.
+class Call {
+ public:
+  Call(const OrtApi& api, OrtKernelContext* context, const Operand* inputs)
+      : api_(api), context_(context), inputs_(inputs) {}
+
+  Tensor Input(size_t index) const;
+  // The memory of an output of this shape, new or bound by the caller.
+  void* Output(size_t index, const int64_t* shape, size_t rank) const;
+
+  // ONNX Runtime's own threads, so that --threads counts for all nodes alike.
+  Parallel Threads() { return Parallel(this, &Call::Run); }
+
+ private:
+  static void Run(void* call, size_t count, Parallel::Task task, void* state);
+
+  const OrtApi& api_;
+  OrtKernelContext* context_;
+  const Operand* inputs_;
+};
+
+// Runs `function`; what it throws becomes the status returned.
+template <class Function>
+OrtStatus* Guarded(const OrtApi& api, const char* name, Function function) noexcept {
+  try {
+    function();
+    return nullptr;
+  } catch (const std::exception& error) {
+    try {
+      return api.CreateStatus(kOrtInvalidArgument, (std::string(name) + ": " + error.what()).c_str());
+    } catch (...) {  // no memory for the message
+    }
+  } catch (...) {
+  }
+  return api.CreateStatus(kOrtFail, name);
+}
+
+template <class Kernel>
+struct LoadedKernel {
+  const OrtApi& api;
+  Kernel kernel;
+};
+
+// The description of `Kernel`, which lives as long as the library.
+template <class Kernel>
+const OrtCustomOp* Operator() {
+  static const OrtCustomOp op = [] {
+    OrtCustomOp description = {};
+    description.version = kOrtApiVersion;
+    description.GetName = [](const OrtCustomOp*) { return Kernel::kName; };
+    description.GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };
+    description.GetInputTypeCount = [](const OrtCustomOp*) { return std::size(Kernel::kInputs); };
+    description.GetInputType = [](const OrtCustomOp*, size_t index) { return Kernel::kInputs[index].type; };
+    description.GetInputCharacteristic = [](const OrtCustomOp*, size_t index) {
+      return Kernel::kInputs[index].characteristic;
+    };
+    description.GetInputMemoryType = [](const OrtCustomOp*, size_t) { return kOrtDefaultMemory; };
+    description.GetOutputTypeCount = [](const OrtCustomOp*) { return std::size(Kernel::kOutputs); };
+    description.GetOutputType = [](const OrtCustomOp*, size_t index) { return Kernel::kOutputs[index].type; };
+    description.GetOutputCharacteristic = [](const OrtCustomOp*, size_t index) {
+      return Kernel::kOutputs[index].characteristic;
+    };
+    description.CreateKernelV2 = [](const OrtCustomOp*, const OrtApi* api, const OrtKernelInfo* info, void** made) {
+      return Guarded(*api, Kernel::kName,
+                     [&] { *made = new LoadedKernel<Kernel>{*api, Kernel(Attributes(*api, info))}; });
+    };
+    description.KernelComputeV2 = [](void* made, OrtKernelContext* context) {
+      const auto& loaded = *static_cast<const LoadedKernel<Kernel>*>(made);
+      return Guarded(loaded.api, Kernel::kName, [&] {
+        Call call(loaded.api, context, Kernel::kInputs);
+        loaded.kernel.Compute(call);
+      });
+    };
+    description.KernelDestroy = [](void* made) { delete static_cast<LoadedKernel<Kernel>*>(made); };
+    return description;
+  }();
+  return &op;
+}
+
+}  // namespace healthgpt

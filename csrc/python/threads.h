@@ -1,0 +1,34 @@
+// Threads for a call from Python: started with the call and joined at its end. A session has ONNX Runtime's pool.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <thread>
+#include <vector>
+
+#include "parallel.h"
+
+namespace healthgpt {
+
+class Threads {
+ public:
+  explicit Threads(size_t count) : count_(count) {}
+
+  Parallel parallel() { return count_ > 1 ? Parallel(this, &Threads::Run) : Parallel(); }
+
+ private:
+  static void Run(void* pool, size_t count, Parallel::Task task, void* state) {
+    std::atomic<size_t> next{0};
+    const auto work = [&] {
+      for (size_t index = next++; index < count; index = next++) task(state, index);
+    };
+    std::vector<std::thread> others;
+    for (size_t i = 1; i < static_cast<Threads*>(pool)->count_; ++i) others.emplace_back(work);
+    work();
+    for (std::thread& other : others) other.join();
+  }
+
+  size_t count_;
+};
+
+}  // namespace healthgpt

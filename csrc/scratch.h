@@ -1,0 +1,15 @@
+// Working memory that is kept: a decode step allocates nothing once its buffers have grown.
+#pragma once
+
+#include <cstddef>
+
+namespace healthgpt {
+
+// kCall belongs to the launcher's own thread for one call, kTask to whichever thread runs a task of it.
+enum class Scratch { kCall, kTask };
+
+// At least `bytes` of this thread's memory, aligned to 64 bytes. Asking again for the same purpose gives the same
+// memory, or ends the program if the system has none left.
+void* ScratchMemory(Scratch purpose, size_t bytes) noexcept;
+
+}  // namespace healthgpt

@@ -1,0 +1,133 @@
+// The vector operations of the kernels in AVX-512 with VNNI. simd/portable.h says what each must do.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "simd/unroll.h"
+
+namespace healthgpt {
+namespace {
+
+struct Simd {
+  static constexpr int kLanes = 16;
+  using Bytes = __m512i;
+  using Ints = __m512i;
+  using Floats = __m512;
+
+  // --- bytes and dot products ---
+  // VPDPBUSD multiplies unsigned by signed bytes: weights are shifted to be unsigned.
+  static constexpr int kOffset4 = 8;
+  static constexpr int kOffset8 = 128;
+
+  static SIMD_INLINE Bytes LoadBytes(const void* from) { return _mm512_loadu_si512(from); }
+  static SIMD_INLINE Bytes LoadBytes(const void* from, int count) {
+    return _mm512_maskz_loadu_epi8(count >= 64 ? ~__mmask64{0} : (__mmask64{1} << count) - 1, from);
+  }
+  static SIMD_INLINE void StoreBytes(void* to, Bytes bytes) { _mm512_storeu_si512(to, bytes); }
+  static SIMD_INLINE Bytes NoBytes() { return _mm512_setzero_si512(); }
+
+  static SIMD_INLINE void Interleave(Bytes (&rows)[4]) {
+    const Bytes low01 = _mm512_unpacklo_epi8(rows[0], rows[1]), high01 = _mm512_unpackhi_epi8(rows[0], rows[1]);
+    const Bytes low23 = _mm512_unpacklo_epi8(rows[2], rows[3]), high23 = _mm512_unpackhi_epi8(rows[2], rows[3]);
+    rows[0] = _mm512_unpacklo_epi16(low01, low23);
+    rows[1] = _mm512_unpackhi_epi16(low01, low23);
+    rows[2] = _mm512_unpacklo_epi16(high01, high23);
+    rows[3] = _mm512_unpackhi_epi16(high01, high23);
+  }
+  static SIMD_INLINE Bytes Shift4(Bytes nibbles) {
+    return _mm512_xor_si512(nibbles, _mm512_set1_epi8(static_cast<char>(0x88)));
+  }
+  static SIMD_INLINE Bytes Shift8(Bytes bytes) {
+    return _mm512_xor_si512(bytes, _mm512_set1_epi8(static_cast<char>(0x80)));
+  }
+  static SIMD_INLINE Bytes EvenNibbles(Bytes shifted) { return _mm512_and_si512(shifted, _mm512_set1_epi8(0x0F)); }
+  static SIMD_INLINE Bytes OddNibbles(Bytes shifted) {
+    return _mm512_and_si512(_mm512_srli_epi16(shifted, 4), _mm512_set1_epi8(0x0F));
+  }
+  static SIMD_INLINE Bytes Repeat4(const int8_t* four) {
+    int32_t bits;
+    __builtin_memcpy(&bits, four, 4);
+    return _mm512_set1_epi32(bits);
+  }
+  static SIMD_INLINE Ints Dot4(Ints sum, Bytes weights, Bytes x) { return _mm512_dpbusd_epi32(sum, weights, x); }
+  static SIMD_INLINE Ints Dot8(Ints sum, Bytes weights, Bytes x) { return _mm512_dpbusd_epi32(sum, weights, x); }
+  static SIMD_INLINE Ints LoadInts(const int32_t* from) { return _mm512_loadu_si512(from); }
+  static SIMD_INLINE void StoreInts(int32_t* to, Ints values) { _mm512_storeu_si512(to, values); }
+  static SIMD_INLINE Ints RepeatInt(int32_t value) { return _mm512_set1_epi32(value); }
+
+  static SIMD_INLINE void Order4(Ints (&sums)[8]) {
+    Ints quads[8];
+    Unroll<4>([&](auto i) SIMD_INLINE_LAMBDA {
+      quads[2 * i] = _mm512_unpacklo_epi32(sums[2 * i], sums[2 * i + 1]);
+      quads[2 * i + 1] = _mm512_unpackhi_epi32(sums[2 * i], sums[2 * i + 1]);
+    });
+    // Quad j of lane L holds columns 32 L + 4 j: columns 16 m are lane m / 2 of the first or the second four.
+    Ints first[4] = {quads[0], quads[1], quads[2], quads[3]}, second[4] = {quads[4], quads[5], quads[6], quads[7]};
+    TransposeLanes(first);
+    TransposeLanes(second);
+    Unroll<4>([&](auto i) SIMD_INLINE_LAMBDA {
+      sums[2 * i] = first[i];
+      sums[2 * i + 1] = second[i];
+    });
+  }
+  static SIMD_INLINE void Order8(Ints (&sums)[8]) {
+    Ints first[4] = {sums[0], sums[1], sums[2], sums[3]}, second[4] = {sums[4], sums[5], sums[6], sums[7]};
+    TransposeLanes(first);
+    TransposeLanes(second);
+    Unroll<4>([&](auto i) SIMD_INLINE_LAMBDA {
+      sums[i] = first[i];
+      sums[4 + i] = second[i];
+    });
+  }
+
+  // --- floats ---
+  static SIMD_INLINE Floats ToFloats(Ints values) { return _mm512_cvtepi32_ps(values); }
+  static SIMD_INLINE Floats Load(const float* from) { return _mm512_loadu_ps(from); }
+  static SIMD_INLINE Floats Load(const float* from, int count) { return _mm512_maskz_loadu_ps(Mask(count), from); }
+  static SIMD_INLINE void Store(float* to, Floats values) { _mm512_storeu_ps(to, values); }
+  static SIMD_INLINE void Store(float* to, Floats values, int count) { _mm512_mask_storeu_ps(to, Mask(count), values); }
+  static SIMD_INLINE Floats LoadHalf(const uint16_t* from) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  }
+  static SIMD_INLINE Floats LoadHalf(const uint16_t* from, int count) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(Mask(count), from));
+  }
+  static SIMD_INLINE void StoreHalf(uint16_t* to, Floats values) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT));
+  }
+  static SIMD_INLINE Floats Repeat(float value) { return _mm512_set1_ps(value); }
+  static SIMD_INLINE Floats Add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+  static SIMD_INLINE Floats Multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+  static SIMD_INLINE Floats MultiplyAdd(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+  static SIMD_INLINE Floats Max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+  static SIMD_INLINE Floats Magnitude(Floats a) { return _mm512_abs_ps(a); }
+  static SIMD_INLINE Floats Round(Floats a) {
+    return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  static SIMD_INLINE Floats PowerOfTwo(Floats whole) { return _mm512_scalef_ps(_mm512_set1_ps(1.0f), whole); }
+  static SIMD_INLINE float Sum(Floats a) { return _mm512_reduce_add_ps(a); }
+  static SIMD_INLINE float Largest(Floats a) { return _mm512_reduce_max_ps(a); }
+  static SIMD_INLINE void StoreRounded(int8_t* to, Floats values) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(values)));
+  }
+
+ private:
+  static __mmask16 Mask(int count) { return static_cast<__mmask16>(count >= 16 ? 0xFFFF : (1u << count) - 1); }
+
+  // A 4x4 transpose of 128-bit lanes.
+  static SIMD_INLINE void TransposeLanes(Ints (&rows)[4]) {
+    const Ints low01 = _mm512_shuffle_i32x4(rows[0], rows[1], 0x44),
+               high01 = _mm512_shuffle_i32x4(rows[0], rows[1], 0xEE);
+    const Ints low23 = _mm512_shuffle_i32x4(rows[2], rows[3], 0x44),
+               high23 = _mm512_shuffle_i32x4(rows[2], rows[3], 0xEE);
+    rows[0] = _mm512_shuffle_i32x4(low01, low23, 0x88);
+    rows[1] = _mm512_shuffle_i32x4(low01, low23, 0xDD);
+    rows[2] = _mm512_shuffle_i32x4(high01, high23, 0x88);
+    rows[3] = _mm512_shuffle_i32x4(high01, high23, 0xDD);
+  }
+};
+
+}  // namespace
+}  // namespace healthgpt

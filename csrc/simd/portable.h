@@ -1,0 +1,184 @@
+// The vector operations of the kernels in plain C++: what they mean, and what runs where nothing faster does.
+// Each instruction set has a header with the same struct; a kernel's source is compiled once with each.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "simd/unroll.h"
+
+// Its vectors are arrays, which no register holds.
+#undef SIMD_KEEP
+#define SIMD_KEEP(vector) static_cast<void>(vector)
+
+namespace healthgpt {
+namespace {
+
+struct Simd {
+  // Floats or 32-bit integers in a vector. Bytes holds 4 * kLanes bytes in lanes of 16.
+  static constexpr int kLanes = 4;
+  struct Bytes {
+    uint8_t at[16];
+  };
+  struct Ints {
+    int32_t at[4];
+  };
+  struct Floats {
+    float at[4];
+  };
+
+  // --- bytes and dot products ---
+  // What Shift4 and Shift8 add to a weight; the sum over x times this is taken off a dot product.
+  static constexpr int kOffset4 = 0;
+  static constexpr int kOffset8 = 0;
+
+  static Bytes LoadBytes(const void* from) { return LoadBytes(from, 16); }
+  // The first count bytes, then zeros.
+  static Bytes LoadBytes(const void* from, int count) {
+    Bytes bytes = {};
+    for (int i = 0; i < 16 && i < count; ++i) bytes.at[i] = static_cast<const uint8_t*>(from)[i];
+    return bytes;
+  }
+  static void StoreBytes(void* to, Bytes bytes) { *static_cast<Bytes*>(to) = bytes; }
+  static Bytes NoBytes() { return Bytes{}; }
+
+  // Four rows of bytes, to one 32-bit integer per column with its byte of each row: within each lane of 16 bytes,
+  // vector i then holds columns 4 i to 4 i + 3.
+  static void Interleave(Bytes (&rows)[4]) {
+    const Bytes before[4] = {rows[0], rows[1], rows[2], rows[3]};
+    for (int column = 0; column < 16; ++column) {
+      for (int row = 0; row < 4; ++row) rows[column / 4].at[column % 4 * 4 + row] = before[row].at[column];
+    }
+  }
+  // Two's complement weights to what Even/OddNibbles and Dot4, or Dot8, take.
+  static Bytes Shift4(Bytes nibbles) { return nibbles; }
+  static Bytes Shift8(Bytes bytes) { return bytes; }
+  static Bytes EvenNibbles(Bytes shifted) {
+    for (uint8_t& byte : shifted.at) byte = static_cast<uint8_t>(((byte & 0x0F) ^ 8) - 8);
+    return shifted;
+  }
+  static Bytes OddNibbles(Bytes shifted) {
+    for (uint8_t& byte : shifted.at) byte = static_cast<uint8_t>(((byte >> 4) ^ 8) - 8);
+    return shifted;
+  }
+  // The same four bytes in every 32-bit integer.
+  static Bytes Repeat4(const int8_t* four) {
+    Bytes bytes;
+    for (int i = 0; i < 16; ++i) bytes.at[i] = static_cast<uint8_t>(four[i % 4]);
+    return bytes;
+  }
+  // sum + the dot product of four neighbouring bytes each. No sum of products saturates: x is at least -127.
+  static Ints Dot4(Ints sum, Bytes weights, Bytes x) { return Dot8(sum, weights, x); }
+  static Ints Dot8(Ints sum, Bytes weights, Bytes x) {
+    for (int i = 0; i < 16; ++i) {
+      sum.at[i / 4] += static_cast<int8_t>(weights.at[i]) * static_cast<int8_t>(x.at[i]);
+    }
+    return sum;
+  }
+  static Ints LoadInts(const int32_t* from) { return *reinterpret_cast<const Ints*>(from); }
+  static void StoreInts(int32_t* to, Ints values) { *reinterpret_cast<Ints*>(to) = values; }
+  static Ints RepeatInt(int32_t value) { return Ints{{value, value, value, value}}; }
+
+  // Sums 2 i (even nibbles) and 2 i + 1 (odd) of vector i of Interleave, to the order of columns.
+  static void Order4(Ints (&sums)[8]) {
+    for (int i = 0; i < 8; i += 2) {
+      const Ints even = sums[i], odd = sums[i + 1];
+      sums[i] = Ints{{even.at[0], odd.at[0], even.at[1], odd.at[1]}};
+      sums[i + 1] = Ints{{even.at[2], odd.at[2], even.at[3], odd.at[3]}};
+    }
+  }
+  // Sums i and 4 + i of vector i of two neighbouring Interleaves, to the order of columns.
+  static void Order8(Ints (&)[8]) {}
+
+  // --- floats ---
+  static Floats ToFloats(Ints values) {
+    return Map([&](int i) { return static_cast<float>(values.at[i]); });
+  }
+  static Floats Load(const float* from) { return Load(from, 4); }
+  // The first count numbers, then zeros.
+  static Floats Load(const float* from, int count) {
+    return Map([&](int i) { return i < count ? from[i] : 0.0f; });
+  }
+  static void Store(float* to, Floats values) { Store(to, values, 4); }
+  static void Store(float* to, Floats values, int count) {
+    for (int i = 0; i < 4 && i < count; ++i) to[i] = values.at[i];
+  }
+  static Floats LoadHalf(const uint16_t* from) { return LoadHalf(from, 4); }
+  static Floats LoadHalf(const uint16_t* from, int count) {
+    return Map([&](int i) { return i < count ? FromHalf(from[i]) : 0.0f; });
+  }
+  static void StoreHalf(uint16_t* to, Floats values) {
+    for (int i = 0; i < 4; ++i) to[i] = ToHalf(values.at[i]);
+  }
+  static Floats Repeat(float value) { return Floats{{value, value, value, value}}; }
+  static Floats Add(Floats a, Floats b) {
+    return Map([&](int i) { return a.at[i] + b.at[i]; });
+  }
+  static Floats Multiply(Floats a, Floats b) {
+    return Map([&](int i) { return a.at[i] * b.at[i]; });
+  }
+  // a b + c. Rounded once or twice, but always the same way on one machine.
+  static Floats MultiplyAdd(Floats a, Floats b, Floats c) {
+    return Map([&](int i) { return a.at[i] * b.at[i] + c.at[i]; });
+  }
+  static Floats Max(Floats a, Floats b) {
+    return Map([&](int i) { return a.at[i] > b.at[i] ? a.at[i] : b.at[i]; });
+  }
+  static Floats Magnitude(Floats a) {
+    return Map([&](int i) { return std::fabs(a.at[i]); });
+  }
+  // To the nearest whole number, ties to even.
+  static Floats Round(Floats a) {
+    return Map([&](int i) { return std::nearbyintf(a.at[i]); });
+  }
+  // 2^whole for whole numbers from -126 to 127.
+  static Floats PowerOfTwo(Floats whole) {
+    return Map([&](int i) { return FromBits(static_cast<uint32_t>(static_cast<int32_t>(whole.at[i]) + 127) << 23); });
+  }
+  static float Sum(Floats a) { return (a.at[0] + a.at[2]) + (a.at[1] + a.at[3]); }
+  static float Largest(Floats a) {
+    const float first = a.at[0] > a.at[1] ? a.at[0] : a.at[1], second = a.at[2] > a.at[3] ? a.at[2] : a.at[3];
+    return first > second ? first : second;
+  }
+  // kLanes numbers in [-128, 127], rounded to the nearest, ties to even. NaN gives any byte.
+  static void StoreRounded(int8_t* to, Floats values) {
+    for (int i = 0; i < 4; ++i) {
+      const float clamped = values.at[i] > -128.0f ? (values.at[i] < 127.0f ? values.at[i] : 127.0f) : -128.0f;
+      to[i] = static_cast<int8_t>(std::nearbyintf(clamped));
+    }
+  }
+
+ private:
+  template <class Function>
+  static Floats Map(Function function) {
+    return Floats{{function(0), function(1), function(2), function(3)}};
+  }
+  static float FromBits(uint32_t bits) {
+    float value;
+    __builtin_memcpy(&value, &bits, 4);
+    return value;
+  }
+  static float FromHalf(uint16_t half) {
+    const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16, rest = half & 0x7FFF;
+    if (rest >= 0x7C00) return FromBits(sign | 0x7F800000 | (rest & 0x3FF) << 13);
+    if (rest >= 0x0400) return FromBits(sign | ((rest << 13) + (112u << 23)));
+    const float small = static_cast<float>(rest) * 5.9604645e-8f;  // subnormal: multiples of 2^-24
+    return sign != 0 ? -small : small;
+  }
+  static uint16_t ToHalf(float value) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &value, 4);
+    const uint32_t sign = bits >> 16 & 0x8000;
+    bits &= 0x7FFFFFFF;
+    if (bits > 0x7F800000) return static_cast<uint16_t>(sign | 0x7E00);
+    if (bits >= 0x477FF000) return static_cast<uint16_t>(sign | 0x7C00);  // rounds to 65536 or more
+    if (bits < 0x38800000) {                                              // below 2^-14: multiples of 2^-24
+      return static_cast<uint16_t>(sign | static_cast<uint32_t>(std::nearbyintf(FromBits(bits) * 16777216.0f)));
+    }
+    bits += 0xFFF + (bits >> 13 & 1);  // half of the last place, ties to even
+    return static_cast<uint16_t>(sign | ((bits - (112u << 23)) >> 13));
+  }
+};
+
+}  // namespace
+}  // namespace healthgpt

@@ -1,0 +1,43 @@
+// Loops over vectors that must stay in registers. GCC unrolls ordinary loops only after it has decided which arrays
+// live in memory; here every index is a constant from the start.
+#pragma once
+
+#define SIMD_INLINE inline __attribute__((always_inline))
+#define SIMD_INLINE_LAMBDA __attribute__((always_inline))
+
+// Holds a sum in one register over the turns of a loop; GCC 12 would copy all of them at every turn, by way of memory.
+#if defined(__x86_64__)
+#define SIMD_KEEP(vector) asm("" : "+v"(vector))
+#elif defined(__aarch64__)
+#define SIMD_KEEP(vector) asm("" : "+w"(vector))
+#endif
+
+namespace healthgpt {
+namespace {
+
+template <int number>
+struct Constant {
+  static constexpr int value = number;
+  constexpr operator int() const { return number; }
+};
+
+// function(Constant<0>{}), ..., function(Constant<count - 1>{})
+template <int count, class Function>
+SIMD_INLINE void Unroll(const Function& function) {
+  if constexpr (count > 0) {
+    Unroll<count - 1>(function);
+    function(Constant<count - 1>{});
+  }
+}
+
+// The function made for `number` rows, from those for 1, 2, 3, ...
+template <class Function, class... More>
+SIMD_INLINE Function* Pick(long number, Function* first, More*... more) {
+  if constexpr (sizeof...(more) > 0) {
+    if (number > 1) return Pick(number - 1, more...);
+  }
+  return first;
+}
+
+}  // namespace
+}  // namespace healthgpt

@@ -1,0 +1,64 @@
+"""What the language model costs at least, by the manifest: bytes a token must read, operations a prefill must do.
+
+The denominators of a benchmark's shares. What is small beside the matrices is left out: norms, biases, the embedding
+row, the activations, and the sliding window, which no usual prompt fills.
+"""
+
+from __future__ import annotations
+
+from .manifest import Manifest
+
+_BITS = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}
+_SCALE_BYTES = 4
+
+
+def token_bytes(manifest: Manifest, task: str, context: int) -> int:
+    """Bytes read for one token after `context` others: every matrix once, and the caches so far."""
+    linears = sum(matrix_bytes(manifest, manifest.precision, *shape) for shape in _matrices(manifest, task))
+    # The head keeps 8 bits in an int4 bundle.
+    head_precision = "int8" if manifest.precision == "int4" else manifest.precision
+    head = matrix_bytes(manifest, head_precision, *_head(manifest, task))
+    return manifest.language.layers * linears + head + context * cache_bytes(manifest)
+
+
+def cache_bytes(manifest: Manifest) -> int:
+    """Bytes of keys and values that one token leaves in all layers."""
+    language = manifest.language
+    values = 2 * language.layers * language.kv_heads * language.head_dim
+    return values * _BITS[manifest.cache_precision] // 8
+
+
+def prefill_operations(manifest: Manifest, task: str, tokens: int) -> int:
+    """Operations to prefill `tokens`, a multiplication and an addition counted as two; logits of the last one only."""
+    language = manifest.language
+    linears = sum(inputs * outputs for inputs, outputs in _matrices(manifest, task))
+    seen = tokens * (tokens + 1) // 2  # by causal attention
+    attention = 2 * language.heads * language.head_dim * seen  # scores, then the sum of values
+    inputs, outputs = _head(manifest, task)
+    return 2 * (language.layers * (linears * tokens + attention) + inputs * outputs)
+
+
+def matrix_bytes(manifest: Manifest, precision: str, inputs: int, outputs: int) -> int:
+    """Bytes of a stored matrix, the scales of its blocks included."""
+    values = inputs * outputs * _BITS[precision] // 8
+    blocks = -(-inputs // manifest.block_size) if precision.startswith("int") else 0
+    return values + blocks * outputs * _SCALE_BYTES
+
+
+def _matrices(manifest: Manifest, task: str) -> list[tuple[int, int]]:
+    """(inputs, outputs) of all matrices of one layer: each linear, its A with the router, its B."""
+    language, plugin = manifest.language, manifest.tasks[task]
+    hidden, intermediate = language.hidden, language.intermediate
+    query, key = language.heads * language.head_dim, language.kv_heads * language.head_dim
+    if language.architecture == "phi3":  # q, k, v are one linear, gate and up another
+        linears = [(hidden, query + 2 * key), (query, hidden), (hidden, 2 * intermediate), (intermediate, hidden)]
+    else:
+        linears = [(hidden, query), (hidden, key), (hidden, key), (query, hidden)]
+        linears += [(hidden, intermediate), (hidden, intermediate), (intermediate, hidden)]
+    adapters_in = [(inputs, plugin.rank + plugin.experts) for inputs, _ in linears]
+    adapters_out = [(plugin.rank, outputs) for _, outputs in linears]
+    return linears + adapters_in + adapters_out
+
+
+def _head(manifest: Manifest, task: str) -> tuple[int, int]:
+    return manifest.language.hidden, manifest.language.vocab - manifest.tasks[task].first_logit

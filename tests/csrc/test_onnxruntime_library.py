@@ -1,0 +1,384 @@
+"""The library of kernels for ONNX Runtime, one node at a time in real sessions, against the node's standard body.
+
+csrc/onnxruntime/abi.h declares ONNX Runtime's interface by hand: were one place in it wrong, what is asserted here
+would not come out.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from healthgpt_edge.executors.onnx import kernel_library
+from healthgpt_edge.export.graph.builder import DOMAIN, IR_VERSION, OPSET
+from healthgpt_edge.export.graph.functions import cached_attention, hlora_linear, linear
+from healthgpt_edge.export.quantize import quantise
+
+FLOAT, FLOAT16, INT8, INT4 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT8, TensorProto.INT4
+STORED = {"float32": FLOAT, "float16": FLOAT16, "int8": INT8, "int4": INT4}
+BLOCK_SIZE = 32
+# float32 sums of some hundred products of order one; attention with float16 caches reads the same rounded rows.
+TOLERANCE = 2e-5
+# A kernel rounds activations to 8 bits where weights are integers: relative to the largest result.
+TOLERANCE_8_BIT = 0.02
+
+Operands = dict[str, np.ndarray | TensorProto | None]
+
+
+def library() -> Path:
+    path = kernel_library()
+    assert path is not None, "the kernels were not built"
+    return path
+
+
+def model(op: str, operands: Operands, results: dict[str, int], body: Any = None, **attributes: int) -> onnx.ModelProto:
+    """One node. TensorProtos are stored in the graph, arrays are its inputs, None is left out."""
+    names = [name if value is not None else "" for name, value in operands.items()]
+    inputs = [
+        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
+        for name, value in operands.items()
+        if isinstance(value, np.ndarray)
+    ]
+    return helper.make_model(
+        helper.make_graph(
+            [helper.make_node(op, names, list(results), name="node", domain=DOMAIN, **attributes)],
+            "one node",
+            inputs,
+            [helper.make_tensor_value_info(name, data_type, None) for name, data_type in results.items()],
+            [value for value in operands.values() if isinstance(value, TensorProto)],
+        ),
+        opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)],
+        functions=[body] if body else [],
+        ir_version=IR_VERSION,
+    )
+
+
+def open_session(graph: onnx.ModelProto, kernels: bool, threads: int = 1, **settings: Any) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = threads
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    for name, value in settings.items():
+        setattr(options, name, value)
+    if kernels:
+        options.register_custom_ops_library(str(library()))
+    return onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def run(op: str, operands: Operands, results: dict[str, int], threads: int = 1, **more: Any) -> list[np.ndarray]:
+    """By the kernel, from a graph without a body; by the body where one is given."""
+    session = open_session(model(op, operands, results, **more), "body" not in more, threads)
+    return session.run(None, {name: value for name, value in operands.items() if isinstance(value, np.ndarray)})
+
+
+def tensor(name: str, values: np.ndarray) -> TensorProto:
+    return numpy_helper.from_array(np.ascontiguousarray(values), name)
+
+
+def stored(name: str, matrix: np.ndarray, storage: str) -> Operands:
+    """A matrix [C, O] and its scales, as the exporter stores them."""
+    if STORED[storage] in (FLOAT, FLOAT16):
+        return {name: tensor(name, matrix.astype(storage)), f"{name}_scale": None}
+    values, scales = quantise(np.ascontiguousarray(matrix.T), STORED[storage], BLOCK_SIZE)
+    if storage == "int8":
+        return {name: tensor(name, values), f"{name}_scale": tensor(f"{name}_scale", scales)}
+    # Two numbers a byte, the first in the low bits.
+    flat = np.append(values.ravel(), np.zeros(values.size % 2, np.int8)).astype(np.uint8) & 15
+    packed = helper.make_tensor(name, INT4, matrix.shape, (flat[::2] | flat[1::2] << 4).tobytes(), raw=True)
+    return {name: packed, f"{name}_scale": tensor(f"{name}_scale", scales)}
+
+
+def linear_operands(x_shape: tuple[int, ...], outputs: int, storage: str, has_bias: bool) -> Operands:
+    random = np.random.default_rng(0)
+    bias = tensor("bias", random.standard_normal(outputs).astype(np.float32)) if has_bias else None
+    weight = random.standard_normal((x_shape[-1], outputs)).astype(np.float32) / 4
+    x = random.standard_normal(x_shape).astype(np.float32)
+    return {"x": x, **stored("weight", weight, storage), "bias": bias}
+
+
+def hlora_operands(storage: str, adapters: str, has_bias: bool = True, rows: int = 5) -> Operands:
+    """70 channels, 24 outputs, 4 experts of rank 2."""
+    random = np.random.default_rng(1)
+    into, out_of = (random.standard_normal(shape).astype(np.float32) / 4 for shape in ((70, 12), (8, 24)))
+    return {
+        **linear_operands((2, rows, 70), 24, storage, has_bias),
+        **stored("adapter_in", into, adapters),
+        **stored("adapter_out", out_of, adapters),
+    }
+
+
+def assert_near(found: np.ndarray, expected: np.ndarray, exact: bool) -> None:
+    assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+    tolerance = TOLERANCE if exact else TOLERANCE_8_BIT * np.abs(expected).max(initial=0)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("storage", STORED)
+@pytest.mark.parametrize("x_shape", [(70,), (5, 70), (2, 3, 70), (1, 0, 70), (1, 99, 70)], ids=str)
+@pytest.mark.parametrize("has_bias", [False, True], ids=["without-bias", "with-bias"])
+def test_linear(storage, x_shape, has_bias):
+    """Also no row at all, a last block that is not full, and int4 rows that start inside a byte."""
+    operands = linear_operands(x_shape, 33, storage, has_bias)
+    (found,) = run("Linear", operands, {"y": FLOAT}, threads=2, block_size=BLOCK_SIZE)
+    (expected,) = run("Linear", operands, {"y": FLOAT}, body=linear(STORED[storage], has_bias), block_size=BLOCK_SIZE)
+    assert_near(found, expected, storage.startswith("float"))
+
+
+@pytest.mark.parametrize("storage", STORED)
+@pytest.mark.parametrize("adapters", STORED)
+@pytest.mark.parametrize("has_bias", [False, True], ids=["without-bias", "with-bias"])
+def test_hlora_linear(storage, adapters, has_bias):
+    operands, more = hlora_operands(storage, adapters, has_bias), {"block_size": BLOCK_SIZE, "experts": 4}
+    (found,) = run("HLoraLinear", operands, {"y": FLOAT}, **more)
+    body = hlora_linear(STORED[storage], STORED[adapters], has_bias)
+    (expected,) = run("HLoraLinear", operands, {"y": FLOAT}, body=body, **more)
+    assert_near(found, expected, storage.startswith("float") and adapters.startswith("float"))
+
+
+@pytest.mark.parametrize("storage", ["float32", "int4"])
+def test_threads_change_nothing(storage):
+    operands, more = hlora_operands(storage, storage, rows=50), {"block_size": BLOCK_SIZE, "experts": 4}
+    one, four = (run("HLoraLinear", operands, {"y": FLOAT}, threads=threads, **more)[0] for threads in (1, 4))
+    np.testing.assert_array_equal(one, four)
+
+
+def attention_operands(cache: str, lengths: tuple[int, ...] = (3, 1), tokens: int = 2, capacity: int = 9) -> Operands:
+    """As many sequences as lengths; 4 heads of 8 numbers on 2 of keys and values."""
+    random = np.random.default_rng(0)
+    batch, length = len(lengths), np.array(lengths, np.int64)
+
+    def draw(*shape: int) -> np.ndarray:
+        return random.standard_normal((batch, *shape)).astype(np.float32)
+
+    angles, position = draw(tokens, 4), length[:, None] + np.arange(tokens)
+    distance = position[:, None, :, None] - np.arange(capacity)
+    return {
+        "query": draw(tokens, 32),
+        "key": draw(tokens, 16),
+        "value": draw(tokens, 16),
+        "cosine": np.cos(angles),
+        "sine": np.sin(angles),
+        "past_length": length,
+        "visible": distance >= 0,
+        "past_key": draw(2, capacity, 8).astype(cache),
+        "past_value": draw(2, capacity, 8).astype(cache),
+    }
+
+
+HEADS = {"heads": 4, "kv_heads": 2}
+
+
+def attention_results(cache: str) -> dict[str, int]:
+    return {"output": FLOAT, "present_key": STORED[cache], "present_value": STORED[cache]}
+
+
+@pytest.mark.parametrize("cache", ["float32", "float16"])
+@pytest.mark.parametrize("window", [0, 2])
+@pytest.mark.parametrize("tokens", [0, 1, 2, 5])
+def test_cached_attention(cache, window, tokens):
+    operands = attention_operands(cache, tokens=tokens)
+    if window:
+        distance = operands["past_length"][:, None] + np.arange(tokens)
+        operands["visible"] &= distance[:, None, :, None] - np.arange(9) <= window
+    more = HEADS | {"window": window}
+    found = run("CachedAttention", operands, attention_results(cache), threads=2, **more)
+    # The past came in other memory: all of it is in the present ones.
+    if tokens:
+        expected = run(
+            "CachedAttention", operands, attention_results(cache), body=cached_attention(STORED[cache]), **more
+        )
+    else:
+        expected = [operands["query"], operands["past_key"], operands["past_value"]]
+    assert_near(found[0], expected[0], exact=True)
+    for present, wanted in zip(found[1:], expected[1:], strict=True):
+        assert present.dtype == wanted.dtype
+        # Between two numbers of float16 a rotated key may fall to either.
+        np.testing.assert_allclose(present, wanted, rtol=2e-3 if cache == "float16" else 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("cache", ["float32", "float16"])
+def test_caches_bound_as_input_and_output_are_written_in_place(cache):
+    operands = attention_operands(cache, lengths=(3,), tokens=1)
+    expected = run("CachedAttention", operands, attention_results(cache), window=0, **HEADS)
+    session = open_session(model("CachedAttention", operands, attention_results(cache), window=0, **HEADS), True)
+    binding = session.io_binding()
+    caches = {
+        kind: onnxruntime.OrtValue.ortvalue_from_numpy(operands[f"past_{kind}"].copy()) for kind in ("key", "value")
+    }
+    for name, value in operands.items():
+        if name not in ("past_key", "past_value"):
+            binding.bind_cpu_input(name, value)
+    for kind, value in caches.items():
+        binding.bind_ortvalue_input(f"past_{kind}", value)
+        binding.bind_ortvalue_output(f"present_{kind}", value)
+    binding.bind_output("output")
+    session.run_with_iobinding(binding)
+    np.testing.assert_array_equal(binding.get_outputs()[-1].numpy(), expected[0])
+    for (kind, value), wanted in zip(caches.items(), expected[1:], strict=True):
+        np.testing.assert_array_equal(value.numpy(), wanted)
+        # Only the new row has changed.
+        assert [row for row in range(9) if (value.numpy() != operands[f"past_{kind}"])[:, :, row].any()] == [3]
+
+
+def test_a_kernel_replaces_the_body(tmp_path):
+    """The file that holds both runs by either: with the library the node is still there when all is optimised."""
+    operands, more = hlora_operands("float32", "float32"), {"block_size": 0, "experts": 4}
+    graph = model("HLoraLinear", operands, {"y": FLOAT}, body=hlora_linear(FLOAT, FLOAT, True), **more)
+    outputs = {}
+    for kernels in (True, False):
+        path = tmp_path / f"{kernels}.onnx"
+        session = open_session(graph, kernels, optimized_model_filepath=str(path))
+        assert ("HLoraLinear" in {node.op_type for node in onnx.load(path).graph.node}) == kernels
+        (outputs[kernels],) = session.run(None, {"x": operands["x"]})
+    assert_near(outputs[True], outputs[False], exact=True)
+
+
+def test_only_the_registration_is_exported():
+    opened = ctypes.CDLL(str(library()))
+    assert opened.RegisterCustomOps
+    with pytest.raises(AttributeError):
+        opened._ZN9healthgpt10BestTargetEv  # noqa: B018
+
+
+def test_an_older_onnx_runtime_is_told_so():
+    """One that knows no interface of this version still makes the message, by the first."""
+    create_status = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p)
+    get_api = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_uint32)
+    said = []
+
+    @create_status
+    def keep(code: int, message: bytes) -> int:
+        said.append((code, message.decode()))
+        return 1
+
+    first = (ctypes.c_void_p * 1)(ctypes.cast(keep, ctypes.c_void_p))
+    give = get_api(lambda version: ctypes.addressof(first) if version == 1 else None)
+    base = (ctypes.c_void_p * 2)(ctypes.cast(give, ctypes.c_void_p))
+    register = ctypes.CDLL(str(library())).RegisterCustomOps
+    register.restype, register.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_void_p]
+    assert register(None, ctypes.addressof(base)) == 1
+    assert said == [(1, "the kernels of healthgpt-edge need ONNX Runtime 1.17 or newer")]
+
+
+def refusal(op: str, operands: Operands, results: dict[str, int], **attributes: int) -> str:
+    with pytest.raises(Exception) as caught:  # onnxruntime's own exceptions share no public base class
+        run(op, operands, results, **attributes)
+    return str(caught.value)
+
+
+def zeros(name: str, *shape: int, dtype: Any = np.float32) -> Operands:
+    return {name: np.zeros(shape, dtype)}
+
+
+WRONG_LINEARS = [
+    ("int4", zeros("x", 2, 5, 69), {}, "x must end in 70 channels, found [2, 5, 69]"),
+    ("int4", zeros("x"), {}, "x must end in 70 channels, found []"),
+    ("int4", zeros("x", *[1] * 8, 70), {}, "x must have at most 8 dimensions, found 9"),
+    ("int4", zeros("weight", 70 * 24), {}, "weight must be a matrix that is not empty, found [1680]"),
+    ("int4", zeros("weight", 70, 0), {}, "weight must be a matrix that is not empty, found [70, 0]"),
+    ("int4", zeros("weight", 70, 24, dtype=np.uint8), {}, "float32, float16, int8 or int4, found the ONNX type 2"),
+    ("int4", {"weight_scale": None}, {}, "weight is quantised and must come with weight_scale"),
+    ("int4", zeros("weight_scale", 2, 24), {}, "weight_scale must be [3, 24], found [2, 24]"),
+    ("int8", zeros("weight_scale", 3, 23), {}, "weight_scale must be [3, 24], found [3, 23]"),
+    ("int8", zeros("weight_scale", 72), {}, "weight_scale must be [3, 24], found [72]"),
+    ("int8", {}, {"block_size": 0}, "block_size must be a multiple of 4 up to 256, found 0"),
+    ("int8", {}, {"block_size": 30}, "block_size must be a multiple of 4 up to 256, found 30"),
+    ("int8", {}, {"block_size": 512}, "block_size must be a multiple of 4 up to 256, found 512"),
+    ("int8", {}, {"block_size": 64}, "weight_scale must be [2, 24], found [3, 24]"),
+    ("int8", zeros("bias", 23), {}, "bias must be [24], found [23]"),
+]
+WRONG_ADAPTERS = [
+    ("int4", zeros("adapter_in", 70, 11), {}, "adapter_in must be [70, 12], found [70, 11]"),
+    ("int8", zeros("adapter_in", 69, 12), {}, "adapter_in must be [70, 12], found [69, 12]"),
+    ("int8", zeros("adapter_out", 9, 24), {}, "the rank must be a multiple of 4 experts, found 9"),
+    ("int8", zeros("adapter_out", 8, 23), {}, "adapter_out must be [8, 24], found [8, 23]"),
+    ("int8", zeros("adapter_out_scale", 2, 24), {}, "adapter_out_scale must be [1, 24], found [2, 24]"),
+    ("int4", {"adapter_in_scale": None}, {}, "adapter_in is quantised and must come with adapter_in_scale"),
+    ("int8", {}, {"experts": 8}, "adapter_in must be [70, 16], found [70, 12]"),
+]
+
+
+@pytest.mark.parametrize(("storage", "wrong", "attributes", "message"), WRONG_LINEARS)
+def test_a_wrong_linear_is_named(storage, wrong, attributes, message):
+    operands = linear_operands((2, 5, 70), 24, storage, True) | wrong
+    text = refusal("Linear", operands, {"y": FLOAT}, **{"block_size": BLOCK_SIZE} | attributes)
+    assert "INVALID_ARGUMENT" in text and ": Linear: " in text and message in text
+
+
+@pytest.mark.parametrize(("storage", "wrong", "attributes", "message"), WRONG_LINEARS + WRONG_ADAPTERS)
+def test_a_wrong_hlora_linear_is_named(storage, wrong, attributes, message):
+    operands = hlora_operands(storage, storage) | wrong
+    text = refusal("HLoraLinear", operands, {"y": FLOAT}, **{"block_size": BLOCK_SIZE, "experts": 4} | attributes)
+    assert "INVALID_ARGUMENT" in text and ": HLoraLinear: " in text and message in text
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({"experts": 4}, "No attribute with name:'block_size'is defined."),
+        ({"block_size": BLOCK_SIZE}, "No attribute with name:'experts'is defined."),
+        ({"block_size": -1, "experts": 4}, "block_size must be from 0 to 9223372036854775807, found -1"),
+        ({"block_size": BLOCK_SIZE, "experts": 0}, "experts must be from 1 to 2147483647, found 0"),
+    ],
+)
+def test_wrong_attributes_are_refused_when_the_session_is_opened(attributes, message):
+    graph = model("HLoraLinear", hlora_operands("int8", "int8"), {"y": FLOAT}, **attributes)
+    with pytest.raises(Exception) as caught:
+        open_session(graph, True)
+    assert f"HLoraLinear: {message}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "attributes", "message"),
+    [
+        (zeros("query", 2, 32), {}, "query must be [B, S, 4 heads of an even size], found [2, 32]"),
+        (zeros("query", 2, 2, 36), {}, "query must be [B, S, 4 heads of an even size], found [2, 2, 36]"),
+        (zeros("query", 2, 2, 0), {}, "query must be [B, S, 4 heads of an even size], found [2, 2, 0]"),
+        (zeros("query", 3, 2, 32), {}, "past_length must be [3], found [2]"),
+        (zeros("query", 2, 3, 32), {}, "key must be [2, 3, 16], found [2, 2, 16]"),
+        (zeros("query", 2, 2, 16), {}, "key must be [2, 2, 8], found [2, 2, 16]"),
+        (zeros("key", 2, 2, 32), {}, "key must be [2, 2, 16], found [2, 2, 32]"),
+        (zeros("value", 2, 1, 16), {}, "value must be [2, 2, 16], found [2, 1, 16]"),
+        (zeros("cosine", 2, 2, 8), {}, "cosine must be [2, 2, 4], found [2, 2, 8]"),
+        (zeros("sine", 1, 2, 4), {}, "sine must be [2, 2, 4], found [1, 2, 4]"),
+        (zeros("past_key", 2, 2, 72), {}, "past_key must have 4 dimensions, found [2, 2, 72]"),
+        (zeros("past_key", 2, 1, 9, 8), {}, "past_key must be [2, 2, 9, 8], found [2, 1, 9, 8]"),
+        (zeros("past_key", 2, 2, 9, 16), {}, "past_key must be [2, 2, 9, 8], found [2, 2, 9, 16]"),
+        (zeros("past_value", 2, 2, 8, 8), {}, "past_value must be [2, 2, 9, 8], found [2, 2, 8, 8]"),
+        ({"past_length": np.array([0, 8])}, {}, "past_length must be from 0 to 9 positions less 2 new ones, found 8"),
+        ({"past_length": np.array([-1, 0])}, {}, "past_length must be from 0 to 9 positions less 2 new ones, found -1"),
+        ({"past_length": np.array([0, 2**63 - 1])}, {}, "less 2 new ones, found 9223372036854775807"),
+        ({}, {"kv_heads": 3}, "heads must be a multiple of 3 kv_heads, found 4"),
+        ({}, {"heads": 0}, "heads must be from 1 to 2147483647, found 0"),
+        ({}, {"kv_heads": 0}, "kv_heads must be from 1 to 2147483647, found 0"),
+        ({}, {"window": -1}, "window must be from 0 to 2147483647, found -1"),
+    ],
+)
+def test_wrong_attention_is_named(wrong, attributes, message):
+    more = HEADS | {"window": 0} | attributes
+    text = refusal("CachedAttention", attention_operands("float32") | wrong, attention_results("float32"), **more)
+    assert "CachedAttention: " in text and message in text
+
+
+def test_both_caches_have_one_type():
+    operands = attention_operands("float32")
+    operands["past_value"] = operands["past_value"].astype(np.float16)
+    text = refusal("CachedAttention", operands, attention_results("float32"), window=0, **HEADS)
+    assert "CachedAttention" in text
+
+
+def test_a_bound_output_of_another_shape_is_onnx_runtimes_own_error():
+    operands = linear_operands((5, 70), 24, "float32", False)
+    session = open_session(model("Linear", operands, {"y": FLOAT}, block_size=0), True)
+    binding = session.io_binding()
+    binding.bind_cpu_input("x", operands["x"])
+    binding.bind_ortvalue_output("y", onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros((5, 23), np.float32)))
+    with pytest.raises(Exception, match="Linear"):
+        session.run_with_iobinding(binding)
