@@ -24,13 +24,13 @@ using Floats = Simd::Floats;
 constexpr int64_t kVectors = 8;                     // of sums per row
 constexpr int64_t kTile = kVectors * Simd::kLanes;  // outputs
 constexpr int64_t kRowsAtOnce = 3;                  // 24 of 32 registers hold their sums
-constexpr int64_t kFewRows = 2;
+constexpr int64_t kFewRows = 3;
 constexpr int64_t kFloatBlock = 64;        // channels of a tile of floats
-constexpr int64_t kChannelsAhead = 8;      // fetched before they are read
+constexpr int64_t kChannelsAhead = 16;     // fetched before they are read
 constexpr int64_t kTaskBytes = 384 << 10;  // of a task's sums and unpacked block, to stay in the second cache
 constexpr int64_t kRowsPerTask = 384;
-constexpr int64_t kPartsPerLinear = 4;  // of a decode step's outputs
-constexpr int64_t kLowSplits = 4;       // parts of the channels of [A;R]: its outputs are too few to share
+constexpr int64_t kRunColumns = 8192;   // of a run for few rows: their sums fill the first cache
+constexpr int64_t kPartsPerMatrix = 8;  // at least, where it is large enough
 constexpr int64_t kRowsInline = 8;      // as many rows or fewer are rounded without calling the pool
 
 int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -133,8 +133,9 @@ SIMD_INLINE void FetchChannels(const uint8_t* from, int64_t stride) {
 }
 
 // Four channels of a tile to eight vectors, each with four channels of kLanes outputs, in the order of Interleave:
-// use(Constant<i>, vector i). Channels from `channels` on are zero, and so are outputs from `columns` on.
-template <Storage storage, class Use>
+// use(Constant<i>, vector i). Unless it is known to be kWhole, channels from `channels` on are zero, and so are outputs
+// from `columns` on.
+template <Storage storage, bool kWhole, class Use>
 SIMD_INLINE void LoadChannels(const uint8_t* from, int64_t stride, int64_t channels, int columns, const Use& use) {
   constexpr int parts = storage == Storage::kInt4 ? 1 : 2;
   constexpr int width = 4 * Simd::kLanes;
@@ -143,10 +144,10 @@ SIMD_INLINE void LoadChannels(const uint8_t* from, int64_t stride, int64_t chann
     const int bytes = (storage == Storage::kInt4 ? (columns + 1) / 2 : columns) - part * width;
     Unroll<4>([&](auto i) SIMD_INLINE_LAMBDA {
       const uint8_t* row = from + i * stride + part * width;
-      if (channels < 4 && i >= channels) {
-        rows[i] = Simd::NoBytes();
+      if (kWhole) {
+        rows[i] = Simd::LoadBytes(row);
       } else {
-        rows[i] = bytes >= width ? Simd::LoadBytes(row) : Simd::LoadBytes(row, bytes > 0 ? bytes : 0);
+        rows[i] = i < channels ? Simd::LoadBytes(row, bytes > 0 ? bytes : 0) : Simd::NoBytes();
       }
       rows[i] = storage == Storage::kInt4 ? Simd::Shift4(rows[i]) : Simd::Shift8(rows[i]);
     });
@@ -297,6 +298,28 @@ SIMD_INLINE const float* TileScales(const Matrix& matrix, const Part& part, int6
   return padded;
 }
 
+// Adds the products of eight channels from `channel` on, or those left, with a tile to those waiting.
+template <Storage storage, int kRows, bool kWhole>
+SIMD_INLINE void AddChannels(const uint8_t* from, int64_t stride, int64_t channels, int columns, const int8_t* x,
+                             int64_t x_stride, const int32_t* x_sums, int32_t* waiting, int64_t waiting_stride) {
+  Products<storage, kRows> products;
+  if (x_sums != nullptr) {
+    products.Start(x_sums);
+  } else {
+    products.Load(waiting, waiting_stride);
+  }
+  const auto add = [&](auto i, Bytes weights) SIMD_INLINE_LAMBDA { products.template Add<i.value>(weights); };
+  FetchChannels<storage>(from + kChannelsAhead * stride, stride);
+  products.LoadX(x, x_stride);
+  LoadChannels<storage, kWhole>(from, stride, channels, columns, add);
+  if (kWhole || channels > 4) {
+    FetchChannels<storage>(from + (kChannelsAhead + 4) * stride, stride);
+    products.LoadX(x + 4, x_stride);
+    LoadChannels<storage, kWhole>(from + 4 * stride, stride, channels - 4, columns, add);
+  }
+  products.Store(waiting, waiting_stride);
+}
+
 // sums += block `block` times kRows rows, read as the file lies.
 template <Storage storage, int kRows>
 void AddBlockInPlace(const Matrix& matrix, const Input& input, int64_t block, const Part& part) {
@@ -307,20 +330,20 @@ void AddBlockInPlace(const Matrix& matrix, const Input& input, int64_t block, co
   const uint8_t* values =
       static_cast<const uint8_t*>(matrix.values) + block * size * stride + RowBytes<storage>(part.column);
   int32_t* waiting = static_cast<int32_t*>(part.unpacked);
-  for (int64_t channel = 0; channel < channels; channel += 4) {
-    Products<storage, kRows> products;
-    products.LoadX(x + channel, size);
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      const uint8_t* from = values + channel * stride + tile * TileBytes<storage>();
-      FetchChannels<storage>(from + kChannelsAhead * stride, stride);
-      if (channel == 0) {
-        products.Start(input.sums + first);
-      } else {
-        products.Load(waiting + tile * kTile, part.stride);
+  for (int64_t channel = 0; channel < channels; channel += 8) {
+    const int32_t* x_sums = channel == 0 ? input.sums + first : nullptr;
+    const uint8_t* from = values + channel * stride;
+    int64_t tile = 0;
+    if (channel + 8 <= channels) {
+      for (; tile < part.columns / kTile; ++tile) {
+        AddChannels<storage, kRows, true>(from + tile * TileBytes<storage>(), stride, 8, kTile, x + channel, size,
+                                          x_sums, waiting + tile * kTile, part.stride);
       }
-      LoadChannels<storage>(from, stride, channels - channel, TileColumns(part, tile),
-                            [&](auto i, Bytes weights) SIMD_INLINE_LAMBDA { products.template Add<i.value>(weights); });
-      products.Store(waiting + tile * kTile, part.stride);
+    }
+    for (; tile < tiles; ++tile) {
+      AddChannels<storage, kRows, false>(from + tile * TileBytes<storage>(), stride, channels - channel,
+                                         TileColumns(part, tile), x + channel, size, x_sums, waiting + tile * kTile,
+                                         part.stride);
     }
   }
   for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -349,9 +372,14 @@ void UnpackBlock(const Matrix& matrix, int64_t block, const Part& part) {
       const int64_t stride = RowBytes<storage>(matrix.outputs);
       const uint8_t* from = values + row * stride + RowBytes<storage>(column);
       FetchChannels<storage>(from + kChannelsAhead * stride, stride);
-      LoadChannels<storage>(from, stride, channels - channel, TileColumns(part, tile),
-                            [&](auto i, Bytes weights)
-                                SIMD_INLINE_LAMBDA { Simd::StoreBytes(to + i * 4 * Simd::kLanes, weights); });
+      const auto store = [&](auto i, Bytes weights)
+                             SIMD_INLINE_LAMBDA { Simd::StoreBytes(to + i * 4 * Simd::kLanes, weights); };
+      const int columns = TileColumns(part, tile);
+      if (columns == kTile && channel + 4 <= channels) {
+        LoadChannels<storage, true>(from, stride, 4, kTile, store);
+      } else {
+        LoadChannels<storage, false>(from, stride, channels - channel, columns, store);
+      }
     }
   }
 }
@@ -381,7 +409,8 @@ void AddIntegerProduct(const Matrix& matrix, const Input& input, int64_t first_b
   const bool odd = storage == Storage::kInt4 && matrix.outputs % 2 != 0;
   for (int64_t block = first_block; block < end_block; ++block) {
     if (part.rows <= kFewRows && !odd) {
-      const auto add = Pick(part.rows, AddBlockInPlace<storage, 1>, AddBlockInPlace<storage, 2>);
+      const auto add =
+          Pick(part.rows, AddBlockInPlace<storage, 1>, AddBlockInPlace<storage, 2>, AddBlockInPlace<storage, 3>);
       add(matrix, input, block, part);
       continue;
     }
@@ -403,7 +432,7 @@ template <Storage storage>
 void AddFloatProduct(const Matrix& matrix, const Input& input, int64_t first_block, int64_t end_block,
                      const Part& part) {
   const int64_t end = Min(end_block * kFloatBlock, matrix.channels);
-  const bool few = part.rows <= kRowsAtOnce;
+  const bool few = part.rows <= kFewRows;
   const int64_t step = few ? 4 : kFloatBlock;
   for (int64_t channel = first_block * kFloatBlock; channel < end; channel += step) {
     const int64_t channels = Min(step, end - channel);
@@ -484,18 +513,44 @@ struct Pieces {
   }
 };
 
+// How a product is cut, by its shape alone: the sums of a split of the channels are made apart and added in order, so a
+// row gets the same bits whoever computes them. For few rows the splits are what threads share: each then reads a run
+// of the file that is as long as the sums it keeps in the first cache allow. (Prefetchers run past the end of a short
+// run, into what another thread reads.)
+struct Cut {
+  int64_t columns;  // of a run
+  int64_t runs;     // side by side
+  int64_t splits;
+  int64_t blocks;
+
+  explicit Cut(const Matrix& matrix) {
+    blocks = BlocksOf(matrix);
+    runs = CeilDivide(matrix.outputs, kRunColumns);
+    columns = RoundUp(CeilDivide(matrix.outputs, runs), kTile);
+    runs = CeilDivide(matrix.outputs, columns);
+    splits = Min(blocks, Max(1, kPartsPerMatrix / runs));
+  }
+  int64_t first_block(int64_t split) const { return blocks * split / splits; }
+};
+
 // Bytes that a task unpacks to, per output.
 int64_t UnpackedBytes(const Matrix& matrix, int64_t rows) {
   if (!IsInteger(matrix.storage)) return kFloatBlock * 4;
-  return rows <= kFewRows && matrix.outputs % 2 == 0 ? kFewRows * 4 : matrix.block_size;
+  const bool in_place = rows <= kFewRows && (matrix.storage == Storage::kInt8 || matrix.outputs % 2 == 0);
+  return in_place ? kFewRows * 4 : matrix.block_size;
 }
 
-Part TaskPart(int64_t row, int64_t rows, int64_t column, int64_t columns, int64_t unpacked_bytes) {
+void Clear(float* sums, int64_t count) {
+  for (int64_t i = 0; i < count; i += Simd::kLanes) Simd::Store(sums + i, Simd::Repeat(0.0f));
+}
+
+// `sums` cleared, and `extra` more floats per row and output behind them.
+Part TaskPart(int64_t row, int64_t rows, int64_t column, int64_t columns, int64_t unpacked_bytes, int64_t extra = 0) {
   const int64_t stride = RoundUp(columns, kTile), sums = rows * stride;
-  float* memory = static_cast<float*>(ScratchMemory(
-      Scratch::kTask, static_cast<size_t>(sums) * sizeof(float) + static_cast<size_t>(stride * unpacked_bytes)));
-  for (int64_t i = 0; i < sums; i += Simd::kLanes) Simd::Store(memory + i, Simd::Repeat(0.0f));
-  return {row, rows, column, columns, stride, memory, memory + sums};
+  const int64_t bytes = sums * (1 + extra) * static_cast<int64_t>(sizeof(float)) + stride * unpacked_bytes;
+  float* memory = static_cast<float*>(ScratchMemory(Scratch::kTask, static_cast<size_t>(bytes)));
+  Clear(memory, sums);
+  return {row, rows, column, columns, stride, memory, memory + sums * (1 + extra)};
 }
 
 // Calls task(row) for all rows, by the pool where it pays.
@@ -512,92 +567,169 @@ void ForRows(int64_t rows, const Parallel& parallel, Function task) {
   });
 }
 
+// One call: what it is given, and its working memory.
+struct Call {
+  const HLoraLinearArguments& given;
+  const Parallel& parallel;
+  int64_t rows, rank, low_size;
+  Cut into, weight;
+  Input x = {}, x_into = {}, z = {};  // x as W and as [A;R] take it; the gated A x
+  float* low = nullptr;               // (splits of [A;R], rows, R + E); Gate adds them up in the first
+  float* partial = nullptr;           // (splits of W, rows, O), only for few rows
+
+  bool has_adapter() const { return given.experts > 0; }
+
+  // The sums of one split of [A;R] for some rows.
+  void Reduce(int64_t split, int64_t row, int64_t count) const {
+    const Matrix& matrix = given.adapter_in;
+    const Part part = TaskPart(row, count, 0, low_size, UnpackedBytes(matrix, count));
+    AddProduct(matrix, x_into, into.first_block(split), into.first_block(split + 1), part);
+    for (int64_t r = 0; r < count; ++r) {
+      float* to = low + (split * rows + row + r) * low_size;
+      for (int64_t i = 0; i < low_size; ++i) to[i] = part.sums[r * part.stride + i];
+    }
+  }
+
+  // Adds the splits of [A;R], applies the gate, and rounds the result for B.
+  void Gate(int64_t row) const {
+    float* total = low + row * low_size;
+    for (int64_t split = 1; split < into.splits; ++split) {
+      const float* more = low + (split * rows + row) * low_size;
+      for (int64_t i = 0; i < low_size; ++i) total[i] += more[i];
+    }
+    ApplyGate(total, rank, given.experts);
+    float* gated = const_cast<float*>(z.values) + row * rank;
+    for (int64_t i = 0; i < rank; ++i) gated[i] = total[i];
+    RoundRow(z, given.adapter_out, row);
+  }
+
+  // y = the sums of W's splits, then those of B, then the bias: part.sums are B's, `product(row)` are W's.
+  template <class Product>
+  void Finish(const Part& part, const Product& product) const {
+    const int64_t outputs = given.weight.outputs;
+    for (int64_t r = 0; r < part.rows; ++r) {
+      const float* expansion = part.sums + r * part.stride;
+      float* to = given.y + (part.row + r) * outputs + part.column;
+      for (int64_t i = 0; i < part.columns; i += Simd::kLanes) {
+        const int left = static_cast<int>(Min(Simd::kLanes, part.columns - i));
+        Floats sum = product(r, i, left);
+        if (has_adapter()) sum = Simd::Add(sum, Simd::Load(expansion + i));
+        if (given.bias != nullptr) sum = Simd::Add(sum, Simd::Load(given.bias + part.column + i, left));
+        Simd::Store(to + i, sum, left);
+      }
+    }
+  }
+
+  // All threads read W and [A;R] at once, run by run; then B is added.
+  void FewRows() const {
+    const Matrix& matrix = given.weight;
+    const int64_t outputs = matrix.outputs, reductions = has_adapter() ? into.splits : 0;
+    parallel(static_cast<size_t>(reductions + weight.splits * weight.runs), [&](size_t task) {
+      const int64_t index = static_cast<int64_t>(task) - reductions;
+      if (index < 0) return Reduce(static_cast<int64_t>(task), 0, rows);
+      const int64_t split = index / weight.runs, column = index % weight.runs * weight.columns;
+      const int64_t columns = Min(weight.columns, outputs - column);
+      const Part part = TaskPart(0, rows, column, columns, UnpackedBytes(matrix, rows));
+      AddProduct(matrix, x, weight.first_block(split), weight.first_block(split + 1), part);
+      for (int64_t r = 0; r < rows; ++r) {
+        float* to = partial + (split * rows + r) * outputs + column;
+        for (int64_t i = 0; i < columns; i += Simd::kLanes) {
+          Simd::Store(to + i, Simd::Load(part.sums + r * part.stride + i),
+                      static_cast<int>(Min(Simd::kLanes, columns - i)));
+        }
+      }
+    });
+    if (has_adapter()) {
+      for (int64_t row = 0; row < rows; ++row) Gate(row);
+    }
+    const int64_t width = RoundUp(CeilDivide(outputs, kPartsPerMatrix), kTile);
+    parallel(static_cast<size_t>(CeilDivide(outputs, width)), [&](size_t index) {
+      const int64_t column = static_cast<int64_t>(index) * width, columns = Min(width, outputs - column);
+      const Part part = TaskPart(0, rows, column, columns, UnpackedBytes(given.adapter_out, rows));
+      if (has_adapter()) AddProduct(given.adapter_out, z, 0, BlocksOf(given.adapter_out), part);
+      Finish(part, [&](int64_t row, int64_t i, int left) {
+        Floats sum = Simd::Load(partial + row * outputs + column + i, left);
+        for (int64_t split = 1; split < weight.splits; ++split) {
+          sum = Simd::Add(sum, Simd::Load(partial + (split * rows + row) * outputs + column + i, left));
+        }
+        return sum;
+      });
+    });
+  }
+
+  // [A;R] for all rows, then W and B together, part by part of the outputs.
+  void ManyRows() const {
+    const Matrix &matrix = given.weight, &out_of = given.adapter_out;
+    const int64_t row_parts = CeilDivide(rows, kRowsPerTask), per_part = CeilDivide(rows, row_parts);
+    if (has_adapter()) {
+      parallel(static_cast<size_t>(row_parts * into.splits), [&](size_t task) {
+        const int64_t row = static_cast<int64_t>(task) / into.splits * per_part;
+        if (row < rows) Reduce(static_cast<int64_t>(task) % into.splits, row, Min(per_part, rows - row));
+      });
+      ForRows(rows, parallel, [&](int64_t row) { Gate(row); });
+    }
+    const int64_t unpacked = Max(UnpackedBytes(matrix, per_part), has_adapter() ? UnpackedBytes(out_of, per_part) : 0);
+    const int64_t by_cache = Max(1, kTaskBytes / (8 * per_part + unpacked) / kTile);
+    const int64_t by_share = CeilDivide(CeilDivide(matrix.outputs, kTile), kPartsPerMatrix);
+    const int64_t width = Min(by_cache, by_share) * kTile, parts = CeilDivide(matrix.outputs, width);
+    parallel(static_cast<size_t>(row_parts * parts), [&](size_t task) {
+      const int64_t row = static_cast<int64_t>(task) / parts * per_part, count = Min(per_part, rows - row);
+      const int64_t column = static_cast<int64_t>(task) % parts * width;
+      if (count <= 0) return;
+      const Part part = TaskPart(row, count, column, Min(width, matrix.outputs - column), unpacked, 1);
+      const int64_t sums = count * part.stride;
+      float* total = part.sums + sums;
+      for (int64_t split = 0; split < weight.splits; ++split) {
+        AddProduct(matrix, x, weight.first_block(split), weight.first_block(split + 1), part);
+        for (int64_t i = 0; i < sums; i += Simd::kLanes) {
+          const Floats more = Simd::Load(part.sums + i);
+          Simd::Store(total + i, split == 0 ? more : Simd::Add(Simd::Load(total + i), more));
+        }
+        Clear(part.sums, sums);
+      }
+      if (has_adapter()) AddProduct(out_of, z, 0, BlocksOf(out_of), part);
+      Finish(part, [&](int64_t r, int64_t i, int) { return Simd::Load(total + r * part.stride + i); });
+    });
+  }
+};
+
 }  // namespace
 
-void SIMD_KERNEL(HLoraLinear)(const HLoraLinearArguments& arguments, const Parallel& parallel) {
-  const Matrix &weight = arguments.weight, &into = arguments.adapter_in, &out_of = arguments.adapter_out;
-  const int64_t rows = arguments.rows, experts = arguments.experts, outputs = weight.outputs;
+void SIMD_KERNEL(HLoraLinear)(const HLoraLinearArguments& given, const Parallel& parallel) {
+  const int64_t rows = given.rows;
   if (rows == 0) return;
-  const int64_t rank = experts > 0 ? out_of.channels : 0, low_size = experts > 0 ? into.outputs : 0;
-  // x is rounded once: [A;R] has the channels, the blocks and the type of W, or its own copy.
-  const bool shared =
-      experts > 0 && IsInteger(weight.storage) && IsInteger(into.storage) && weight.block_size == into.block_size;
-  const int64_t splits = experts > 0 ? Min(kLowSplits, BlocksOf(into)) : 0;
-
-  float *partial = nullptr, *low = nullptr;
-  Input x = {}, x_into = {}, z = {};
+  const bool adapter = given.experts > 0;
+  const int64_t rank = adapter ? given.adapter_out.channels : 0, low_size = adapter ? given.adapter_in.outputs : 0;
+  Call call = {
+      given, parallel, rows, rank, low_size, Cut(adapter ? given.adapter_in : given.weight), Cut(given.weight)};
+  // x is rounded once if [A;R] has W's blocks.
+  const bool shared = adapter && IsInteger(given.weight.storage) && IsInteger(given.adapter_in.storage) &&
+                      given.weight.block_size == given.adapter_in.block_size;
   const auto place = [&](void* start) {
     Pieces pieces = {reinterpret_cast<uintptr_t>(start)};
-    x = PlaceInput(arguments.x, rows, weight, pieces.Take<void>(RoundedBytes(rows, weight)));
-    if (experts > 0) {
-      x_into = shared ? x : PlaceInput(arguments.x, rows, into, pieces.Take<void>(RoundedBytes(rows, into)));
-      partial = pieces.Take<float>(static_cast<size_t>(splits * rows * low_size) * sizeof(float));
-      low = pieces.Take<float>(static_cast<size_t>(rows * rank) * sizeof(float));
-      z = PlaceInput(low, rows, out_of, pieces.Take<void>(RoundedBytes(rows, out_of)));
+    call.x = PlaceInput(given.x, rows, given.weight, pieces.Take<void>(RoundedBytes(rows, given.weight)));
+    if (adapter) {
+      call.x_into =
+          shared ? call.x
+                 : PlaceInput(given.x, rows, given.adapter_in, pieces.Take<void>(RoundedBytes(rows, given.adapter_in)));
+      call.low = pieces.Take<float>(static_cast<size_t>(call.into.splits * rows * low_size) * sizeof(float));
+      const float* gated = pieces.Take<float>(static_cast<size_t>(rows * rank) * sizeof(float));
+      call.z = PlaceInput(gated, rows, given.adapter_out, pieces.Take<void>(RoundedBytes(rows, given.adapter_out)));
+    }
+    if (rows <= kFewRows) {
+      call.partial =
+          pieces.Take<float>(static_cast<size_t>(call.weight.splits * rows * given.weight.outputs) * sizeof(float));
     }
     return pieces.used;
   };
   place(ScratchMemory(Scratch::kCall, place(nullptr)));
-
-  if (IsInteger(weight.storage) || (experts > 0 && IsInteger(into.storage))) {
+  if (IsInteger(given.weight.storage) || (adapter && IsInteger(given.adapter_in.storage))) {
     ForRows(rows, parallel, [&](int64_t row) {
-      RoundRow(x, weight, row);
-      if (experts > 0 && !shared) RoundRow(x_into, into, row);
+      RoundRow(call.x, given.weight, row);
+      if (adapter && !shared) RoundRow(call.x_into, given.adapter_in, row);
     });
   }
-
-  if (experts > 0) {
-    const int64_t row_parts = CeilDivide(rows, kRowsPerTask), blocks = BlocksOf(into);
-    const int64_t per_part = CeilDivide(rows, row_parts);
-    parallel(static_cast<size_t>(row_parts * splits), [&](size_t index) {
-      const int64_t split = static_cast<int64_t>(index) % splits, row = static_cast<int64_t>(index) / splits * per_part;
-      const int64_t count = Min(per_part, rows - row);
-      if (count <= 0) return;
-      const Part part = TaskPart(row, count, 0, low_size, UnpackedBytes(into, count));
-      AddProduct(into, x_into, blocks * split / splits, blocks * (split + 1) / splits, part);
-      for (int64_t r = 0; r < count; ++r) {
-        float* to = partial + (split * rows + row + r) * low_size;
-        for (int64_t i = 0; i < low_size; ++i) to[i] = part.sums[r * part.stride + i];
-      }
-    });
-    ForRows(rows, parallel, [&](int64_t row) {
-      float* total = partial + row * low_size;
-      for (int64_t split = 1; split < splits; ++split) {
-        const float* more = partial + (split * rows + row) * low_size;
-        for (int64_t i = 0; i < low_size; ++i) total[i] += more[i];
-      }
-      ApplyGate(total, rank, experts);
-      for (int64_t i = 0; i < rank; ++i) low[row * rank + i] = total[i];
-      RoundRow(z, out_of, row);
-    });
-  }
-
-  // Enough parts for any pool to share evenly, each a run of whole tiles that is long in the file.
-  const int64_t row_parts = CeilDivide(rows, kRowsPerTask), per_part = CeilDivide(rows, row_parts);
-  const int64_t unpacked_bytes =
-      Max(UnpackedBytes(weight, per_part), experts > 0 ? UnpackedBytes(out_of, per_part) : 0);
-  const int64_t by_cache = Max(1, kTaskBytes / (4 * per_part + unpacked_bytes) / kTile);
-  const int64_t by_share = CeilDivide(CeilDivide(outputs, kTile), kPartsPerLinear);
-  const int64_t width = Min(by_cache, by_share) * kTile, column_parts = CeilDivide(outputs, width);
-  parallel(static_cast<size_t>(row_parts * column_parts), [&](size_t index) {
-    const int64_t row = static_cast<int64_t>(index) / column_parts * per_part;
-    const int64_t column = static_cast<int64_t>(index) % column_parts * width;
-    const int64_t count = Min(per_part, rows - row), columns = Min(width, outputs - column);
-    if (count <= 0) return;
-    const Part part = TaskPart(row, count, column, columns, unpacked_bytes);
-    AddProduct(weight, x, 0, BlocksOf(weight), part);
-    if (experts > 0) AddProduct(out_of, z, 0, BlocksOf(out_of), part);
-    for (int64_t r = 0; r < count; ++r) {
-      const float* from = part.sums + r * part.stride;
-      float* to = arguments.y + (row + r) * outputs + column;
-      for (int64_t i = 0; i < columns; i += Simd::kLanes) {
-        const int left = static_cast<int>(Min(Simd::kLanes, columns - i));
-        Floats sum = Simd::Load(from + i);
-        if (arguments.bias != nullptr) sum = Simd::Add(sum, Simd::Load(arguments.bias + column + i, left));
-        Simd::Store(to + i, sum, left);
-      }
-    }
-  });
+  rows <= kFewRows ? call.FewRows() : call.ManyRows();
 }
 
 }  // namespace healthgpt
