@@ -2,8 +2,10 @@
 
     python -m benchmarks.random_checkpoint OUT [--system m3] [--layers N]
 
-The released weights cannot be shipped; time, memory and bytes do not depend on their values. Everything is written
-tensor by tensor, so that writing 8 GB takes little memory.
+The released weights cannot be shipped; time, memory and bytes do not depend on their values. They are scaled so that a
+layer refines its input, as in a trained model: with one scale for all, 32 layers make a chaos in which two correct
+roundings give unrelated logits, and nothing could be compared. Everything is written tensor by tensor, so that writing
+8 GB takes little memory.
 """
 
 from __future__ import annotations
@@ -52,6 +54,14 @@ class Normal:
         return flat.view(shape)
 
 
+def scale_of(name: str, system: System) -> float:
+    """What a matrix is multiplied with: embeddings are of order one, and each residual branch adds a small part."""
+    if "embed_tokens" in name:
+        return 1 / STANDARD_DEVIATION
+    branch = ("o_proj" in name or "down_proj" in name) and "lora_A" not in name and "lora_route" not in name
+    return (2 * system.layers) ** -0.5 if branch else 1.0
+
+
 def base_tensors(system: System) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "model.embed_tokens.weight", (system.base_vocab, system.hidden)
     for layer in range(system.layers):
@@ -86,7 +96,7 @@ def write_base(folder: Path, system: System, normal: Normal) -> None:
         with (folder / file_name).open("wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
             for name, shape in shard:
-                values = normal(*shape, dtype=torch.bfloat16)
+                values = normal(*shape, dtype=torch.bfloat16).mul_(scale_of(name, system))
                 if name.endswith("norm.weight"):
                     values += 1
                 file.write(values.view(torch.int16).numpy().data)
@@ -184,14 +194,14 @@ def write_plugins(folder: Path, system: System, normal: Normal) -> None:
             for name, (outputs, inputs) in system.linears.items():
                 key = f"{prefix}.layers.{layer}.{name}"
                 state[f"{key}.lora_A.weight"] = normal(rank, inputs, dtype=half)
-                state[f"{key}.lora_B.weight"] = normal(outputs, rank, dtype=half)
+                state[f"{key}.lora_B.weight"] = normal(outputs, rank, dtype=half).mul_(scale_of(key, system))
                 state[f"{key}.lora_route.weight"] = normal(system.experts, inputs, dtype=half)
         for index, inputs in ((0, 1024), (2, system.hidden)):
             state[f"{prefix}.mm_projector.{index}.weight"] = normal(system.hidden, inputs, dtype=half)
             state[f"{prefix}.mm_projector.{index}.bias"] = normal(system.hidden, dtype=half)
         torch.save(state, folder / f"{task}_hlora_weights.bin")
     fusion = {
-        f"{prefix}.embed_tokens.weight": normal(system.vocab, system.hidden, dtype=half),
+        f"{prefix}.embed_tokens.weight": normal(system.vocab, system.hidden, dtype=half).mul_(1 / STANDARD_DEVIATION),
         "base_model.model.lm_head.weight": normal(system.vocab, system.hidden, dtype=half),
     }
     torch.save(fusion, folder / "fusion_layer_weights.bin")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,9 +12,11 @@ from .manifest import Manifest
 from .session import GENERATION, Session
 
 PROMPT_TOKENS = 16
-# How far two results may be apart, as a share of their spread. With integer matrices the activations are rounded to 8
-# bits, where the last bit of a sum can move a whole step; a wrong kernel is off by its full size.
-TOLERANCES = {"fp32": 1e-3, "fp16": 2e-2, "int8": 5e-2, "int4": 5e-2}
+# How far two results may be apart, as a share of their spread, for each root of a layer: roundings are independent. With
+# integer matrices the activations are rounded to 8 bits, where the last bit of a sum can move a whole step (measured:
+# 0.005 for 4 trained layers, 0.024 for 32 random ones, whose logits keep less of the input); a wrong kernel is off by
+# its full size.
+TOLERANCES = {"fp32": 5e-4, "fp16": 1e-2, "int8": 3e-2, "int4": 3e-2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +42,13 @@ def outputs(session: Session) -> dict[str, np.ndarray]:
 
 def agree(manifest: Manifest, found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> list[Agreement]:
     """Compare results by name; raises BenchmarkError where they are further apart than rounding takes them."""
-    tolerance = TOLERANCES[manifest.precision]
+    tolerance = TOLERANCES[manifest.precision] * math.sqrt(manifest.language.layers)
     agreements = []
     for name, reference in expected.items():
         reference = reference.astype(np.float64)
         distance = float(np.linalg.norm(found[name] - reference) / np.linalg.norm(reference - reference.mean()))
         if not distance <= tolerance:  # a NaN neither
-            raise BenchmarkError(f"{name} must agree to {tolerance:g}, found {distance:.3g}; nothing was timed")
+            raise BenchmarkError(f"{name} must agree to {tolerance:.2g}, found {distance:.3g}; nothing was timed")
         agreements.append(Agreement(name, distance, tolerance))
     return agreements
 

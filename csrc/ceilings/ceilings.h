@@ -5,7 +5,6 @@
 #pragma once
 
 #include <cstdint>
-#include <optional>
 
 namespace healthgpt {
 
@@ -14,11 +13,11 @@ namespace healthgpt {
 // like those of the mapped weight files.
 double ReadBandwidth(int threads, int64_t bytes);
 
-// Operations per second (a multiplication and an addition are two) of 4-way int8 dot products into int32, operands in
-// registers. Nothing where the processor has no such instruction.
-std::optional<double> Int8Rate(int threads);
+// Operations per second (a multiplication and an addition are two) of the kernels' int8 dot products into int32,
+// operands in registers.
+double Int8Rate(int threads);
 
-// The same of float32 fused multiply-adds.
-std::optional<double> Float32Rate(int threads);
+// The same of float32 multiply-adds.
+double Float32Rate(int threads);
 
 }  // namespace healthgpt

@@ -2,9 +2,7 @@
 #include "ceilings/ceilings.h"
 
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
-#include <optional>
 #include <string>
 
 namespace py = pybind11;
@@ -28,8 +26,8 @@ double ReadBandwidth(int64_t threads, int64_t mebibytes) {
   return healthgpt::ReadBandwidth(static_cast<int>(threads), mebibytes << 20);
 }
 
-template <std::optional<double> (*measure)(int)>
-std::optional<double> Rate(int64_t threads) {
+template <double (*measure)(int)>
+double Rate(int64_t threads) {
   CheckRange("threads", threads, kMostThreads);
   const py::gil_scoped_release release;
   return measure(static_cast<int>(threads));
@@ -41,7 +39,7 @@ void BindCeilings(py::module_& module) {
   module.def("read_bandwidth", &ReadBandwidth, py::arg("threads"), py::arg("mebibytes") = 512,
              "Bytes per second that this many threads read from a buffer of this size.");
   module.def("int8_rate", &Rate<healthgpt::Int8Rate>, py::arg("threads"),
-             "int8 operations per second of this many threads, None where there is no dot product instruction.");
+             "int8 operations per second of the kernels' dot products on this many threads.");
   module.def("float32_rate", &Rate<healthgpt::Float32Rate>, py::arg("threads"),
-             "float32 operations per second of this many threads, None where there is no fused multiply-add.");
+             "float32 operations per second of multiply-adds on this many threads.");
 }

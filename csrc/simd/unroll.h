@@ -6,10 +6,13 @@
 #define SIMD_INLINE_LAMBDA __attribute__((always_inline))
 
 // Holds a sum in one register over the turns of a loop; GCC 12 would copy all of them at every turn, by way of memory.
+// SIMD_HOLD does so, too, for a result that nobody reads.
 #if defined(__x86_64__)
 #define SIMD_KEEP(vector) asm("" : "+v"(vector))
+#define SIMD_HOLD(vector) asm volatile("" : "+v"(vector))
 #elif defined(__aarch64__)
 #define SIMD_KEEP(vector) asm("" : "+w"(vector))
+#define SIMD_HOLD(vector) asm volatile("" : "+w"(vector))
 #endif
 
 namespace healthgpt {
