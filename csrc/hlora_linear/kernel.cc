@@ -163,23 +163,29 @@ SIMD_INLINE void LoadChannels(const uint8_t* from, int64_t stride, int64_t chann
   });
 }
 
+// Eight vectors in the order of LoadChannels, to that of columns.
+template <Storage storage>
+SIMD_INLINE void OrderColumns(Ints (&vectors)[kVectors]) {
+  if constexpr (storage == Storage::kInt4) {
+    Simd::Order4(vectors);
+  } else {
+    Simd::Order8(vectors);
+  }
+}
+
 // A row of int4 with an odd number of outputs starts inside a byte for every other channel: one value at a time.
-void LoadOddChannels(const uint8_t* from, int64_t first, int64_t stride, int64_t channels, int columns, uint8_t* tile) {
+void LoadOddChannels(const uint8_t* from, int64_t first, int64_t stride, int64_t channels, int columns, int32_t* tile) {
   for (int64_t channel = 0; channel < 4; ++channel) {
     for (int64_t column = 0; column < kTile; ++column) {
       const int64_t at = first + channel * stride + column;
       const bool inside = channel < channels && column < columns;
       const int nibble = inside ? from[at / 2] >> (at % 2 * 4) & 0x0F : 0;
-      // Where LoadChannels puts it: byte column / 2 of Interleave, even and odd nibbles in vectors of their own.
-      const int64_t byte = column / 2, lane = byte / 16;
-      const int64_t vector = byte % 16 / 4 * 2 + column % 2;
-      tile[(vector * Simd::kLanes + lane * 4 + byte % 4) * 4 + channel] =
-          static_cast<uint8_t>((nibble ^ 8) - 8 + Simd::kOffset4);
+      reinterpret_cast<uint8_t*>(tile)[column * 4 + channel] = static_cast<uint8_t>((nibble ^ 8) - 8 + Simd::kOffset4);
     }
   }
 }
 
-// Dot products of kRows rows of x with a tile, in the order of Interleave until they are added to the sums.
+// Dot products of kRows rows of x with a tile, of weights in the order of Interleave or of columns.
 template <Storage storage, int kRows>
 struct Products {
   Ints at[kRows][kVectors];
@@ -214,13 +220,11 @@ struct Products {
       SIMD_KEEP(at[r][i]);
     });
   }
+  SIMD_INLINE void Order() {
+    Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA { OrderColumns<storage>(at[r]); });
+  }
   SIMD_INLINE void AddTo(float* sums, int64_t stride, const float* scales, const float* x_scales) {
     Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA {
-      if constexpr (storage == Storage::kInt4) {
-        Simd::Order4(at[r]);
-      } else {
-        Simd::Order8(at[r]);
-      }
       const Floats x_scale = Simd::Repeat(x_scales[r]);
       Unroll<kVectors>([&](auto i) SIMD_INLINE_LAMBDA {
         float* sum = sums + r * stride + i * Simd::kLanes;
@@ -350,19 +354,21 @@ void AddBlockInPlace(const Matrix& matrix, const Input& input, int64_t block, co
     float padded[kTile];
     Products<storage, kRows> products;
     products.Load(waiting + tile * kTile, part.stride);
+    products.Order();
     products.AddTo(part.sums + tile * kTile, part.stride, TileScales(matrix, part, block, tile, padded),
                    input.scales + first);
   }
 }
 
-// The channels of a block for all tiles of the part: tile after tile, four channels after four.
+// The channels of a block for all tiles of the part, tile after tile: each 32-bit integer has four channels of a
+// column.
 template <Storage storage>
 void UnpackBlock(const Matrix& matrix, int64_t block, const Part& part) {
   const int64_t size = matrix.block_size, channels = Min(size, matrix.channels - block * size);
   const uint8_t* values = static_cast<const uint8_t*>(matrix.values);
   for (int64_t channel = 0; channel < channels; channel += 4) {
     for (int64_t tile = 0; tile < part.stride / kTile; ++tile) {
-      uint8_t* to = static_cast<uint8_t*>(part.unpacked) + (tile * size + channel) * kTile;
+      int32_t* to = static_cast<int32_t*>(part.unpacked) + (tile * size + channel) / 4 * kTile;
       const int64_t row = block * size + channel, column = part.column + tile * kTile;
       if (storage == Storage::kInt4 && matrix.outputs % 2 != 0) {
         LoadOddChannels(values, row * matrix.outputs + column, matrix.outputs, channels - channel,
@@ -372,14 +378,16 @@ void UnpackBlock(const Matrix& matrix, int64_t block, const Part& part) {
       const int64_t stride = RowBytes<storage>(matrix.outputs);
       const uint8_t* from = values + row * stride + RowBytes<storage>(column);
       FetchChannels<storage>(from + kChannelsAhead * stride, stride);
-      const auto store = [&](auto i, Bytes weights)
-                             SIMD_INLINE_LAMBDA { Simd::StoreBytes(to + i * 4 * Simd::kLanes, weights); };
+      Ints weights[kVectors];
+      const auto keep = [&](auto i, Bytes loaded) SIMD_INLINE_LAMBDA { weights[i] = Simd::AsInts(loaded); };
       const int columns = TileColumns(part, tile);
       if (columns == kTile && channel + 4 <= channels) {
-        LoadChannels<storage, true>(from, stride, 4, kTile, store);
+        LoadChannels<storage, true>(from, stride, 4, kTile, keep);
       } else {
-        LoadChannels<storage, false>(from, stride, channels - channel, columns, store);
+        LoadChannels<storage, false>(from, stride, channels - channel, columns, keep);
       }
+      OrderColumns<storage>(weights);
+      Unroll<kVectors>([&](auto i) SIMD_INLINE_LAMBDA { Simd::StoreInts(to + i * Simd::kLanes, weights[i]); });
     }
   }
 }

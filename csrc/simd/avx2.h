@@ -71,6 +71,7 @@ struct Simd {
     return Dot4(sum, _mm256_abs_epi8(weights), _mm256_sign_epi8(x, weights));  // pairs are at most 2 * 128 * 127
   }
 #endif
+  static SIMD_INLINE Ints AsInts(Bytes bytes) { return bytes; }
   static SIMD_INLINE Ints LoadInts(const int32_t* from) { return LoadBytes(from); }
   static SIMD_INLINE void StoreInts(int32_t* to, Ints values) { StoreBytes(to, values); }
   static SIMD_INLINE Ints RepeatInt(int32_t value) { return _mm256_set1_epi32(value); }

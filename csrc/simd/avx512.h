@@ -53,6 +53,7 @@ struct Simd {
   }
   static SIMD_INLINE Ints Dot4(Ints sum, Bytes weights, Bytes x) { return _mm512_dpbusd_epi32(sum, weights, x); }
   static SIMD_INLINE Ints Dot8(Ints sum, Bytes weights, Bytes x) { return _mm512_dpbusd_epi32(sum, weights, x); }
+  static SIMD_INLINE Ints AsInts(Bytes bytes) { return bytes; }
   static SIMD_INLINE Ints LoadInts(const int32_t* from) { return _mm512_loadu_si512(from); }
   static SIMD_INLINE void StoreInts(int32_t* to, Ints values) { _mm512_storeu_si512(to, values); }
   static SIMD_INLINE Ints RepeatInt(int32_t value) { return _mm512_set1_epi32(value); }

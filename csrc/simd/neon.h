@@ -53,6 +53,7 @@ struct Simd {
   static Ints Dot8(Ints sum, Bytes weights, Bytes x) {
     return vdotq_s32(sum, vreinterpretq_s8_u8(weights), vreinterpretq_s8_u8(x));
   }
+  static Ints AsInts(Bytes bytes) { return vreinterpretq_s32_u8(bytes); }
   static Ints LoadInts(const int32_t* from) { return vld1q_s32(from); }
   static void StoreInts(int32_t* to, Ints values) { vst1q_s32(to, values); }
   static Ints RepeatInt(int32_t value) { return vdupq_n_s32(value); }

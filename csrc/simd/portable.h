@@ -77,6 +77,11 @@ struct Simd {
     }
     return sum;
   }
+  static Ints AsInts(Bytes bytes) {
+    Ints ints;
+    __builtin_memcpy(&ints, &bytes, 16);
+    return ints;
+  }
   static Ints LoadInts(const int32_t* from) { return *reinterpret_cast<const Ints*>(from); }
   static void StoreInts(int32_t* to, Ints values) { *reinterpret_cast<Ints*>(to) = values; }
   static Ints RepeatInt(int32_t value) { return Ints{{value, value, value, value}}; }
