@@ -15,6 +15,7 @@ using Floats = Simd::Floats;
 constexpr int64_t kLanes = Simd::kLanes;
 constexpr int64_t kKeys = 64;         // positions per block
 constexpr int64_t kRowsPerTask = 64;  // so many share the widening of a block
+constexpr int64_t kRowsInPlace = 2;   // as many or fewer read the caches as they lie
 constexpr int kRowsAtOnce = 4;        // times kVectors sums stay in registers
 constexpr int kVectors = 4;
 constexpr float kNone = -__builtin_inff();
@@ -116,40 +117,55 @@ void Append(const Head& head, float* rotated) {
   }
 }
 
-// scores (rows, kKeys) = query (rows, width) times the keys (count, width).
-template <int kRows>
-void Score(const float* query, const float* keys, int64_t count, int64_t width, float* scores) {
-  for (int64_t key = 0; key < count; ++key) {
-    Floats sums[kRows];
-    Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA { sums[r] = Simd::Repeat(0.0f); });
-    for (int64_t i = 0; i < width; i += kLanes) {
-      const Floats values = Simd::Load(keys + key * width + i);
-      Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA {
-        sums[r] = Simd::MultiplyAdd(values, Simd::Load(query + r * width + i), sums[r]);
-        SIMD_KEEP(sums[r]);
-      });
-    }
-    Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA { scores[r * kKeys + key] = Simd::Sum(sums[r]); });
+// Keys or values of one block: widened to float32 in the first cache, or in place where few rows read whole vectors.
+struct Block {
+  const void* at;
+  int64_t stride;  // numbers between two positions
+};
+
+template <Storage storage>
+SIMD_INLINE Floats LoadVector(const Block& block, int64_t at) {
+  if constexpr (storage == Storage::kFloat16) {
+    return Simd::LoadHalf(static_cast<const uint16_t*>(block.at) + at);
+  } else {
+    return Simd::Load(static_cast<const float*>(block.at) + at);
   }
 }
 
-// totals (rows, width) = totals * corrections + shares (rows, kKeys) times the values (count, width), for kCount
-// vectors of the width.
-template <int kRows, int kCount>
-void AddValues(const float* shares, const float* values, int64_t count, int64_t width, const float* corrections,
-               float* totals) {
+// scores (kKeys) = a query (width) times each key of the block. What lies behind its last key counts for nothing.
+template <Storage storage>
+void Score(const float* query, const Block& keys, int64_t count, int64_t width, float* scores) {
+  for (int64_t key = 0; key < count; key += kLanes) {
+    Floats sums[kLanes];
+    Unroll<kLanes>([&](auto i) SIMD_INLINE_LAMBDA { sums[i] = Simd::Repeat(0.0f); });
+    for (int64_t at = 0; at < width; at += kLanes) {
+      const Floats factor = Simd::Load(query + at);
+      Unroll<kLanes>([&](auto i) SIMD_INLINE_LAMBDA {
+        sums[i] = Simd::MultiplyAdd(LoadVector<storage>(keys, (key + i) * keys.stride + at), factor, sums[i]);
+        SIMD_KEEP(sums[i]);
+      });
+    }
+    Simd::Store(scores + key, Simd::SumEach(sums));
+  }
+}
+
+// totals (rows, width) = totals * corrections + shares (rows, kKeys) times the values of the block, for kCount vectors
+// of the width from `at` on.
+template <Storage storage, int kRows, int kCount>
+void AddValues(const float* shares, const Block& values, int64_t count, int64_t at, int64_t width,
+               const float* corrections, float* totals) {
   Floats sums[kRows][kCount];
   Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA {
     const Floats correction = Simd::Repeat(corrections[r]);
     Unroll<kCount>([&](auto i) SIMD_INLINE_LAMBDA {
-      sums[r][i] = Simd::Multiply(Simd::Load(totals + r * width + i * kLanes), correction);
+      sums[r][i] = Simd::Multiply(Simd::Load(totals + r * width + at + i * kLanes), correction);
     });
   });
   for (int64_t key = 0; key < count; ++key) {
     Floats share[kRows];
     Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA { share[r] = Simd::Repeat(shares[r * kKeys + key]); });
     Unroll<kCount>([&](auto i) SIMD_INLINE_LAMBDA {
-      const Floats value = Simd::Load(values + key * width + i * kLanes);
+      const Floats value = LoadVector<storage>(values, key * values.stride + at + i * kLanes);
       Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA {
         sums[r][i] = Simd::MultiplyAdd(share[r], value, sums[r][i]);
         SIMD_KEEP(sums[r][i]);
@@ -157,21 +173,40 @@ void AddValues(const float* shares, const float* values, int64_t count, int64_t 
     });
   }
   Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA {
-    Unroll<kCount>([&](auto i) SIMD_INLINE_LAMBDA { Simd::Store(totals + r * width + i * kLanes, sums[r][i]); });
+    Unroll<kCount>([&](auto i) SIMD_INLINE_LAMBDA { Simd::Store(totals + r * width + at + i * kLanes, sums[r][i]); });
   });
 }
 
-template <int kRows>
-void AddAllValues(const float* shares, const float* values, int64_t count, int64_t width, const float* corrections,
+template <Storage storage, int kRows>
+void AddAllValues(const float* shares, const Block& values, int64_t count, int64_t width, const float* corrections,
                   float* totals) {
-  int64_t i = 0;
-  for (; i + kVectors * kLanes <= width; i += kVectors * kLanes) {
-    AddValues<kRows, kVectors>(shares, values + i, count, width, corrections, totals + i);
+  for (int64_t at = 0; at < width; at += kVectors * kLanes) {
+    const auto add = Pick((width - at) / kLanes, AddValues<storage, kRows, 1>, AddValues<storage, kRows, 2>,
+                          AddValues<storage, kRows, 3>, AddValues<storage, kRows, 4>);
+    add(shares, values, count, at, width, corrections, totals);
   }
-  const int64_t left = (width - i) / kLanes;
-  if (left == 3) AddValues<kRows, 3>(shares, values + i, count, width, corrections, totals + i);
-  if (left == 2) AddValues<kRows, 2>(shares, values + i, count, width, corrections, totals + i);
-  if (left == 1) AddValues<kRows, 1>(shares, values + i, count, width, corrections, totals + i);
+}
+
+void Fetch(const char* from, int64_t bytes) {
+  for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(from + line, 0, 2);
+}
+
+// All rows of a task with one block of keys, and of values.
+template <Storage storage>
+void ScoreRows(const float* query, int64_t rows, const Block& keys, int64_t count, int64_t width, float* scores) {
+  for (int64_t row = 0; row < rows; ++row) {
+    Score<storage>(query + row * width, keys, count, width, scores + row * kKeys);
+  }
+}
+
+template <Storage storage>
+void AddRows(const float* shares, int64_t rows, const Block& values, int64_t count, int64_t width,
+             const float* corrections, float* totals) {
+  for (int64_t row = 0; row < rows; row += kRowsAtOnce) {
+    const auto add = Pick(rows - row, AddAllValues<storage, 1>, AddAllValues<storage, 2>, AddAllValues<storage, 3>,
+                          AddAllValues<storage, 4>);
+    add(shares + row * kKeys, values, count, width, corrections + row, totals + row * width);
+  }
 }
 
 // A row's scores of one block to shares of its running softmax. Keys outside [first, end) of the block have none.
@@ -221,22 +256,27 @@ void Attend(const Head& head, int64_t begin, int64_t count, float* memory) {
   const int64_t last = head.position(begin + count - 1);
   for (int64_t start = head.first(begin) / kKeys * kKeys; start <= last; start += kKeys) {
     const int64_t keys = Min(kKeys, last + 1 - start);
-    LoadCached(given.cache, head.cached(given.keys, start), keys, size, width, block);
-    for (int64_t row = 0; row < count; row += kRowsAtOnce) {
-      const auto score = Pick(Min(kRowsAtOnce, count - row), Score<1>, Score<2>, Score<3>, Score<4>);
-      score(query + row * width, block, keys, width, scores + row * kKeys);
-    }
+    // Whole blocks of whole vectors are widened only if many rows will read them. The numbers are the same.
+    const bool in_place = count <= kRowsInPlace && keys == kKeys && size == width;
+    const auto open = [&](void* cache) {
+      if (in_place) return Block{head.cached(cache, start), size};
+      LoadCached(given.cache, head.cached(cache, start), keys, size, width, block);
+      return Block{block, width};
+    };
+    const bool halves = in_place && given.cache == Storage::kFloat16;
+    // What is read next is fetched meanwhile: the values of this block, then the keys of the next.
+    const int64_t bytes = in_place ? keys * size * CacheBytes(given.cache) : 0;
+    Fetch(head.cached(given.values, start), bytes);
+    const auto score = halves ? ScoreRows<Storage::kFloat16> : ScoreRows<Storage::kFloat32>;
+    score(query, count, open(given.keys), keys, width, scores);
     for (int64_t row = 0; row < count; ++row) {
       const int64_t first = Max(0, head.first(begin + row) - start);
       const int64_t end = Min(kKeys, head.position(begin + row) + 1 - start);
       corrections[row] = Share(scores + row * kKeys, first, end, largest + row, total + row);
     }
-    LoadCached(given.cache, head.cached(given.values, start), keys, size, width, block);
-    for (int64_t row = 0; row < count; row += kRowsAtOnce) {
-      const auto add =
-          Pick(Min(kRowsAtOnce, count - row), AddAllValues<1>, AddAllValues<2>, AddAllValues<3>, AddAllValues<4>);
-      add(scores + row * kKeys, block, keys, width, corrections + row, totals + row * width);
-    }
+    if (start + kKeys <= last) Fetch(head.cached(given.keys, start + kKeys), bytes);
+    const auto add = halves ? AddRows<Storage::kFloat16> : AddRows<Storage::kFloat32>;
+    add(scores, count, open(given.values), keys, width, corrections, totals);
   }
   for (int64_t row = 0; row < count; ++row) {
     const int64_t at = head.batch * given.tokens + (begin + row) / head.group;

@@ -134,6 +134,16 @@ struct Simd {
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
   }
+  static SIMD_INLINE Floats SumEach(const Floats (&rows)[8]) {
+    Floats halves[2];
+    Unroll<2>([&](auto i) SIMD_INLINE_LAMBDA {
+      const Floats low = AddPairs(rows[4 * i], rows[4 * i + 1]), high = AddPairs(rows[4 * i + 2], rows[4 * i + 3]);
+      const __m256d a = _mm256_castps_pd(low), b = _mm256_castps_pd(high);
+      halves[i] = _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(a, b)), _mm256_castpd_ps(_mm256_unpackhi_pd(a, b)));
+    });
+    return _mm256_add_ps(_mm256_permute2f128_ps(halves[0], halves[1], 0x20),
+                         _mm256_permute2f128_ps(halves[0], halves[1], 0x31));
+  }
   static SIMD_INLINE float Largest(Floats a) {
     const __m128 four = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
@@ -146,6 +156,11 @@ struct Simd {
   }
 
  private:
+  // Within each lane a0 + a2, b0 + b2, a1 + a3, b1 + b3.
+  static SIMD_INLINE Floats AddPairs(Floats a, Floats b) {
+    return _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+  }
+
   static __m256i Mask(int count) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   }

@@ -109,6 +109,18 @@ struct Simd {
   }
   static SIMD_INLINE Floats PowerOfTwo(Floats whole) { return _mm512_scalef_ps(_mm512_set1_ps(1.0f), whole); }
   static SIMD_INLINE float Sum(Floats a) { return _mm512_reduce_add_ps(a); }
+  static SIMD_INLINE Floats SumEach(const Floats (&rows)[16]) {
+    Ints quarters[4];
+    Unroll<4>([&](auto i) SIMD_INLINE_LAMBDA {
+      const Floats low = AddPairs(rows[4 * i], rows[4 * i + 1]), high = AddPairs(rows[4 * i + 2], rows[4 * i + 3]);
+      const __m512d a = _mm512_castps_pd(low), b = _mm512_castps_pd(high);
+      quarters[i] = _mm512_castps_si512(
+          _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b))));
+    });
+    TransposeLanes(quarters);
+    return _mm512_add_ps(_mm512_add_ps(_mm512_castsi512_ps(quarters[0]), _mm512_castsi512_ps(quarters[1])),
+                         _mm512_add_ps(_mm512_castsi512_ps(quarters[2]), _mm512_castsi512_ps(quarters[3])));
+  }
   static SIMD_INLINE float Largest(Floats a) { return _mm512_reduce_max_ps(a); }
   static SIMD_INLINE void StoreRounded(int8_t* to, Floats values) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(values)));
@@ -116,6 +128,11 @@ struct Simd {
 
  private:
   static __mmask16 Mask(int count) { return static_cast<__mmask16>(count >= 16 ? 0xFFFF : (1u << count) - 1); }
+
+  // Within each lane a0 + a2, b0 + b2, a1 + a3, b1 + b3.
+  static SIMD_INLINE Floats AddPairs(Floats a, Floats b) {
+    return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  }
 
   // A 4x4 transpose of 128-bit lanes.
   static SIMD_INLINE void TransposeLanes(Ints (&rows)[4]) {

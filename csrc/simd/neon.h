@@ -99,6 +99,9 @@ struct Simd {
     return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(whole), vdupq_n_s32(127)), 23));
   }
   static float Sum(Floats a) { return vaddvq_f32(a); }
+  static Floats SumEach(const Floats (&rows)[4]) {
+    return vpaddq_f32(vpaddq_f32(rows[0], rows[1]), vpaddq_f32(rows[2], rows[3]));
+  }
   static float Largest(Floats a) { return vmaxvq_f32(a); }
   static void StoreRounded(int8_t* to, Floats values) {
     const int16x4_t shorts = vqmovn_s32(vcvtnq_s32_f32(values));

@@ -143,6 +143,10 @@ struct Simd {
     return Map([&](int i) { return FromBits(static_cast<uint32_t>(static_cast<int32_t>(whole.at[i]) + 127) << 23); });
   }
   static float Sum(Floats a) { return (a.at[0] + a.at[2]) + (a.at[1] + a.at[3]); }
+  // The sum of each row, for kLanes rows.
+  static Floats SumEach(const Floats (&rows)[4]) {
+    return Map([&](int i) { return Sum(rows[i]); });
+  }
   static float Largest(Floats a) {
     const float first = a.at[0] > a.at[1] ? a.at[0] : a.at[1], second = a.at[2] > a.at[3] ? a.at[2] : a.at[3];
     return first > second ? first : second;
