@@ -1,4 +1,4 @@
-// The kernel of CachedAttention, compiled once per target; see hlora_linear/kernel.cc for the rules of such a file.
+// The kernel of CachedAttention, compiled once per target (simd/simd.h).
 //
 // A task takes rows of one key/value head: a row is one query head at one position, and all query heads of the group
 // read the same keys. Keys go by in blocks of kKeys from position 0, with a running softmax (Dao et al., 2022, arXiv
@@ -6,6 +6,7 @@
 #include "cached_attention/target_kernels.h"
 #include "scratch.h"
 #include "simd/simd.h"
+#include "simd/sizes.h"
 
 namespace healthgpt {
 namespace {
@@ -19,11 +20,6 @@ constexpr int64_t kRowsInPlace = 2;   // as many or fewer read the caches as the
 constexpr int kRowsAtOnce = 4;        // times kVectors sums stay in registers
 constexpr int kVectors = 4;
 constexpr float kNone = -__builtin_inff();
-
-int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t Max(int64_t a, int64_t b) { return a > b ? a : b; }
-int64_t CeilDivide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t RoundUp(int64_t a, int64_t b) { return CeilDivide(a, b) * b; }
 
 // e^x for x up to 0, to 2 units in the last place; below -87 it stays at e^-87.
 SIMD_INLINE Floats Exp(Floats x) {

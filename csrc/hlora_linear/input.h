@@ -1,0 +1,76 @@
+// What a matrix is multiplied with: rows of floats, and rounded to bytes where the matrix holds integers.
+#pragma once
+
+#include "hlora_linear/part.h"
+
+namespace healthgpt {
+namespace {
+
+// Rows of x; for integer matrices also rounded to 8 bits, block by block: block b of row r is at
+// bytes[(b * rows + r) * block_size], filled up with zeros, worth scales[b * rows + r] each; sums are those of the
+// bytes.
+struct Input {
+  const float* values;
+  int64_t rows;
+  int64_t channels;
+  int8_t* bytes;
+  float* scales;
+  int32_t* sums;
+};
+
+size_t RoundedBytes(int64_t rows, const Matrix& matrix) {
+  if (!IsInteger(matrix.storage)) return 0;
+  return static_cast<size_t>(rows * BlocksOf(matrix) * (matrix.block_size + 8));
+}
+
+Input PlaceInput(const float* values, int64_t rows, const Matrix& matrix, void* memory) {
+  Input input = {values, rows, matrix.channels, nullptr, nullptr, nullptr};
+  if (IsInteger(matrix.storage)) {
+    const int64_t blocks = rows * BlocksOf(matrix);
+    input.scales = static_cast<float*>(memory);
+    input.sums = reinterpret_cast<int32_t*>(input.scales + blocks);
+    input.bytes = reinterpret_cast<int8_t*>(input.sums + blocks);
+  }
+  return input;
+}
+
+// One block of one row to bytes in [-127, 127]. What is not finite makes the scale, and so the results, not finite.
+void RoundBlock(const float* x, int64_t channels, int64_t block_size, int8_t* bytes, float* scale, int32_t* sum) {
+  constexpr int64_t lanes = Simd::kLanes;
+  Floats largest = Simd::Repeat(0.0f), poison = Simd::Repeat(0.0f);
+  for (int64_t i = 0; i < channels; i += lanes) {
+    const Floats values = Simd::Load(x + i, static_cast<int>(Min(lanes, channels - i)));
+    largest = Simd::Max(largest, Simd::Magnitude(values));
+    poison = Simd::MultiplyAdd(values, Simd::Repeat(0.0f), poison);
+  }
+  const float range = Simd::Largest(largest);
+  *scale = range / 127.0f + Simd::Sum(poison);
+  const Floats inverse = Simd::Repeat(range > 1e-30f ? 127.0f / range : 0.0f);
+  for (int64_t i = 0; i < block_size; i += lanes) {
+    const int count = static_cast<int>(Max(0, Min(lanes, channels - i)));
+    const Floats values = Simd::Multiply(Simd::Load(x + i, count), inverse);
+    if (i + lanes <= block_size) {
+      Simd::StoreRounded(bytes + i, values);
+      continue;
+    }
+    int8_t rounded[lanes];
+    Simd::StoreRounded(rounded, values);
+    for (int64_t j = i; j < block_size; ++j) bytes[j] = rounded[j - i];
+  }
+  int32_t total = 0;
+  for (int64_t i = 0; i < block_size; ++i) total += bytes[i];
+  *sum = total;
+}
+
+void RoundRow(const Input& input, const Matrix& matrix, int64_t row) {
+  if (!IsInteger(matrix.storage)) return;
+  const int64_t size = matrix.block_size, blocks = BlocksOf(matrix);
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t at = block * input.rows + row, first = block * size;
+    RoundBlock(input.values + row * input.channels + first, Min(size, input.channels - first), size,
+               input.bytes + at * size, input.scales + at, input.sums + at);
+  }
+}
+
+}  // namespace
+}  // namespace healthgpt

@@ -1,0 +1,85 @@
+// How a product is cut into parts for the threads, and what a task on one part works with.
+#pragma once
+
+#include "hlora_linear/hlora_linear.h"
+#include "scratch.h"
+#include "simd/simd.h"
+#include "simd/sizes.h"
+
+namespace healthgpt {
+namespace {
+
+using Bytes = Simd::Bytes;
+using Ints = Simd::Ints;
+using Floats = Simd::Floats;
+
+constexpr int64_t kVectors = 8;                     // of sums per row
+constexpr int64_t kTile = kVectors * Simd::kLanes;  // outputs
+constexpr int64_t kRowsAtOnce = 3;                  // 24 of 32 registers hold their sums
+constexpr int64_t kFewRows = 3;
+constexpr int64_t kFloatBlock = 64;        // channels of a tile of floats
+constexpr int64_t kChannelsAhead = 16;     // fetched before they are read
+constexpr int64_t kTaskBytes = 384 << 10;  // of a task's sums and unpacked block, to stay in the second cache
+constexpr int64_t kRowsPerTask = 384;
+constexpr int64_t kRunColumns = 8192;   // of a run for few rows: their sums fill the first cache
+constexpr int64_t kPartsPerMatrix = 8;  // at least, where it is large enough
+
+bool IsInteger(Storage storage) { return storage == Storage::kInt4 || storage == Storage::kInt8; }
+int64_t BlockOf(const Matrix& matrix) { return IsInteger(matrix.storage) ? matrix.block_size : kFloatBlock; }
+int64_t BlocksOf(const Matrix& matrix) { return CeilDivide(matrix.channels, BlockOf(matrix)); }
+
+// What a task works on: rows and outputs (a multiple of kTile but at the matrix' end), and its memory.
+struct Part {
+  int64_t row, rows, column, columns;
+  int64_t stride;  // columns, rounded up to whole tiles
+  float* sums;     // (rows, stride)
+  void* unpacked;  // a block of channels of all tiles, or (kFewRows, stride) integers
+};
+
+// Outputs of a tile that exist.
+SIMD_INLINE int TileColumns(const Part& part, int64_t tile) {
+  return static_cast<int>(Min(kTile, part.columns - tile * kTile));
+}
+
+// How a product is cut, by its shape alone: the sums of a split of the channels are made apart and added in order, so a
+// row gets the same bits whoever computes them. For few rows the splits are what threads share: each then reads a run
+// of the file that is as long as the sums it keeps in the first cache allow. (Prefetchers run past the end of a short
+// run, into what another thread reads.)
+struct Cut {
+  int64_t columns;  // of a run
+  int64_t runs;     // side by side
+  int64_t splits;
+  int64_t blocks;
+
+  explicit Cut(const Matrix& matrix) {
+    blocks = BlocksOf(matrix);
+    runs = CeilDivide(matrix.outputs, kRunColumns);
+    columns = RoundUp(CeilDivide(matrix.outputs, runs), kTile);
+    runs = CeilDivide(matrix.outputs, columns);
+    splits = Min(blocks, Max(1, kPartsPerMatrix / runs));
+  }
+  int64_t first_block(int64_t split) const { return blocks * split / splits; }
+};
+
+// Bytes that a task unpacks to, per output.
+int64_t UnpackedBytes(const Matrix& matrix, int64_t rows) {
+  if (!IsInteger(matrix.storage)) return kFloatBlock * 4;
+  const bool in_place = rows <= kFewRows && (matrix.storage == Storage::kInt8 || matrix.outputs % 2 == 0);
+  return in_place ? kFewRows * 4 : matrix.block_size;
+}
+
+void Clear(float* sums, int64_t count) {
+  for (int64_t i = 0; i < count; i += Simd::kLanes) Simd::Store(sums + i, Simd::Repeat(0.0f));
+}
+
+// `sums` cleared, and `extra` more floats per row and output behind them.
+Part TaskPart(int64_t row, int64_t rows, int64_t column, int64_t columns, int64_t unpacked_bytes, int64_t extra = 0) {
+  const int64_t stride = RoundUp(columns, kTile), sums = rows * stride;
+  const int64_t bytes = sums * (1 + extra) * static_cast<int64_t>(sizeof(float)) + stride * unpacked_bytes;
+  float* memory = static_cast<float*>(ScratchMemory(Scratch::kTask, static_cast<size_t>(bytes)));
+  Clear(memory, sums);
+  return {row, rows, column, columns, stride, memory, memory + sums * (1 + extra)};
+}
+
+}  // namespace
+}  // namespace healthgpt

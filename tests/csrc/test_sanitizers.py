@@ -1,0 +1,61 @@
+"""The kernels' tests once more on a build with the address and undefined-behaviour sanitizers."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pybind11
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TESTS = [ROOT / "tests" / "csrc" / f"test_{name}.py" for name in ("hlora_linear", "cached_attention")]
+
+# Runs pytest with the module at argv[1] in the place of the installed one.
+RUN = """
+import importlib.util, sys
+import pytest
+spec = importlib.util.spec_from_file_location("healthgpt_edge._kernels", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+sys.modules[spec.name] = module
+import healthgpt_edge
+healthgpt_edge._kernels = module
+sys.exit(pytest.main([*sys.argv[2:], "-x", "-p", "no:cacheprovider"]))
+"""
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory):
+    """The path of the sanitized module."""
+    build = tmp_path_factory.mktemp("sanitized")
+    configure = ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", "-DSANITIZE=ON", "-DCMAKE_BUILD_TYPE=Debug"]
+    configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    for command in (configure, ["cmake", "--build", build, "--target", "_kernels"]):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (module,) = build.glob("_kernels*.so")
+    return module
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="names GCC's sanitizer libraries")
+def test_kernels_under_sanitizers(sanitized):
+    libraries = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libubsan.so", "libstdc++.so")
+    ]
+    environment = os.environ | {
+        "LD_PRELOAD": " ".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python itself keeps memory to its end
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, str(sanitized), *map(str, TESTS)],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "passed" in done.stdout and "failed" not in done.stdout
