@@ -5,9 +5,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 BENCH_WORK ?= bench-work
 BENCH_OPTIONS ?= --picture
-NATIVE := $(shell find csrc -name '*.cc' -o -name '*.h')
+NATIVE := $(shell find csrc tests/csrc -name '*.cc' -o -name '*.h')
 
-.PHONY: setup demo test bench peers lint format clean
+.PHONY: setup demo test bench peers neon lint format clean
 
 setup: .venv/installed
 
@@ -29,6 +29,13 @@ bench: setup
 peers:
 	test -x .peers/bin/python || $(PYTHON) -m venv .peers
 	CMAKE_ARGS="-DGGML_NATIVE=ON" .peers/bin/python -m pip install --quiet -r benchmarks/peers/requirements.txt
+
+# NEON under an emulator: Debian's g++-aarch64-linux-gnu and qemu-user-static.
+neon: setup
+	$(BIN)/cmake -S . -B build/neon -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	    -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_EXE_LINKER_FLAGS=-static
+	$(BIN)/cmake --build build/neon --target compare_targets
+	qemu-aarch64-static build/neon/compare_targets
 
 lint: setup
 	$(BIN)/ruff check .

@@ -16,6 +16,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from healthgpt_edge import machine
 
@@ -71,7 +72,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     chosen = [one for one in CONTENDERS if not arguments.only or one.name in arguments.only]
     results = Results()
-    ceilings = []
+    ceilings: list[dict[str, Any]] = []
     for number in range(arguments.rounds):
         start = number % len(chosen)
         for contender in [*chosen[start:], *chosen[:start]]:
@@ -86,12 +87,17 @@ def main() -> None:
             )
             print(f"round {number + 1} of {arguments.rounds}: {contender.name}", file=sys.stderr, flush=True)
             results.add(contender.name, contender.turn(arguments, first=number == 0))
+        write(arguments, number + 1, ceilings, results)
+
+
+def write(arguments: argparse.Namespace, rounds: int, ceilings: list[dict[str, Any]], results: Results) -> None:
+    """What is known after so many rounds, as JSON, Markdown and a plot: a run that is cut off keeps what it has."""
     settings = {
         "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
         "bundle": arguments.bundle.name,
         "machine": machine.description(),
         "threads": arguments.threads,
-        "rounds": arguments.rounds,
+        "rounds": rounds,
         "repeat": arguments.repeat,
     }
     reached = goals(results)

@@ -183,7 +183,7 @@ def test_wrong_operands_are_named():
         _kernels.hlora_linear(x[0], kept, bias, kept_in, kept_out, 2)
     with pytest.raises(ValueError, match="go together"):
         _kernels.hlora_linear(x, kept, bias, kept_in, None, 2)
-    with pytest.raises(ValueError, match="target must be one of .*portable.*, got mmx"):
+    with pytest.raises(ValueError, match=r"target must be one of .*portable.*, got mmx"):
         _kernels.hlora_linear(x, kept, target="mmx")
     with pytest.raises(ValueError, match=r"scales must be \[1, 8\], got \[2, 8\]"):
         _kernels.Matrix(weight.astype(np.int8), np.ones((2, 8), np.float32), 32)

@@ -28,20 +28,25 @@ sys.exit(pytest.main([*sys.argv[2:], "-x", "-p", "no:cacheprovider"]))
 
 @pytest.fixture(scope="module")
 def sanitized(tmp_path_factory):
-    """The path of the sanitized module."""
+    """The folder of a sanitized build."""
     build = tmp_path_factory.mktemp("sanitized")
     configure = ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", "-DSANITIZE=ON", "-DCMAKE_BUILD_TYPE=Debug"]
     configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    for command in (configure, ["cmake", "--build", build, "--target", "_kernels"]):
+    for command in (configure, ["cmake", "--build", build, "--target", "_kernels", "compare_targets"]):
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    (module,) = build.glob("_kernels*.so")
-    return module
+    return build
+
+
+def test_instruction_sets_agree_under_sanitizers(sanitized):
+    done = subprocess.run([sanitized / "compare_targets"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="names GCC's sanitizer libraries")
 def test_kernels_under_sanitizers(sanitized):
+    (module,) = sanitized.glob("_kernels*.so")
     libraries = [
         subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
         for name in ("libasan.so", "libubsan.so", "libstdc++.so")
@@ -51,7 +56,7 @@ def test_kernels_under_sanitizers(sanitized):
         "ASAN_OPTIONS": "detect_leaks=0",  # Python itself keeps memory to its end
     }
     done = subprocess.run(
-        [sys.executable, "-c", RUN, str(sanitized), *map(str, TESTS)],
+        [sys.executable, "-c", RUN, str(module), *map(str, TESTS)],
         env=environment,
         cwd=ROOT,
         capture_output=True,
