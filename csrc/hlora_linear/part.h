@@ -21,7 +21,7 @@ constexpr int64_t kFloatBlock = 64;        // channels of a tile of floats
 constexpr int64_t kChannelsAhead = 16;     // fetched before they are read
 constexpr int64_t kTaskBytes = 384 << 10;  // of a task's sums and unpacked block, to stay in the second cache
 constexpr int64_t kRowsPerTask = 384;
-constexpr int64_t kRunColumns = 8192;   // of a run for few rows: their sums fill the first cache
+constexpr int64_t kRunColumns = 10240;  // of a run for few rows: their sums about fill the first cache
 constexpr int64_t kPartsPerMatrix = 8;  // at least, where it is large enough
 
 bool IsInteger(Storage storage) { return storage == Storage::kInt4 || storage == Storage::kInt8; }
