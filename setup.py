@@ -8,12 +8,19 @@ import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
+# The module for Python, and the library that ONNX Runtime opens by its path: no module, so without the tag in its name.
+MODULE, LIBRARY = "_kernels", "healthgpt_onnxruntime"
+
 
 class CMakeBuild(build_ext):
-    """Builds healthgpt_edge._kernels and, beside it, ONNX Runtime's library of kernels, with CMake and Ninja."""
+    """Builds MODULE and LIBRARY with CMake and Ninja; setuptools takes them to where the package is."""
+
+    def get_ext_filename(self, name: str) -> str:
+        if name.split(".")[-1] == LIBRARY:
+            return str(Path(*name.split("."))) + ".so"
+        return super().get_ext_filename(name)
 
     def build_extension(self, extension: Extension) -> None:
-        target = Path(self.get_ext_fullpath(extension.name)).resolve().parent
         build = Path(self.build_temp).resolve() / "cmake"
         build.mkdir(parents=True, exist_ok=True)
         configure = [
@@ -26,10 +33,13 @@ class CMakeBuild(build_ext):
             "Ninja",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={Path(self.get_ext_fullpath(extension.name)).resolve().parent}",
         ]
         subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(build)], check=True)
+        subprocess.run(["cmake", "--build", str(build), "--target", extension.name.split(".")[-1]], check=True)
 
 
-setup(ext_modules=[Extension("healthgpt_edge._kernels", sources=[])], cmdclass={"build_ext": CMakeBuild})
+setup(
+    ext_modules=[Extension(f"healthgpt_edge.{name}", sources=[]) for name in (MODULE, LIBRARY)],
+    cmdclass={"build_ext": CMakeBuild},
+)

@@ -2,7 +2,7 @@
 //
 // A matrix is worked through in tiles of kTile outputs, whose sums for up to three rows fill the registers: eight
 // vectors per row. There are two ways through it:
-//   few rows    Bytes are the limit. The file is read as it lies, four channels at a time over all tiles of the task,
+//   few rows    Bytes are the limit. The file is read as it lies, eight channels at a time over all tiles of the run,
 //               and the sums of all its tiles wait in the first cache.
 //   more rows   Arithmetic is. A block of channels is unpacked once into the second cache; a tile's sums then stay in
 //               registers for the whole block.
