@@ -72,7 +72,7 @@ def plot(results: Results, path: Path) -> None:
             median, high = float(figures["p50_ms"]), float(figures["p90_ms"])
             colour = "tab:blue" if name == OURS else "lightgrey"
             axis.barh(position, median, color=colour, xerr=[[0], [high - median]], ecolor="grey")
-            axis.text(0, position, f" {median:,.4g}", va="center")
+            axis.text(0, position, f" {_milliseconds(median)}", va="center")
         axis.set_yticks(range(len(bars)), [name for name, _ in bars])
         axis.set_title(f"{row}, {task} (ms{' per token' if row.startswith('tg') else ''}, less is better)", loc="left")
         axis.spines[["top", "right"]].set_visible(False)
@@ -85,10 +85,14 @@ def _rows(results: Results) -> list[tuple[str, ...]]:
     for name, entries in results.entries.items():
         for entry in entries.values():
             figures = summary(entry.samples_ms)
-            percentiles = (f"{figures[key]:.4g}" for key in ("p50_ms", "p90_ms", "p99_ms"))
+            percentiles = (_milliseconds(float(figures[key])) for key in ("p50_ms", "p90_ms", "p99_ms"))
             share = "" if entry.share is None else f"{entry.share:.0%}"
             rows.append((name, entry.row, entry.task, *percentiles, str(figures["count"]), share))
     return rows
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
