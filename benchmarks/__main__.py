@@ -90,10 +90,19 @@ def main() -> None:
         write(arguments, number + 1, ceilings, results)
 
 
+def command(arguments: argparse.Namespace) -> str:
+    """What was called, with names for the paths: those are nobody else's."""
+    names = {
+        str(path): name for name in ("work", "bundle", "peers_python", "out") if (path := getattr(arguments, name))
+    }
+    words = [names[full].upper() if (full := str(Path(word).absolute())) in names else word for word in sys.argv[1:]]
+    return shlex.join(["python", "-m", "benchmarks", *words])
+
+
 def write(arguments: argparse.Namespace, rounds: int, ceilings: list[dict[str, Any]], results: Results) -> None:
     """What is known after so many rounds, as JSON, Markdown and a plot: a run that is cut off keeps what it has."""
     settings = {
-        "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
+        "command": command(arguments),
         "bundle": arguments.bundle.name,
         "machine": machine.description(),
         "threads": arguments.threads,
