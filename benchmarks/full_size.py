@@ -103,7 +103,11 @@ def main() -> None:
         subprocess.run([sys.executable, "-m", "benchmarks.random_checkpoint", str(checkpoint)], check=True)
     # What is measured now replaces what the file says of it; the rest stays, if it is of the same machine.
     results: dict[str, object] = {
-        "machine": {"processor": processor(), "cores": os.cpu_count(), "python": platform.python_version()},
+        "machine": {
+            "processor": machine.description()["processor"],
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+        },
         "versions": {"onnxruntime": onnxruntime.__version__},
     }
     if arguments.out and arguments.out.is_file():
@@ -125,14 +129,6 @@ def main() -> None:
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(results, indent=1) + "\n")
-
-
-def processor() -> str:
-    """The processor's name as the kernel gives it."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":")[1].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

@@ -12,14 +12,12 @@ from pathlib import Path
 
 import onnxruntime
 
-from healthgpt_edge import load
+from healthgpt_edge import load, machine
 from healthgpt_edge.evaluate import evaluate
 from healthgpt_edge.export.bundle import export_bundle
 from healthgpt_edge.export.checkpoint import Checkpoint
 from healthgpt_edge.export.phantom.release import released_files
 from healthgpt_edge.manifest import PRECISIONS
-
-from .full_size import processor
 
 PHANTOM = Path(__file__).parents[1] / "phantom"
 BLOCK_SIZE = 32  # the phantom is narrow: 128 would be most of a row
@@ -34,7 +32,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     results: dict[str, object] = {
-        "machine": {"processor": processor(), "python": platform.python_version()},
+        "machine": {"processor": machine.description()["processor"], "python": platform.python_version()},
         "versions": {"onnxruntime": onnxruntime.__version__},
         "held_out": {"answers": arguments.answers, "pictures": arguments.pictures},
     }

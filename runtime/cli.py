@@ -7,7 +7,7 @@ import io
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,6 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from .errors import HealthGPTError, PromptError
+
+if TYPE_CHECKING:
+    from .session import Session
 
 app = typer.Typer(
     add_completion=False,
@@ -151,11 +154,11 @@ def answer(
 ) -> None:
     """Answer a question about a picture; the text appears as it is written."""
     from .decoding import Sampling
-    from .session import COMPREHENSION, load
+    from .session import COMPREHENSION
 
     sampling = Sampling(temperature, top_p, seed)
     chosen_window = _window(window)
-    session = load(bundle, tasks=(COMPREHENSION,), device=device, threads=threads, verify=verify, kernels=kernels)
+    session = _load(bundle, tasks=(COMPREHENSION,), device=device, threads=threads, verify=verify, kernels=kernels)
 
     def write(piece: str) -> None:
         sys.stdout.write(piece)
@@ -198,7 +201,7 @@ def generate(
     """Make a picture from a picture, or from words alone."""
     from .decoding import Sampling
     from .images import write_image
-    from .session import GENERATION, load
+    from .session import GENERATION
 
     if out.suffix.lower() != ".png":
         raise HealthGPTError(f"--out must be a .png file, got {out.name!r}")
@@ -209,7 +212,7 @@ def generate(
         raise HealthGPTError(f"--out must be a .png file, {out.name!r} is a folder")
     sampling = Sampling(temperature, top_p, seed)
     chosen_window = _window(window)
-    session = load(bundle, tasks=(GENERATION,), device=device, threads=threads, verify=verify, kernels=kernels)
+    session = _load(bundle, tasks=(GENERATION,), device=device, threads=threads, verify=verify, kernels=kernels)
     with _progress() as progress:
         codes = session.bundle.manifest.codes
         bar = progress.add_task("codes", total=codes.grid**2 if codes else None)
@@ -251,9 +254,8 @@ def evaluate(
 ) -> None:
     """Score a bundle of the phantom model on slices it has never seen."""
     from .evaluate import evaluate as run
-    from .session import load
 
-    session = load(bundle, device=device, threads=threads, kernels=kernels)
+    session = _load(bundle, device=device, threads=threads, kernels=kernels)
     with _progress() as progress:
         bar = progress.add_task("evaluate", total=None)
         result = run(
@@ -339,6 +341,17 @@ def demo(
         _print_json(result.to_json())
     else:
         result.print_tables(Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 110))
+
+
+def _load(bundle: Path, *, device: str, kernels: bool, **options: Any) -> Session:
+    """A session; where the kernels are wanted but not built, one line says so, for answers then come slower."""
+    from .session import load
+
+    session = load(bundle, device=device, kernels=kernels, **options)
+    if kernels and device == "cpu" and not session.executor.name.endswith("+kernels"):
+        text = "note: the native kernels are not built; ONNX Runtime's own nodes run in their place, slower"
+        notes.print(text, soft_wrap=True)
+    return session
 
 
 def _window(text: str | None) -> tuple[float, float] | None:

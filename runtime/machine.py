@@ -43,7 +43,7 @@ def read_bandwidth(threads: int) -> float | None:
 
 
 def arithmetic_rate(kind: str, threads: int) -> float | None:
-    """Operations per second of `kind` (int8 or float32), operands in registers; None where they cannot be measured."""
+    """Operations per second of `kind` (int8 or float32), operands in registers; None without the native module."""
     return _native(f"{kind}_rate", threads)
 
 
@@ -52,8 +52,7 @@ def _native(name: str, *arguments: int) -> float | None:
         kernels: Any = importlib.import_module("healthgpt_edge._kernels")
     except ImportError:
         return None
-    measured = getattr(kernels, name)(*arguments)
-    return None if measured is None else float(measured)
+    return float(getattr(kernels, name)(*arguments))
 
 
 def _processor() -> str:

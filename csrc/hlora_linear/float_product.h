@@ -47,7 +47,8 @@ void MultiplyFloats(const void* values, int64_t at, int64_t stride, int64_t chan
   });
 }
 
-// As for integers: few rows go four channels at a time over all tiles, more rows take widened tiles of a block.
+// Few rows go over all tiles four channels at a time, as integers do with eight; more rows take widened tiles of a
+// block.
 template <Storage storage>
 void AddFloatProduct(const Matrix& matrix, const Input& input, int64_t first_block, int64_t end_block,
                      const Part& part) {

@@ -318,6 +318,15 @@ def test_kernels_that_are_not_built_or_cannot_be_opened(golden_bundle, tmp_path,
     assert load(path, threads=1, kernels=False).executor.name == "onnx-cpu"
 
 
+def test_a_command_says_that_kernels_are_not_built(golden_bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr("healthgpt_edge.executors.onnx._KERNEL_LIBRARY", tmp_path / "healthgpt_onnxruntime.so")
+    words = ["answer", golden_bundle("qwen"), "--question", "What?", "--max-new-tokens", "1", "--json"]
+    outcome = run(*words)
+    assert (outcome.code, outcome.json["executor"]) == (0, "onnx-cpu")
+    assert outcome.errors.startswith("note: the native kernels are not built") and outcome.errors.count("\n") == 1
+    assert run(*words, "--no-kernels").errors == ""  # wanted so
+
+
 def test_a_failure_of_the_engine_is_an_error_and_nothing_on_stderr(session, capfd):
     message = refusal(ExecutorError, lambda: session.executor.picture(np.full((32, 32), 64)))
     assert message.startswith("ONNX Runtime failed in the codes graph of generation: ")
