@@ -64,22 +64,7 @@ def convolved_codebook(codebook: np.ndarray, weight: np.ndarray, bias: np.ndarra
 def chain_pointwise(
     first: np.ndarray, first_bias: np.ndarray, second: np.ndarray, second_bias: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Two 1x1 convolutions [M, C, 1, 1] and [O, M, 1, 1] in a row as one [O, C, 1, 1], with its bias [O]."""
+    """Two 1x1 convolutions [M, C, 1, 1] and [O, M, 1, 1] in a row as one matrix [C, O], with its bias [O]."""
     outer = second[:, :, 0, 0].astype(np.float64)
     weight, bias = outer @ first[:, :, 0, 0], outer @ first_bias + second_bias
-    return weight[:, :, None, None].astype(np.float32), bias.astype(np.float32)
-
-
-# Which rows of a 3x3 kernel meet the two source rows i-1 and i, for the target row 2i-1 and for the target row 2i.
-_TAPS = np.array([[[1, 1, 0], [0, 0, 1]], [[1, 0, 0], [0, 1, 1]]], np.float64)  # [phase, source row, kernel row]
-
-
-def upsample_kernel(weight: np.ndarray) -> np.ndarray:
-    """Nearest x2 then a 3x3 convolution [O, C, 3, 3], as one 2x2 convolution [O*2*2, C, 2, 2] on the small image.
-
-    With padding 1 on every side its output [h+1, w+1] holds, at (i, j) in channel (o, y, x), the pixel
-    (2i-1+y, 2j-1+x) of the upsampled result: interleaved, and less one pixel on every side, it is that result, zero
-    padding included. 4 of 9 multiplications, less at the border.
-    """
-    phases = np.einsum("yai,xbj,ocij->oyxcab", _TAPS, _TAPS, weight.astype(np.float64))
-    return phases.reshape(-1, weight.shape[1], 2, 2).astype(np.float32)
+    return weight.T.astype(np.float32), bias.astype(np.float32)

@@ -5,6 +5,7 @@
 // 2205.14135): a row's sums are always made in that order, whatever else is in the call.
 #include "cached_attention/target_kernels.h"
 #include "scratch.h"
+#include "simd/exponential.h"
 #include "simd/simd.h"
 #include "simd/sizes.h"
 
@@ -20,20 +21,6 @@ constexpr int64_t kRowsInPlace = 2;   // as many or fewer read the caches as the
 constexpr int kRowsAtOnce = 4;        // times kVectors sums stay in registers
 constexpr int kVectors = 4;
 constexpr float kNone = -__builtin_inff();
-
-// e^x for x up to 0, to 2 units in the last place; below -87 it stays at e^-87.
-SIMD_INLINE Floats Exp(Floats x) {
-  x = Simd::Max(Simd::Repeat(-87.0f), x);  // in this order NaN stays NaN
-  const Floats whole = Simd::Round(Simd::Multiply(x, Simd::Repeat(1.44269504f)));
-  Floats rest = Simd::MultiplyAdd(whole, Simd::Repeat(-0.693359375f), x);
-  rest = Simd::MultiplyAdd(whole, Simd::Repeat(2.12194440e-4f), rest);
-  Floats power = Simd::Repeat(1.0f / 720);
-  constexpr float coefficients[] = {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
-  for (const float coefficient : coefficients) {
-    power = Simd::MultiplyAdd(power, rest, Simd::Repeat(coefficient));
-  }
-  return Simd::Multiply(power, Simd::PowerOfTwo(whole));
-}
 
 // --- caches -----------------------------------------------------------------------------------------------------
 

@@ -10,5 +10,9 @@ const OrtCustomOp* LinearOperator();
 const OrtCustomOp* HLoraLinearOperator();
 // ONNX Runtime infers one type of output per operator, so there is one for each type of cache.
 const OrtCustomOp* CachedAttentionOperator(Storage cache);
+const OrtCustomOp* ConvolutionOperator();
+const OrtCustomOp* EnlargedConvolutionOperator();
+const OrtCustomOp* NormSwishConvolutionOperator();
+const OrtCustomOp* ResidualConvolutionOperator();
 
 }  // namespace healthgpt

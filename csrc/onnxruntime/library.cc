@@ -13,8 +13,10 @@ class Domain {
  public:
   explicit Domain(const OrtApi& api) : api_(api) {
     Check(api, api.CreateCustomOpDomain("healthgpt", &domain_));
-    for (const OrtCustomOp* op : {LinearOperator(), HLoraLinearOperator(), CachedAttentionOperator(Storage::kFloat32),
-                                  CachedAttentionOperator(Storage::kFloat16)}) {
+    for (const OrtCustomOp* op :
+         {LinearOperator(), HLoraLinearOperator(), CachedAttentionOperator(Storage::kFloat32),
+          CachedAttentionOperator(Storage::kFloat16), ConvolutionOperator(), EnlargedConvolutionOperator(),
+          NormSwishConvolutionOperator(), ResidualConvolutionOperator()}) {
       Check(api, api.CustomOpDomain_Add(domain_, op));
     }
   }

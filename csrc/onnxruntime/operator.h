@@ -137,7 +137,7 @@ const OrtCustomOp* Operator() {
     description.KernelComputeV2 = [](void* made, OrtKernelContext* context) {
       const auto& loaded = *static_cast<const LoadedKernel<Kernel>*>(made);
       return Guarded(loaded.api, Kernel::kName, [&] {
-        Call call(loaded.api, context, Kernel::kInputs);
+        Call call(loaded.api, context, std::data(Kernel::kInputs));
         loaded.kernel.Compute(call);
       });
     };

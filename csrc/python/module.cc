@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cached_attention/cached_attention.h"
+#include "convolution/convolution.h"
 #include "hlora_linear/hlora_linear.h"
 #include "python/threads.h"
 
@@ -211,6 +212,54 @@ Floats CachedAttention(const Floats& query, const Floats& key, const Floats& val
   return output;
 }
 
+Floats Convolution(const Floats& x, const Floats& weight, const Floats& bias, const std::optional<Floats>& norm_weight,
+                   const std::optional<Floats>& norm_bias, const std::optional<Floats>& residual, int64_t groups,
+                   int64_t enlarge, const std::optional<std::string>& target, size_t threads) {
+  if (x.ndim() != 4 || weight.ndim() != 4) throw py::value_error("x and weight must have 4 dimensions");
+  healthgpt::ConvolutionArguments arguments;
+  arguments.batch = x.shape(0);
+  arguments.height = x.shape(1);
+  arguments.width = x.shape(2);
+  arguments.channels = x.shape(3);
+  arguments.outputs = weight.shape(3);
+  arguments.groups = groups;
+  arguments.enlarge = enlarge;
+  if (enlarge != 1 && enlarge != 2) throw py::value_error("enlarge must be 1 or 2, got " + std::to_string(enlarge));
+  if (groups < 0 || (groups > 0 && arguments.channels % groups != 0)) {
+    throw py::value_error("groups must be 0 or divide " + std::to_string(arguments.channels) + " channels, got " +
+                          std::to_string(groups));
+  }
+  if ((groups > 0) != norm_weight.has_value() || (groups > 0) != norm_bias.has_value()) {
+    throw py::value_error("groups, norm_weight and norm_bias go together");
+  }
+  const std::vector<int64_t> shape = {arguments.batch, enlarge * arguments.height, enlarge * arguments.width,
+                                      arguments.outputs};
+  CheckShape("weight", weight, {3, 3, arguments.channels, arguments.outputs});
+  CheckShape("bias", bias, {arguments.outputs});
+  if (groups > 0) {
+    CheckShape("norm_weight", *norm_weight, {arguments.channels});
+    CheckShape("norm_bias", *norm_bias, {arguments.channels});
+    arguments.norm_weight = norm_weight->data();
+    arguments.norm_bias = norm_bias->data();
+  }
+  if (residual) {
+    CheckShape("residual", *residual, shape);
+    arguments.residual = residual->data();
+  }
+  arguments.x = x.data();
+  arguments.weight = weight.data();
+  arguments.bias = bias.data();
+  Floats y(shape);
+  arguments.y = y.mutable_data();
+  const healthgpt::Target chosen = TargetOf(target);
+  {
+    py::gil_scoped_release release;
+    healthgpt::Threads pool(threads);
+    healthgpt::Convolution(arguments, pool.parallel(), chosen);
+  }
+  return y;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_kernels, module) {
@@ -228,5 +277,10 @@ PYBIND11_MODULE(_kernels, module) {
              py::arg("window") = 0, py::arg("target") = py::none(), py::arg("threads") = 1,
              "Attention [B, S, H * D] over caches [B, K, M, D], which take the new keys and values in; operands as in "
              "csrc/cached_attention/cached_attention.h.");
+  module.def("convolution", &Convolution, py::arg("x"), py::arg("weight"), py::arg("bias"),
+             py::arg("norm_weight") = py::none(), py::arg("norm_bias") = py::none(), py::arg("residual") = py::none(),
+             py::arg("groups") = 0, py::arg("enlarge") = 1, py::arg("target") = py::none(), py::arg("threads") = 1,
+             "A 3x3 convolution [B, H, W, O] with what stands around it; operands as in "
+             "csrc/convolution/convolution.h.");
   BindCeilings(module);
 }

@@ -119,6 +119,7 @@ struct Simd {
   static SIMD_INLINE Floats Repeat(float value) { return _mm256_set1_ps(value); }
   static SIMD_INLINE Floats Add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
   static SIMD_INLINE Floats Multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+  static SIMD_INLINE Floats Divide(Floats a, Floats b) { return _mm256_div_ps(a, b); }
   static SIMD_INLINE Floats MultiplyAdd(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
   static SIMD_INLINE Floats Max(Floats a, Floats b) { return _mm256_max_ps(a, b); }
   static SIMD_INLINE Floats Magnitude(Floats a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }

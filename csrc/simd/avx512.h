@@ -101,6 +101,7 @@ struct Simd {
   static SIMD_INLINE Floats Repeat(float value) { return _mm512_set1_ps(value); }
   static SIMD_INLINE Floats Add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
   static SIMD_INLINE Floats Multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+  static SIMD_INLINE Floats Divide(Floats a, Floats b) { return _mm512_div_ps(a, b); }
   static SIMD_INLINE Floats MultiplyAdd(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
   static SIMD_INLINE Floats Max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
   static SIMD_INLINE Floats Magnitude(Floats a) { return _mm512_abs_ps(a); }

@@ -91,6 +91,7 @@ struct Simd {
   static Floats Repeat(float value) { return vdupq_n_f32(value); }
   static Floats Add(Floats a, Floats b) { return vaddq_f32(a, b); }
   static Floats Multiply(Floats a, Floats b) { return vmulq_f32(a, b); }
+  static Floats Divide(Floats a, Floats b) { return vdivq_f32(a, b); }
   static Floats MultiplyAdd(Floats a, Floats b, Floats c) { return vfmaq_f32(c, a, b); }
   static Floats Max(Floats a, Floats b) { return vmaxq_f32(a, b); }
   static Floats Magnitude(Floats a) { return vabsq_f32(a); }

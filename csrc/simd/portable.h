@@ -124,6 +124,9 @@ struct Simd {
   static Floats Multiply(Floats a, Floats b) {
     return Map([&](int i) { return a.at[i] * b.at[i]; });
   }
+  static Floats Divide(Floats a, Floats b) {
+    return Map([&](int i) { return a.at[i] / b.at[i]; });
+  }
   // a b + c. Rounded once or twice, but always the same way on one machine.
   static Floats MultiplyAdd(Floats a, Floats b, Floats c) {
     return Map([&](int i) { return a.at[i] * b.at[i] + c.at[i]; });

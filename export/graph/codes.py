@@ -15,8 +15,8 @@ from .vq_blocks import VqBlocks
 def build_codes(checkpoint: Checkpoint, own: WeightFile) -> ModelProto:
     """codes int64 [B, h, w] -> image uint8 [B, H, W, 3] (RGB), at the config's grid and picture size.
 
-    The reverse of `build_draft`; the convolution after the codebook is folded into it, and upsampling runs on the
-    small images. Codes lie in [0, N): Gather refuses larger ones and counts negative ones from the end.
+    The reverse of `build_draft`; the convolution after the codebook is folded into it. Codes
+    lie in [0, N): Gather refuses larger ones and counts negative ones from the end.
     """
     config = checkpoint.vq
     widths = [config.channels * multiplier for multiplier in config.multipliers]
@@ -32,21 +32,20 @@ def build_codes(checkpoint: Checkpoint, own: WeightFile) -> ModelProto:
 
     with graph.scope("codebook"):
         table = blocks.weight("codebook", codebook)
-        x = graph.op("Transpose", graph.op("Gather", table, codes, axis=0), perm=[0, 3, 1, 2])
+        x = graph.op("Gather", table, codes, axis=0)
     x = blocks.convolution("decoder.conv_in", x)
     x = blocks.middle("decoder.mid", x, widths[top], side)
     for level in range(top, -1, -1):
         name, before = f"decoder.up.{level}", widths[min(level + 1, top)]
         x = blocks.level(name, x, before, widths[level], config.blocks + 1, side)
         if level:
-            x = blocks.upsample(f"{name}.upsample", x, widths[level], side)
+            x = blocks.upsample(f"{name}.upsample", x)
             side *= 2
-    x = blocks.convolution("decoder.conv_out", blocks.norm_swish("decoder.norm_out", x, widths[0], side))
+    x = blocks.norm_swish_convolution("decoder.norm_out", "decoder.conv_out", x)
     with graph.scope("levels"):
         low, high, two, full = (graph.constant(value, np.float32) for value in (-1, 1, 2, 255))
         unit = graph.op("Div", graph.op("Add", graph.op("Clip", x, low, high), high), two)
         # Cast truncates, as the original does.
-        levels = graph.op("Cast", graph.op("Mul", unit, full), to=TensorProto.UINT8)
-        image = graph.op("Transpose", levels, perm=[0, 2, 3, 1])
+        image = graph.op("Cast", graph.op("Mul", unit, full), to=TensorProto.UINT8)
     graph.output(image, "image", TensorProto.UINT8, ["B", config.image_size, config.image_size, 3])
     return graph.model()

@@ -30,7 +30,6 @@ def build_draft(checkpoint: Checkpoint, own: WeightFile) -> ModelProto:
     with graph.scope("levels"):
         half, one = graph.constant(127.5, np.float32), graph.constant(1, np.float32)
         x = graph.op("Sub", graph.op("Div", graph.op("Cast", pixels, to=FLOAT), half), one)
-        x = graph.op("Transpose", x, perm=[0, 3, 1, 2])
     x = blocks.convolution("encoder.conv_in", x)
     for level, width in enumerate(widths):
         name = f"encoder.down.{level}"
@@ -39,7 +38,7 @@ def build_draft(checkpoint: Checkpoint, own: WeightFile) -> ModelProto:
             x = blocks.downsample(f"{name}.downsample", x)
             side //= 2
     x = blocks.middle("encoder.mid", x, widths[top], side)
-    x = blocks.convolution("encoder.conv_out", blocks.norm_swish("encoder.norm_out", x, widths[top], side))
+    x = blocks.norm_swish_convolution("encoder.norm_out", "encoder.conv_out", x)
 
     def scores() -> tuple[np.ndarray, np.ndarray]:
         parts = ("quant_conv.weight", "quant_conv.bias", "quantize.proj.weight", "quantize.proj.bias")
@@ -48,6 +47,7 @@ def build_draft(checkpoint: Checkpoint, own: WeightFile) -> ModelProto:
     with graph.scope("codebook"):
         weight = blocks.weight("scores.weight", lambda: scores()[0])
         bias = blocks.weight("scores.bias", lambda: scores()[1])
-        codes = graph.op("ArgMax", graph.op("Conv", x, weight, bias), axis=1, keepdims=0)
+        logits = graph.op("Add", graph.op("MatMul", x, weight), bias)
+        codes = graph.op("ArgMax", logits, axis=-1, keepdims=0)
     graph.output(codes, "codes", TensorProto.INT64, ["B", config.grid, config.grid])
     return graph.model()

@@ -1,8 +1,8 @@
 """The blocks that the VQGAN's decoder (`codes`) and encoder (`draft`) are made of.
 
-Names are those of taming-transformers (Esser et al., 2021, arXiv 2012.09841). Letters: B batch, C channels. All
-weights are float32: the original decodes in float32, and a wrong level in a picture is visible where one in a
-feature is not.
+Names are those of taming-transformers (Esser et al., 2021, arXiv 2012.09841). Letters: B batch, C channels in, O
+channels out. Values are channels-last. All weights are float32: the original decodes in float32, and a wrong level in a
+picture is visible where one in a feature is not.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from onnx import TensorProto
 from .. import fold
 from ..checkpoint import Checkpoint
 from ..weights import WeightFile
+from . import functions
 from .builder import GraphBuilder
 
 GROUPS = 32
-EPSILON = 1e-6
 
 
 class VqBlocks:
-    """Appends blocks to `graph`; values are [B, C, side, side], weights go to `file`."""
+    """Appends blocks to `graph`; values are [B, side, side, C], weights go to `file`."""
 
     def __init__(self, checkpoint: Checkpoint, graph: GraphBuilder, file: WeightFile) -> None:
         self.checkpoint, self.graph, self.file = checkpoint, graph, file
@@ -38,40 +38,51 @@ class VqBlocks:
         """A tensor of the checkpoint, stored as it is."""
         return self.weight(name, lambda: self.tensor(name))
 
-    def convolution(self, name: str, x: str, stride: int = 1, pads: tuple[int, int, int, int] = (1, 1, 1, 1)) -> str:
-        """A convolution with its bias; pads are top, left, bottom, right."""
-        weight, bias = self.released(f"{name}.weight"), self.released(f"{name}.bias")
-        return str(self.graph.op("Conv", x, weight, bias, strides=[stride, stride], pads=list(pads)))
+    def kernel(self, name: str) -> tuple[str, str]:
+        """A convolution's weight, stored as [3, 3, C, O], and its bias [O]."""
+        stored = self.weight(f"{name}.weight", lambda: self.tensor(f"{name}.weight").transpose(2, 3, 1, 0))
+        return stored, self.released(f"{name}.bias")
 
-    def norm(self, name: str, x: str, channels: int, side: int) -> str:
-        """Group normalisation.
+    def convolution(self, name: str, x: str) -> str:
+        """A 3x3 convolution."""
+        return str(self.graph.call(functions.convolution(), x, *self.kernel(name)))
 
-        Spelled out as an instance normalisation of the groups: ONNX Runtime has no CPU kernel for GroupNormalization
-        and takes 1.7 times as long over its standard body.
-        """
+    def norm_swish_convolution(self, norm: str, name: str, x: str, residual: str | None = None) -> str:
+        """conv(swish(norm(x))), plus `residual` if there is one."""
+        scale, shift = self.released(f"{norm}.weight"), self.released(f"{norm}.bias")
+        inputs = [x, *self.kernel(name), scale, shift]
+        if residual is None:
+            return str(self.graph.call(functions.norm_swish_convolution(), *inputs, groups=GROUPS))
+        return str(self.graph.call(functions.residual_convolution(), *inputs, residual, groups=GROUPS))
 
-        def column(part: str) -> str:
-            return self.weight(f"{name}.{part}", lambda: self.tensor(f"{name}.{part}").reshape(-1, 1, 1))
+    def pointwise(self, name: str, x: str) -> str:
+        """A 1x1 convolution: one matrix for all pixels."""
+        weight = self.weight(f"{name}.weight", lambda: self.tensor(f"{name}.weight")[:, :, 0, 0].T)
+        return str(self.graph.op("Add", self.graph.op("MatMul", x, weight), self.released(f"{name}.bias")))
 
-        graph = self.graph
-        groups = graph.op("Reshape", x, graph.constant([0, GROUPS, -1], np.int64))
-        one, zero = graph.constant(np.ones(GROUPS), np.float32), graph.constant(np.zeros(GROUPS), np.float32)
-        groups = graph.op("InstanceNormalization", groups, one, zero, epsilon=EPSILON)
-        normed = graph.op("Reshape", groups, graph.constant([0, channels, side, side], np.int64))
-        return str(graph.op("Add", graph.op("Mul", normed, column("weight")), column("bias")))
-
-    def norm_swish(self, name: str, x: str, channels: int, side: int) -> str:
-        normed = self.norm(name, x, channels, side)
-        return str(self.graph.op("Mul", normed, self.graph.op("Sigmoid", normed)))
-
-    def residual(self, name: str, x: str, before: int, channels: int, side: int) -> str:
+    def residual(self, name: str, x: str, before: int, channels: int) -> str:
         """x + conv(swish(norm(conv(swish(norm(x)))))); a 1x1 convolution on x where the channels change."""
         with self.graph.scope(name):
-            hidden = self.convolution(f"{name}.conv1", self.norm_swish(f"{name}.norm1", x, before, side))
-            hidden = self.convolution(f"{name}.conv2", self.norm_swish(f"{name}.norm2", hidden, channels, side))
+            hidden = self.norm_swish_convolution(f"{name}.norm1", f"{name}.conv1", x)
             if before != channels:
-                x = self.convolution(f"{name}.nin_shortcut", x, pads=(0, 0, 0, 0))
-            return str(self.graph.op("Add", x, hidden))
+                x = self.pointwise(f"{name}.nin_shortcut", x)
+            return self.norm_swish_convolution(f"{name}.norm2", f"{name}.conv2", hidden, x)
+
+    def norm(self, name: str, x: str, channels: int) -> str:
+        """Group normalisation of rows [B, side * side, C]."""
+        graph = self.graph
+        grouped = graph.constant([0, -1, GROUPS, channels // GROUPS], np.int64)
+        groups, axes = graph.op("Reshape", x, grouped), graph.constant([1, 3], np.int64)
+        centred = graph.op("Sub", groups, graph.op("ReduceMean", groups, axes))
+        variance = graph.op("ReduceMean", graph.op("Mul", centred, centred), axes)
+        deviation = graph.op(
+            "Sqrt", graph.op("Add", variance, graph.constant(functions.GROUP_NORM_EPSILON, np.float32))
+        )
+        normed = graph.op("Div", centred, deviation)
+        rows = graph.op("Reshape", normed, graph.constant([0, -1, channels], np.int64))
+        return str(
+            graph.op("Add", graph.op("Mul", rows, self.released(f"{name}.weight")), self.released(f"{name}.bias"))
+        )
 
     def attention(self, name: str, x: str, channels: int, side: int) -> str:
         """x + single-head attention over all positions, queries, keys and values from one matrix.
@@ -88,62 +99,44 @@ class VqBlocks:
             query, key, value = (self.tensor(f"{name}.{part}.bias") for part in "qkv")
             return np.concatenate([fold.scale(query, channels**-0.5), key, value])
 
-        def out_weight() -> np.ndarray:
-            return self.tensor(f"{name}.proj_out.weight")[:, :, 0, 0].T
-
         graph = self.graph
         with graph.scope(name):
-            normed = self.norm(f"{name}.norm", x, channels, side)
-            columns = graph.op("Reshape", normed, graph.constant([0, channels, side * side], np.int64))
-            rows = graph.op("Transpose", columns, perm=[0, 2, 1])
+            rows = graph.op("Reshape", x, graph.constant([0, side * side, channels], np.int64))
+            rows = self.norm(f"{name}.norm", rows, channels)
             weight = self.weight(f"{name}.qkv.weight", packed_weight)
             bias = self.weight(f"{name}.qkv.bias", packed_bias)
             packed = graph.op("Add", graph.op("MatMul", rows, weight), bias)
             query, key, value = graph.op("Split", packed, outputs=3, axis=-1, num_outputs=3)
             scores = graph.op("MatMul", query, graph.op("Transpose", key, perm=[0, 2, 1]))
             mixed = graph.op("MatMul", graph.op("Softmax", scores, axis=-1), value)
-            mixed = graph.op("MatMul", mixed, self.weight(f"{name}.proj_out.weight", out_weight))
-            mixed = graph.op("Add", mixed, self.released(f"{name}.proj_out.bias"))
-            columns = graph.op("Transpose", mixed, perm=[0, 2, 1])
-            image = graph.op("Reshape", columns, graph.constant([0, channels, side, side], np.int64))
+            mixed = self.pointwise(f"{name}.proj_out", mixed)
+            image = graph.op("Reshape", mixed, graph.constant([0, side, side, channels], np.int64))
             return str(graph.op("Add", x, image))
 
     def middle(self, name: str, x: str, channels: int, side: int) -> str:
         """Residual, attention, residual at the lowest resolution."""
-        x = self.residual(f"{name}.block_1", x, channels, channels, side)
+        x = self.residual(f"{name}.block_1", x, channels, channels)
         x = self.attention(f"{name}.attn_1", x, channels, side)
-        return self.residual(f"{name}.block_2", x, channels, channels, side)
+        return self.residual(f"{name}.block_2", x, channels, channels)
 
     def level(self, name: str, x: str, before: int, channels: int, blocks: int, side: int) -> str:
         """The residual blocks of one resolution, each followed by attention where the config asks for it there."""
         for block in range(blocks):
-            x = self.residual(f"{name}.block.{block}", x, before if block == 0 else channels, channels, side)
+            x = self.residual(f"{name}.block.{block}", x, before if block == 0 else channels, channels)
             if side in self.checkpoint.vq.attention_resolutions:
                 x = self.attention(f"{name}.attn.{block}", x, channels, side)
         return x
 
     def downsample(self, name: str, x: str) -> str:
         """A 3x3 convolution of stride 2, padded below and to the right only, as in the original."""
-        with self.graph.scope(name):
-            return self.convolution(f"{name}.conv", x, stride=2, pads=(0, 0, 1, 1))
-
-    def upsample(self, name: str, x: str, channels: int, side: int) -> str:
-        """Nearest x2 and a 3x3 convolution, computed on the small image (see fold.upsample_kernel).
-
-        Two Transposes interleave the phases, first along rows, then whole rows: in ONNX Runtime on a CPU they take
-        half the time of one DepthToSpace, which moves single numbers through six dimensions.
-        """
-        graph, grown = self.graph, side + 1
+        graph = self.graph
         with graph.scope(name):
-            kernel = self.weight(
-                f"{name}.conv.phases", lambda: fold.upsample_kernel(self.tensor(f"{name}.conv.weight"))
-            )
-            bias = self.weight(f"{name}.conv.phases_bias", lambda: np.repeat(self.tensor(f"{name}.conv.bias"), 4))
-            phases = graph.op("Conv", x, kernel, bias, pads=[1, 1, 1, 1])
-            pairs = graph.op("Reshape", phases, graph.constant([0, 2 * channels, 2, grown * grown], np.int64))
-            rows = graph.op("Transpose", pairs, perm=[0, 1, 3, 2])
-            rows = graph.op("Reshape", rows, graph.constant([0, channels, 2, grown, 2 * grown], np.int64))
-            rows = graph.op("Transpose", rows, perm=[0, 1, 3, 2, 4])
-            image = graph.op("Reshape", rows, graph.constant([0, channels, 2 * grown, 2 * grown], np.int64))
-            first, last, axes = (graph.constant(values, np.int64) for values in ([1, 1], [-1, -1], [2, 3]))
-            return str(graph.op("Slice", image, first, last, axes))
+            columns = graph.op("Transpose", x, perm=[0, 3, 1, 2])
+            weight, bias = self.released(f"{name}.conv.weight"), self.released(f"{name}.conv.bias")
+            halved = graph.op("Conv", columns, weight, bias, strides=[2, 2], pads=[0, 0, 1, 1])
+            return str(graph.op("Transpose", halved, perm=[0, 2, 3, 1]))
+
+    def upsample(self, name: str, x: str) -> str:
+        """Nearest x2 and a 3x3 convolution."""
+        with self.graph.scope(name):
+            return str(self.graph.call(functions.enlarged_convolution(), x, *self.kernel(f"{name}.conv")))

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cached_attention/cached_attention.h"
+#include "convolution/convolution.h"
 #include "hlora_linear/hlora_linear.h"
 
 namespace {
@@ -110,6 +111,33 @@ double CompareAttention(Target target, Storage cache, int64_t tokens, int64_t pa
   return Distance(output[0], output[1]);
 }
 
+double CompareConvolution(Target target, int64_t side, int64_t channels, int64_t outputs, int64_t enlarge) {
+  const int64_t pixels = 2 * side * side;
+  const std::vector<float> x = Normal(pixels * channels), residual = Normal(pixels * enlarge * enlarge * outputs);
+  const std::vector<float> weight = Normal(9 * channels * outputs, 0.05f), bias = Normal(outputs);
+  const std::vector<float> norm_weight = Normal(channels), norm_bias = Normal(channels);
+  std::vector<float> y[2];
+  for (int i = 0; i < 2; ++i) {
+    y[i].resize(residual.size());
+    healthgpt::ConvolutionArguments arguments;
+    arguments.batch = 2;
+    arguments.height = arguments.width = side;
+    arguments.channels = channels;
+    arguments.outputs = outputs;
+    arguments.groups = channels / 4;
+    arguments.enlarge = enlarge;
+    arguments.x = x.data();
+    arguments.norm_weight = norm_weight.data();
+    arguments.norm_bias = norm_bias.data();
+    arguments.weight = weight.data();
+    arguments.bias = bias.data();
+    arguments.residual = residual.data();
+    arguments.y = y[i].data();
+    healthgpt::Convolution(arguments, healthgpt::Parallel(), i == 0 ? target : Target::kPortable);
+  }
+  return Distance(y[0], y[1]);
+}
+
 }  // namespace
 
 int main() {
@@ -133,6 +161,10 @@ int main() {
         worst = std::fmax(worst, CompareAttention(target, cache, tokens, 130, 96));
         worst = std::fmax(worst, CompareAttention(target, cache, tokens, 3, 10));
       }
+    }
+    for (const int64_t enlarge : {1, 2}) {
+      worst = std::fmax(worst, CompareConvolution(target, 11, 20, 70, enlarge));
+      worst = std::fmax(worst, CompareConvolution(target, 4, 64, 3, enlarge));
     }
     // Rounding alone; a value on the border between two bytes may fall either way.
     const bool agrees = worst < 5e-3;

@@ -18,7 +18,15 @@ from onnx import TensorProto, helper, numpy_helper
 
 from healthgpt_edge.executors.onnx import kernel_library
 from healthgpt_edge.export.graph.builder import DOMAIN, IR_VERSION, OPSET
-from healthgpt_edge.export.graph.functions import cached_attention, hlora_linear, linear
+from healthgpt_edge.export.graph.functions import (
+    cached_attention,
+    convolution,
+    enlarged_convolution,
+    hlora_linear,
+    linear,
+    norm_swish_convolution,
+    residual_convolution,
+)
 from healthgpt_edge.export.quantize import quantise
 
 FLOAT, FLOAT16, INT8, INT4 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT8, TensorProto.INT4
@@ -227,6 +235,39 @@ def test_caches_bound_as_input_and_output_are_written_in_place(cache):
         assert [row for row in range(9) if (value.numpy() != operands[f"past_{kind}"])[:, :, row].any()] == [3]
 
 
+CONVOLUTIONS = {
+    "Convolution": convolution(),
+    "EnlargedConvolution": enlarged_convolution(),
+    "NormSwishConvolution": norm_swish_convolution(),
+    "ResidualConvolution": residual_convolution(),
+}
+
+
+def convolution_operands(op: str) -> Operands:
+    """In the order of the node: two pictures of 5x7 pixels, 8 channels to 6."""
+    random = np.random.default_rng(0)
+    shapes = {"x": (2, 5, 7, 8), "weight": (3, 3, 8, 6), "bias": (6,)}
+    if op in ("NormSwishConvolution", "ResidualConvolution"):
+        shapes |= {"norm_weight": (8,), "norm_bias": (8,)}
+    if op == "ResidualConvolution":
+        shapes["residual"] = (2, 5, 7, 6)
+    return {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def convolution_attributes(op: str) -> dict[str, int]:
+    return {"groups": 4} if "norm_weight" in convolution_operands(op) else {}
+
+
+@pytest.mark.parametrize("op", CONVOLUTIONS)
+def test_convolutions(op):
+    operands, more = convolution_operands(op), convolution_attributes(op)
+    (found,) = run(op, operands, {"y": FLOAT}, threads=2, **more)
+    (expected,) = run(op, operands, {"y": FLOAT}, body=CONVOLUTIONS[op], **more)
+    assert found.shape == ((2, 10, 14, 6) if op == "EnlargedConvolution" else (2, 5, 7, 6))
+    # Winograd's transforms lose a digit: relative to results of up to 10.
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
 def test_a_kernel_replaces_the_body(tmp_path):
     """The file that holds both runs by either: with the library the node is still there when all is optimised."""
     operands, more = hlora_operands("float32", "float32"), {"block_size": 0, "experts": 4}
@@ -382,3 +423,23 @@ def test_a_bound_output_of_another_shape_is_onnx_runtimes_own_error():
     binding.bind_ortvalue_output("y", onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros((5, 23), np.float32)))
     with pytest.raises(Exception, match="Linear"):
         session.run_with_iobinding(binding)
+
+
+@pytest.mark.parametrize(
+    ("op", "wrong", "attributes", "message"),
+    [
+        ("Convolution", zeros("x", 5, 7, 8), {}, "x must be [B, H, W, C], found [5, 7, 8]"),
+        ("Convolution", zeros("weight", 8, 6), {}, "weight must be [3, 3, C, O], found [8, 6]"),
+        ("EnlargedConvolution", zeros("weight", 3, 3, 7, 6), {}, "weight must be [3, 3, 8, 6], found [3, 3, 7, 6]"),
+        ("EnlargedConvolution", zeros("weight", 1, 1, 8, 6), {}, "weight must be [3, 3, 8, 6], found [1, 1, 8, 6]"),
+        ("NormSwishConvolution", zeros("bias", 8), {}, "bias must be [6], found [8]"),
+        ("NormSwishConvolution", zeros("norm_weight", 6), {}, "norm_weight must be [8], found [6]"),
+        ("NormSwishConvolution", {}, {"groups": 3}, "groups must divide 8 channels, found 3"),
+        ("NormSwishConvolution", {}, {"groups": 0}, "groups must be from 1 to 2147483647, found 0"),
+        ("ResidualConvolution", zeros("norm_bias", 8, 1), {}, "norm_bias must be [8], found [8, 1]"),
+        ("ResidualConvolution", zeros("residual", 2, 5, 7, 8), {}, "residual must be [2, 5, 7, 6], found [2, 5, 7, 8]"),
+    ],
+)
+def test_a_wrong_convolution_is_named(op, wrong, attributes, message):
+    text = refusal(op, convolution_operands(op) | wrong, {"y": FLOAT}, **convolution_attributes(op) | attributes)
+    assert f"{op}: " in text and message in text

@@ -10,7 +10,7 @@ import pybind11
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TESTS = [ROOT / "tests" / "csrc" / f"test_{name}.py" for name in ("hlora_linear", "cached_attention")]
+TESTS = [ROOT / "tests" / "csrc" / f"test_{name}.py" for name in ("hlora_linear", "cached_attention", "convolution")]
 
 # Runs pytest with the module at argv[1] in the place of the installed one.
 RUN = """
