@@ -80,6 +80,11 @@ void LoadOddChannels(const uint8_t* from, int64_t first, int64_t stride, int64_t
   }
 }
 
+template <Storage storage>
+SIMD_INLINE Ints Dot(Ints sum, Bytes weights, Bytes x) {
+  return storage == Storage::kInt4 ? Simd::Dot4(sum, weights, x) : Simd::Dot8(sum, weights, x);
+}
+
 // Dot products of kRows rows of x with a tile, of weights in the order of Interleave or of columns.
 template <Storage storage, int kRows>
 struct Products {
@@ -93,16 +98,10 @@ struct Products {
       Unroll<kVectors>([&](auto i) SIMD_INLINE_LAMBDA { at[r][i] = start; });
     });
   }
-  SIMD_INLINE void Load(const int32_t* from, int64_t stride) {
+  SIMD_INLINE void Load(const int32_t* from) {
     Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA {
       Unroll<kVectors>([&](auto i)
-                           SIMD_INLINE_LAMBDA { at[r][i] = Simd::LoadInts(from + r * stride + i * Simd::kLanes); });
-    });
-  }
-  SIMD_INLINE void Store(int32_t* to, int64_t stride) const {
-    Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA {
-      Unroll<kVectors>([&](auto i)
-                           SIMD_INLINE_LAMBDA { Simd::StoreInts(to + r * stride + i * Simd::kLanes, at[r][i]); });
+                           SIMD_INLINE_LAMBDA { at[r][i] = Simd::LoadInts(from + (r * kVectors + i) * Simd::kLanes); });
     });
   }
   SIMD_INLINE void LoadX(const int8_t* from, int64_t stride) {
@@ -111,7 +110,7 @@ struct Products {
   template <int i>
   SIMD_INLINE void Add(Bytes weights) {
     Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA {
-      at[r][i] = storage == Storage::kInt4 ? Simd::Dot4(at[r][i], weights, x[r]) : Simd::Dot8(at[r][i], weights, x[r]);
+      at[r][i] = Dot<storage>(at[r][i], weights, x[r]);
       SIMD_KEEP(at[r][i]);
     });
   }
@@ -140,33 +139,42 @@ SIMD_INLINE const float* TileScales(const Matrix& matrix, const Part& part, int6
   return padded;
 }
 
-// Adds the products of eight channels from `channel` on, or those left, with a tile to those waiting.
-template <Storage storage, int kRows, bool kWhole>
-SIMD_INLINE void AddChannels(const uint8_t* from, int64_t stride, int64_t channels, int columns, const int8_t* x,
-                             int64_t x_stride, const int32_t* x_sums, int32_t* waiting, int64_t waiting_stride) {
-  Products<storage, kRows> products;
-  if (x_sums != nullptr) {
-    products.Start(x_sums);
-  } else {
-    products.Load(waiting, waiting_stride);
+// Adds the products of eight channels from `channel` on, or those left, with a tile to those waiting (rows, kTile). The
+// weights stay in registers while the rows go by.
+template <Storage storage, bool kWhole>
+SIMD_INLINE void AddChannels(const uint8_t* from, int64_t stride, int64_t channels, int columns, int64_t rows,
+                             const int8_t* x, int64_t x_stride, const int32_t* x_sums, int32_t* waiting) {
+  constexpr int offset = storage == Storage::kInt4 ? Simd::kOffset4 : Simd::kOffset8;
+  Bytes weights[2][kVectors];
+  Unroll<2>([&](auto half) SIMD_INLINE_LAMBDA {
+    FetchChannels<storage>(from + (kChannelsAhead + 4 * half) * stride, stride);
+    LoadChannels<storage, kWhole>(from + 4 * half * stride, stride, channels - 4 * half, columns,
+                                  [&](auto i, Bytes loaded) SIMD_INLINE_LAMBDA { weights[half][i] = loaded; });
+  });
+  for (int64_t row = 0; row < rows; ++row) {
+    int32_t* sums = waiting + row * kTile;
+    Ints totals[kVectors];
+    if (x_sums != nullptr) {
+      const Ints start = Simd::RepeatInt(-offset * x_sums[row]);
+      Unroll<kVectors>([&](auto i) SIMD_INLINE_LAMBDA { totals[i] = start; });
+    } else {
+      Unroll<kVectors>([&](auto i) SIMD_INLINE_LAMBDA { totals[i] = Simd::LoadInts(sums + i * Simd::kLanes); });
+    }
+    Unroll<2>([&](auto half) SIMD_INLINE_LAMBDA {
+      if (!kWhole && channels <= 4 * half) return;  // behind x's last channels of the block lie those of the next
+      const Bytes bytes = Simd::Repeat4(x + row * x_stride + 4 * half);
+      Unroll<kVectors>([&](auto i)
+                           SIMD_INLINE_LAMBDA { totals[i] = Dot<storage>(totals[i], weights[half][i], bytes); });
+    });
+    Unroll<kVectors>([&](auto i) SIMD_INLINE_LAMBDA { Simd::StoreInts(sums + i * Simd::kLanes, totals[i]); });
   }
-  const auto add = [&](auto i, Bytes weights) SIMD_INLINE_LAMBDA { products.template Add<i.value>(weights); };
-  FetchChannels<storage>(from + kChannelsAhead * stride, stride);
-  products.LoadX(x, x_stride);
-  LoadChannels<storage, kWhole>(from, stride, channels, columns, add);
-  if (kWhole || channels > 4) {
-    FetchChannels<storage>(from + (kChannelsAhead + 4) * stride, stride);
-    products.LoadX(x + 4, x_stride);
-    LoadChannels<storage, kWhole>(from + 4 * stride, stride, channels - 4, columns, add);
-  }
-  products.Store(waiting, waiting_stride);
 }
 
-// sums += block `block` times kRows rows, read as the file lies.
-template <Storage storage, int kRows>
+// sums += block `block` times the part's rows, read as the file lies: eight channels at a time over all tiles.
+template <Storage storage>
 void AddBlockInPlace(const Matrix& matrix, const Input& input, int64_t block, const Part& part) {
   const int64_t size = matrix.block_size, channels = Min(size, matrix.channels - block * size);
-  const int64_t stride = RowBytes<storage>(matrix.outputs), tiles = part.stride / kTile;
+  const int64_t stride = RowBytes<storage>(matrix.outputs), tiles = part.stride / kTile, rows = part.rows;
   const int64_t first = block * input.rows + part.row;
   const int8_t* x = input.bytes + first * size;
   const uint8_t* values =
@@ -174,59 +182,55 @@ void AddBlockInPlace(const Matrix& matrix, const Input& input, int64_t block, co
   int32_t* waiting = static_cast<int32_t*>(part.unpacked);
   for (int64_t channel = 0; channel < channels; channel += 8) {
     const int32_t* x_sums = channel == 0 ? input.sums + first : nullptr;
-    const uint8_t* from = values + channel * stride;
-    int64_t tile = 0;
-    if (channel + 8 <= channels) {
-      for (; tile < part.columns / kTile; ++tile) {
-        AddChannels<storage, kRows, true>(from + tile * TileBytes<storage>(), stride, 8, kTile, x + channel, size,
-                                          x_sums, waiting + tile * kTile, part.stride);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const uint8_t* from = values + channel * stride + tile * TileBytes<storage>();
+      int32_t* sums = waiting + tile * rows * kTile;
+      const int columns = TileColumns(part, tile);
+      if (channel + 8 <= channels && columns == kTile) {
+        AddChannels<storage, true>(from, stride, 8, kTile, rows, x + channel, size, x_sums, sums);
+      } else {
+        AddChannels<storage, false>(from, stride, channels - channel, columns, rows, x + channel, size, x_sums, sums);
       }
-    }
-    for (; tile < tiles; ++tile) {
-      AddChannels<storage, kRows, false>(from + tile * TileBytes<storage>(), stride, channels - channel,
-                                         TileColumns(part, tile), x + channel, size, x_sums, waiting + tile * kTile,
-                                         part.stride);
     }
   }
   for (int64_t tile = 0; tile < tiles; ++tile) {
     float padded[kTile];
-    Products<storage, kRows> products;
-    products.Load(waiting + tile * kTile, part.stride);
-    products.Order();
-    products.AddTo(part.sums + tile * kTile, part.stride, TileScales(matrix, part, block, tile, padded),
-                   input.scales + first);
+    const float* scales = TileScales(matrix, part, block, tile, padded);
+    for (int64_t row = 0; row < rows; ++row) {
+      Products<storage, 1> products;
+      products.Load(waiting + (tile * rows + row) * kTile);
+      products.Order();
+      products.AddTo(part.sums + row * part.stride + tile * kTile, 0, scales, input.scales + first + row);
+    }
   }
 }
 
-// The channels of a block for all tiles of the part, tile after tile: each 32-bit integer has four channels of a
-// column.
+// The channels of a block for one tile: each 32-bit integer has four channels of a column, in the order of Interleave
+// or of columns. Fetches what lies `ahead` bytes further.
 template <Storage storage>
-void UnpackBlock(const Matrix& matrix, int64_t block, const Part& part) {
+void UnpackTile(const Matrix& matrix, int64_t block, const Part& part, int64_t tile, int64_t ahead) {
   const int64_t size = matrix.block_size, channels = Min(size, matrix.channels - block * size);
+  const int64_t column = part.column + tile * kTile, stride = RowBytes<storage>(matrix.outputs);
+  const int columns = TileColumns(part, tile);
   const uint8_t* values = static_cast<const uint8_t*>(matrix.values);
   for (int64_t channel = 0; channel < channels; channel += 4) {
-    for (int64_t tile = 0; tile < part.stride / kTile; ++tile) {
-      int32_t* to = static_cast<int32_t*>(part.unpacked) + (tile * size + channel) / 4 * kTile;
-      const int64_t row = block * size + channel, column = part.column + tile * kTile;
-      if (storage == Storage::kInt4 && matrix.outputs % 2 != 0) {
-        LoadOddChannels(values, row * matrix.outputs + column, matrix.outputs, channels - channel,
-                        TileColumns(part, tile), to);
-        continue;
-      }
-      const int64_t stride = RowBytes<storage>(matrix.outputs);
-      const uint8_t* from = values + row * stride + RowBytes<storage>(column);
-      FetchChannels<storage>(from + kChannelsAhead * stride, stride);
-      Ints weights[kVectors];
-      const auto keep = [&](auto i, Bytes loaded) SIMD_INLINE_LAMBDA { weights[i] = Simd::AsInts(loaded); };
-      const int columns = TileColumns(part, tile);
-      if (columns == kTile && channel + 4 <= channels) {
-        LoadChannels<storage, true>(from, stride, 4, kTile, keep);
-      } else {
-        LoadChannels<storage, false>(from, stride, channels - channel, columns, keep);
-      }
-      OrderColumns<storage>(weights);
-      Unroll<kVectors>([&](auto i) SIMD_INLINE_LAMBDA { Simd::StoreInts(to + i * Simd::kLanes, weights[i]); });
+    int32_t* to = static_cast<int32_t*>(part.unpacked) + channel / 4 * kTile;
+    const int64_t row = block * size + channel;
+    if (storage == Storage::kInt4 && matrix.outputs % 2 != 0) {
+      LoadOddChannels(values, row * matrix.outputs + column, matrix.outputs, channels - channel, columns, to);
+      continue;
     }
+    const uint8_t* from = values + row * stride + RowBytes<storage>(column);
+    FetchChannels<storage>(from + ahead, stride);
+    Ints weights[kVectors];
+    const auto keep = [&](auto i, Bytes loaded) SIMD_INLINE_LAMBDA { weights[i] = Simd::AsInts(loaded); };
+    if (columns == kTile && channel + 4 <= channels) {
+      LoadChannels<storage, true>(from, stride, 4, kTile, keep);
+    } else {
+      LoadChannels<storage, false>(from, stride, channels - channel, columns, keep);
+    }
+    OrderColumns<storage>(weights);
+    Unroll<kVectors>([&](auto i) SIMD_INLINE_LAMBDA { Simd::StoreInts(to + i * Simd::kLanes, weights[i]); });
   }
 }
 
@@ -237,7 +241,7 @@ void AddUnpackedTile(const Matrix& matrix, const Input& input, int64_t block, co
   const int64_t size = matrix.block_size, channels = Min(size, matrix.channels - block * size);
   const int64_t first = block * input.rows + part.row + row;
   const int8_t* x = input.bytes + first * size;
-  const uint8_t* weights = static_cast<const uint8_t*>(part.unpacked) + tile * size * kTile;
+  const uint8_t* weights = static_cast<const uint8_t*>(part.unpacked);
   Products<storage, kRows> products;
   products.Start(input.sums + first);
   for (int64_t channel = 0; channel < channels; channel += 4) {
@@ -249,28 +253,30 @@ void AddUnpackedTile(const Matrix& matrix, const Input& input, int64_t block, co
   products.AddTo(part.sums + row * part.stride + tile * kTile, part.stride, scales, input.scales + first);
 }
 
+// sums += block `block` times the part's rows, tile by tile.
+template <Storage storage>
+void AddBlockUnpacked(const Matrix& matrix, const Input& input, int64_t block, const Part& part) {
+  const int64_t tiles = part.stride / kTile, next_block = matrix.block_size * RowBytes<storage>(matrix.outputs);
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    // Behind the last tile comes the first of the next block.
+    const bool wraps = tile + kTilesAhead >= tiles;
+    const int64_t ahead = kTilesAhead * TileBytes<storage>() + (wraps ? next_block - tiles * TileBytes<storage>() : 0);
+    UnpackTile<storage>(matrix, block, part, tile, ahead);
+    float padded[kTile];
+    const float* scales = TileScales(matrix, part, block, tile, padded);
+    for (int64_t row = 0; row < part.rows; row += kRowsAtOnce) {
+      const auto add =
+          Pick(part.rows - row, AddUnpackedTile<storage, 1>, AddUnpackedTile<storage, 2>, AddUnpackedTile<storage, 3>);
+      add(matrix, input, block, part, row, tile, scales);
+    }
+  }
+}
+
 template <Storage storage>
 void AddIntegerProduct(const Matrix& matrix, const Input& input, int64_t first_block, int64_t end_block,
                        const Part& part) {
-  const bool odd = storage == Storage::kInt4 && matrix.outputs % 2 != 0;
-  for (int64_t block = first_block; block < end_block; ++block) {
-    if (part.rows <= kFewRows && !odd) {
-      const auto add =
-          Pick(part.rows, AddBlockInPlace<storage, 1>, AddBlockInPlace<storage, 2>, AddBlockInPlace<storage, 3>);
-      add(matrix, input, block, part);
-      continue;
-    }
-    UnpackBlock<storage>(matrix, block, part);
-    for (int64_t tile = 0; tile < part.stride / kTile; ++tile) {
-      float padded[kTile];
-      const float* scales = TileScales(matrix, part, block, tile, padded);
-      for (int64_t row = 0; row < part.rows; row += kRowsAtOnce) {
-        const auto add = Pick(part.rows - row, AddUnpackedTile<storage, 1>, AddUnpackedTile<storage, 2>,
-                              AddUnpackedTile<storage, 3>);
-        add(matrix, input, block, part, row, tile, scales);
-      }
-    }
-  }
+  const auto add = InPlace(matrix, part.rows) ? AddBlockInPlace<storage> : AddBlockUnpacked<storage>;
+  for (int64_t block = first_block; block < end_block; ++block) add(matrix, input, block, part);
 }
 
 }  // namespace

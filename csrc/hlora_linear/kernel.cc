@@ -4,10 +4,10 @@
 // vectors per row. There are two ways through it:
 //   few rows    Bytes are the limit. The file is read as it lies, eight channels at a time over all tiles of the run,
 //               and the sums of all its tiles wait in the first cache.
-//   more rows   Arithmetic is. A block of channels is unpacked once into the second cache; a tile's sums then stay in
-//               registers for the whole block.
-// (Going down one tile of the file for a whole block, in place, would touch a page per channel, and channels that are a
-// multiple of 4096 bytes apart would push each other out of the first cache.)
+//   more rows   Arithmetic is. A block of channels of one tile is unpacked once into the first cache, and its sums then
+//               stay in registers for the whole block.
+// Threads share the splits of the channels while the sums of whole runs fit beside each other, and parts of the outputs
+// when the rows are more.
 // Integer sums are exact, and float sums of a row always go block by block in order: hence both give the same bits.
 #include "hlora_linear/float_product.h"
 #include "hlora_linear/integer_product.h"
@@ -90,7 +90,7 @@ struct Call {
   // The sums of one split of [A;R] for some rows.
   void Reduce(int64_t split, int64_t row, int64_t count) const {
     const Matrix& matrix = given.adapter_in;
-    const Part part = TaskPart(row, count, 0, low_size, UnpackedBytes(matrix, count));
+    const Part part = TaskPart(row, count, 0, low_size, UnpackedBytes(matrix, count, low_size));
     AddProduct(matrix, x_into, into.first_block(split), into.first_block(split + 1), part);
     for (int64_t r = 0; r < count; ++r) {
       float* to = low + (split * rows + row + r) * low_size;
@@ -137,7 +137,7 @@ struct Call {
       if (index < 0) return Reduce(static_cast<int64_t>(task), 0, rows);
       const int64_t split = index / weight.runs, column = index % weight.runs * weight.columns;
       const int64_t columns = Min(weight.columns, outputs - column);
-      const Part part = TaskPart(0, rows, column, columns, UnpackedBytes(matrix, rows));
+      const Part part = TaskPart(0, rows, column, columns, UnpackedBytes(matrix, rows, columns));
       AddProduct(matrix, x, weight.first_block(split), weight.first_block(split + 1), part);
       for (int64_t r = 0; r < rows; ++r) {
         float* to = partial + (split * rows + r) * outputs + column;
@@ -153,7 +153,7 @@ struct Call {
     const int64_t width = RoundUp(CeilDivide(outputs, kPartsPerMatrix), kTile);
     parallel(static_cast<size_t>(CeilDivide(outputs, width)), [&](size_t index) {
       const int64_t column = static_cast<int64_t>(index) * width, columns = Min(width, outputs - column);
-      const Part part = TaskPart(0, rows, column, columns, UnpackedBytes(given.adapter_out, rows));
+      const Part part = TaskPart(0, rows, column, columns, UnpackedBytes(given.adapter_out, rows, columns));
       if (has_adapter()) AddProduct(given.adapter_out, z, 0, BlocksOf(given.adapter_out), part);
       Finish(part, [&](int64_t row, int64_t i, int left) {
         Floats sum = Simd::Load(partial + row * outputs + column + i, left);
@@ -176,10 +176,11 @@ struct Call {
       });
       ForRows(rows, parallel, [&](int64_t row) { Gate(row); });
     }
-    const int64_t unpacked = Max(UnpackedBytes(matrix, per_part), has_adapter() ? UnpackedBytes(out_of, per_part) : 0);
-    const int64_t by_cache = Max(1, kTaskBytes / (8 * per_part + unpacked) / kTile);
+    const int64_t by_cache = Max(1, kTaskBytes / (8 * per_part) / kTile);
     const int64_t by_share = CeilDivide(CeilDivide(matrix.outputs, kTile), kPartsPerMatrix);
     const int64_t width = Min(by_cache, by_share) * kTile, parts = CeilDivide(matrix.outputs, width);
+    const int64_t unpacked =
+        Max(UnpackedBytes(matrix, per_part, width), has_adapter() ? UnpackedBytes(out_of, per_part, width) : 0);
     parallel(static_cast<size_t>(row_parts * parts), [&](size_t task) {
       const int64_t row = static_cast<int64_t>(task) / parts * per_part, count = Min(per_part, rows - row);
       const int64_t column = static_cast<int64_t>(task) % parts * width;
@@ -213,6 +214,7 @@ void SIMD_KERNEL(HLoraLinear)(const HLoraLinearArguments& given, const Parallel&
   // x is rounded once if [A;R] has W's blocks.
   const bool shared = adapter && IsInteger(given.weight.storage) && IsInteger(given.adapter_in.storage) &&
                       given.weight.block_size == given.adapter_in.block_size;
+  const bool few = rows <= kRowsBySplit;
   const auto place = [&](void* start) {
     Pieces pieces = {reinterpret_cast<uintptr_t>(start)};
     call.x = PlaceInput(given.x, rows, given.weight, pieces.Take<void>(RoundedBytes(rows, given.weight)));
@@ -224,7 +226,7 @@ void SIMD_KERNEL(HLoraLinear)(const HLoraLinearArguments& given, const Parallel&
       const float* gated = pieces.Take<float>(static_cast<size_t>(rows * rank) * sizeof(float));
       call.z = PlaceInput(gated, rows, given.adapter_out, pieces.Take<void>(RoundedBytes(rows, given.adapter_out)));
     }
-    if (rows <= kFewRows) {
+    if (few) {
       call.partial =
           pieces.Take<float>(static_cast<size_t>(call.weight.splits * rows * given.weight.outputs) * sizeof(float));
     }
@@ -237,7 +239,7 @@ void SIMD_KERNEL(HLoraLinear)(const HLoraLinearArguments& given, const Parallel&
       if (adapter && !shared) RoundRow(call.x_into, given.adapter_in, row);
     });
   }
-  rows <= kFewRows ? call.FewRows() : call.ManyRows();
+  few ? call.FewRows() : call.ManyRows();
 }
 
 }  // namespace healthgpt

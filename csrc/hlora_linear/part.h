@@ -17,9 +17,11 @@ constexpr int64_t kVectors = 8;                     // of sums per row
 constexpr int64_t kTile = kVectors * Simd::kLanes;  // outputs
 constexpr int64_t kRowsAtOnce = 3;                  // 24 of 32 registers hold their sums
 constexpr int64_t kFewRows = 3;
+constexpr int64_t kRowsBySplit = 12;       // for as many or fewer, threads share the splits of the channels
 constexpr int64_t kFloatBlock = 64;        // channels of a tile of floats
-constexpr int64_t kChannelsAhead = 16;     // fetched before they are read
-constexpr int64_t kTaskBytes = 384 << 10;  // of a task's sums and unpacked block, to stay in the second cache
+constexpr int64_t kChannelsAhead = 16;     // fetched before they are read: by few rows,
+constexpr int64_t kTilesAhead = 4;         // and by more
+constexpr int64_t kTaskBytes = 384 << 10;  // of a task's sums, to stay in the second cache
 constexpr int64_t kRowsPerTask = 384;
 constexpr int64_t kRunColumns = 10240;  // of a run for few rows: their sums about fill the first cache
 constexpr int64_t kPartsPerMatrix = 8;  // at least, where it is large enough
@@ -33,7 +35,7 @@ struct Part {
   int64_t row, rows, column, columns;
   int64_t stride;  // columns, rounded up to whole tiles
   float* sums;     // (rows, stride)
-  void* unpacked;  // a block of channels of all tiles, or (kFewRows, stride) integers
+  void* unpacked;  // a block of channels of a tile, or (tiles, rows, kTile) integers
 };
 
 // Outputs of a tile that exist.
@@ -61,11 +63,15 @@ struct Cut {
   int64_t first_block(int64_t split) const { return blocks * split / splits; }
 };
 
-// Bytes that a task unpacks to, per output.
-int64_t UnpackedBytes(const Matrix& matrix, int64_t rows) {
-  if (!IsInteger(matrix.storage)) return kFloatBlock * 4;
-  const bool in_place = rows <= kFewRows && (matrix.storage == Storage::kInt8 || matrix.outputs % 2 == 0);
-  return in_place ? kFewRows * 4 : matrix.block_size;
+// Whether so few rows go over a matrix as it lies in the file.
+bool InPlace(const Matrix& matrix, int64_t rows) {
+  return rows <= kFewRows && (matrix.storage != Storage::kInt4 || matrix.outputs % 2 == 0);
+}
+
+// Bytes that a task needs beside its sums: for its sums to wait in, or for one unpacked tile.
+int64_t UnpackedBytes(const Matrix& matrix, int64_t rows, int64_t columns) {
+  if (!IsInteger(matrix.storage)) return kFloatBlock * kTile * 4;
+  return InPlace(matrix, rows) ? rows * RoundUp(columns, kTile) * 4 : matrix.block_size * kTile;
 }
 
 void Clear(float* sums, int64_t count) {
@@ -75,7 +81,7 @@ void Clear(float* sums, int64_t count) {
 // `sums` cleared, and `extra` more floats per row and output behind them.
 Part TaskPart(int64_t row, int64_t rows, int64_t column, int64_t columns, int64_t unpacked_bytes, int64_t extra = 0) {
   const int64_t stride = RoundUp(columns, kTile), sums = rows * stride;
-  const int64_t bytes = sums * (1 + extra) * static_cast<int64_t>(sizeof(float)) + stride * unpacked_bytes;
+  const int64_t bytes = sums * (1 + extra) * static_cast<int64_t>(sizeof(float)) + unpacked_bytes;
   float* memory = static_cast<float*>(ScratchMemory(Scratch::kTask, static_cast<size_t>(bytes)));
   Clear(memory, sums);
   return {row, rows, column, columns, stride, memory, memory + sums * (1 + extra)};
