@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from healthgpt_edge.bench import summary
 
 
@@ -27,11 +29,17 @@ class Entry:
 
     @property
     def share(self) -> float | None:
-        """What the median reaches of the highest ceiling measured around any turn."""
-        ceilings = [turn.get(f"ceiling_{when}") for turn in self.turns for when in ("before", "after")]
-        if not ceilings or None in ceilings:
-            return None
-        return float(self.turns[0]["cost"] / (self.median_ms / 1e3) / max(ceilings))
+        """What a turn's median reaches of the higher ceiling just before and after it; the median over the turns.
+
+        Both drift together on a shared machine, so they are compared turn by turn.
+        """
+        shares = []
+        for turn in self.turns:
+            ceilings = [turn.get(f"ceiling_{when}") for when in ("before", "after")]
+            if None in ceilings:
+                return None
+            shares.append(turn["cost"] / (float(np.median(turn["samples_ms"])) / 1e3) / max(ceilings))
+        return float(np.median(shares)) if shares else None
 
     def to_json(self) -> dict[str, Any]:
         facts = [{key: value for key, value in turn.items() if key not in ("row", "task")} for turn in self.turns]
