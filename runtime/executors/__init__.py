@@ -40,6 +40,10 @@ class Executor(Protocol):
         """The picture uint8 [H, W, 3] of a code grid int64 [h, w]."""
         ...
 
+    def draft(self, pixels: np.ndarray) -> np.ndarray:
+        """The code grid int64 [h, w] that the VQGAN's encoder gives of a picture uint8 [H, W, 3]."""
+        ...
+
 
 def open_executor(
     bundle: Bundle, tasks: tuple[str, ...], name: str, device: str, threads: int | None, kernels: bool
