@@ -17,7 +17,7 @@ from rich.table import Table
 from .errors import HealthGPTError, PromptError
 
 if TYPE_CHECKING:
-    from .session import Session
+    from .session import Answer, Picture, Session
 
 app = typer.Typer(
     add_completion=False,
@@ -38,6 +38,7 @@ Seed = Annotated[int, typer.Option("--seed", help="Seed of the sampling.")]
 Frame = Annotated[int | None, typer.Option("--frame", help="Frame of a multi-frame DICOM file, from 0.")]
 Window = Annotated[str | None, typer.Option("--window", metavar="CENTRE,WIDTH", help="DICOM window.")]
 Kernels = Annotated[bool, typer.Option("--kernels/--no-kernels", help="Native kernels, where they are built.")]
+Certify = Annotated[bool, typer.Option("--certify", help="Decode again without drafts, and fail if ids differ.")]
 Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Check the hashes of the weights first.")]
 
 
@@ -146,6 +147,8 @@ def answer(
     seed: Seed = 0,
     frame: Frame = None,
     window: Window = None,
+    draft: Annotated[str, typer.Option(help="Guess ahead: auto, lookup (in the words so far) or none.")] = "auto",
+    certify: Certify = False,
     device: Device = "cpu",
     threads: Threads = None,
     kernels: Kernels = True,
@@ -171,8 +174,11 @@ def answer(
         sampling=sampling,
         frame=frame,
         window=chosen_window,
+        draft=draft,
+        certify=certify,
         on_text=None if as_json else write,
     )
+    _note_uncertified(result)
     if as_json:
         _print_json(dataclasses.asdict(result))
     else:
@@ -192,6 +198,11 @@ def generate(
     seed: Seed = 0,
     frame: Frame = None,
     window: Window = None,
+    draft: Annotated[str, typer.Option(help="Guess ahead: auto, input (its codes), jacobi or none.")] = "auto",
+    certify: Certify = False,
+    show_progress: Annotated[
+        bool, typer.Option("--progress", help="Meanwhile write the picture so far to NAME.partial.png.")
+    ] = False,
     device: Device = "cpu",
     threads: Threads = None,
     kernels: Kernels = True,
@@ -213,31 +224,33 @@ def generate(
     sampling = Sampling(temperature, top_p, seed)
     chosen_window = _window(window)
     session = _load(bundle, tasks=(GENERATION,), device=device, threads=threads, verify=verify, kernels=kernels)
-    with _progress() as progress:
-        codes = session.bundle.manifest.codes
-        bar = progress.add_task("codes", total=codes.grid**2 if codes else None)
-        result = session.generate(
-            image,
-            instruction,
-            faithful=faithful,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            frame=frame,
-            window=chosen_window,
-            on_code=lambda count: progress.update(bar, completed=count),
-        )
+    partial = out.with_suffix(".partial.png")
+    try:
+        with _progress() as progress:
+            codes = session.bundle.manifest.codes
+            bar = progress.add_task("codes", total=codes.grid**2 if codes else None)
+            result = session.generate(
+                image,
+                instruction,
+                faithful=faithful,
+                max_new_tokens=max_new_tokens,
+                sampling=sampling,
+                frame=frame,
+                window=chosen_window,
+                draft=draft,
+                certify=certify,
+                on_code=lambda count: progress.update(bar, completed=count),
+                on_preview=(lambda pixels, rows: write_image(partial, pixels)) if show_progress else None,
+            )
+    finally:
+        if show_progress:
+            partial.unlink(missing_ok=True)
     write_image(out, result.pixels)
+    _note_uncertified(result)
     if as_json:
-        _print_json(
-            {
-                "prompt_ids": result.prompt_ids,
-                "token_ids": result.token_ids,
-                "codes": result.codes,
-                "image": str(out),
-                "timings_ms": result.timings_ms,
-                "executor": result.executor,
-            }
-        )
+        fields = dataclasses.fields(result)
+        values = {field.name: getattr(result, field.name) for field in fields if field.name != "pixels"}
+        _print_json(values | {"image": str(out)})
     else:
         print(out)
 
@@ -352,6 +365,12 @@ def _load(bundle: Path, *, device: str, kernels: bool, **options: Any) -> Sessio
         text = "note: the native kernels are not built; ONNX Runtime's own nodes run in their place, slower"
         notes.print(text, soft_wrap=True)
     return session
+
+
+def _note_uncertified(result: Answer | Picture) -> None:
+    if not result.certified:
+        text = "note: not certified: this executor's passes round by their size, so drafts may have changed a token"
+        notes.print(text, soft_wrap=True)
 
 
 def _window(text: str | None) -> tuple[float, float] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -16,33 +15,32 @@ class RowCosts:
 
     def __init__(self) -> None:
         self._samples: dict[int, deque[float]] = {}
+        self._known: dict[int, float] = {}
 
     @property
     def most(self) -> int:
-        """The most rows that any pass had so far; 0 before the first."""
-        return max(self._samples, default=0)
-
-    def knows(self, rows: int) -> bool:
-        """Whether enough passes of `rows` were timed."""
-        return len(self._samples.get(rows, ())) >= _FEWEST
+        """The most rows of which the cost is known; 0 before any is."""
+        return max(self._known, default=0)
 
     def record(self, rows: int, seconds: float) -> None:
         """Note the time of a pass; the first of its size, which still allocates and unpacks, does not count."""
-        if rows in self._samples:
-            self._samples[rows].append(seconds)
-        else:
+        if rows not in self._samples:
             self._samples[rows] = deque(maxlen=_MOST)
+            return
+        self._samples[rows].append(seconds)
+        if len(self._samples[rows]) >= _FEWEST:
+            self._known[rows] = min(self._samples[rows])
 
-    def estimate(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Seconds of passes of `rows` [n]: on the line between the sizes known beside it, or on beyond them.
+    def line(self) -> tuple[float, float]:
+        """Seconds of a pass, and of each of its rows: the line with the least relative errors for the known sizes.
 
-        What more rows were done in, fewer can be done in.
+        A pass reads the weights once and computes for every row. Until two sizes are known rows are free.
         """
-        sizes = sorted(size for size in self._samples if self.knows(size))
-        if not sizes:
-            return np.ones(len(rows))
-        least = np.array([min(self._samples[size]) for size in sizes])
-        seconds = np.minimum.accumulate(least[::-1])[::-1]
-        slope = (seconds[-1] - seconds[0]) / max(sizes[-1] - sizes[0], 1)
-        beyond = np.maximum(np.asarray(rows) - sizes[-1], 0)
-        return np.asarray(np.interp(rows, sizes, seconds) + slope * beyond)
+        if len(self._known) < 2:
+            return next(iter(self._known.values()), 1.0), 0.0
+        rows, seconds = np.array(list(self._known)), np.array(list(self._known.values()))
+        weights = seconds**-2.0 / (seconds**-2.0).sum()
+        mean_rows, mean_seconds = float(weights @ rows), float(weights @ seconds)
+        slope = float((weights * (rows - mean_rows)) @ seconds / (weights @ (rows - mean_rows) ** 2))
+        slope = min(max(slope, 0.0), mean_seconds / mean_rows)  # neither part of a pass takes less than no time
+        return mean_seconds - slope * mean_rows, slope

@@ -91,7 +91,7 @@ class Drafts:
         codes = self._manifest.codes
         if image is None or codes is None or "draft" not in self._manifest.tasks[task].graphs:
             return False
-        plain_seconds = codes.grid**2 * float(self._costs[task].estimate([1])[0])
+        plain_seconds = codes.grid**2 * sum(self._costs[task].line())
         return self._encoder_seconds <= _ENCODER_SHARE * plain_seconds
 
 

@@ -14,7 +14,7 @@ _SIZES = np.array([1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, MAX_ROWS])
 # The size that the expected exponent stands for before anything is measured.
 _FIRST_ROWS = 8
 # Weight of the newest pass in what is expected of the next.
-_NEWEST = 0.1
+_NEWEST = 0.05
 # Where drafts do not pay, one pass in so many has a second row all the same, to see whether they do by now.
 _PROBE_EVERY = 16
 
@@ -37,12 +37,13 @@ class Pace:
         return math.log(self._tokens) / math.log(self._rows)
 
     def rows(self) -> int:
-        """Rows of the next pass, at most twice as many as any pass had."""
-        if not self._costs.knows(1):
+        """Rows of the next pass, at most twice as many as it is known the cost of."""
+        known = self._costs.most
+        if not known:
             return 1  # what plain decoding costs must be known before it is left
-        tried = np.searchsorted(_SIZES, max(4, 2 * self._costs.most), side="right")
-        sizes = _SIZES[:tried]
-        best = int(sizes[np.argmax(sizes**self.exponent / self._costs.estimate(sizes))])
+        sizes = _SIZES[: np.searchsorted(_SIZES, max(4, 2 * known), side="right")]
+        fixed, each = self._costs.line()
+        best = int(sizes[np.argmax(sizes**self.exponent / (fixed + each * sizes))])
         if best > 1:
             return best
         self._plain_passes += 1
