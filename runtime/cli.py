@@ -17,7 +17,8 @@ from rich.table import Table
 from .errors import HealthGPTError, PromptError
 
 if TYPE_CHECKING:
-    from .session import Answer, Picture, Session
+    from .results import Answer, Picture
+    from .session import Session
 
 app = typer.Typer(
     add_completion=False,

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,49 +19,15 @@ from .errors import BundleError, GenerationError, ImageError, PromptError
 from .executors import Executor, open_executor
 from .images import prepare, read_image
 from .manifest import Codes
+from .prefixes import Prefixes
 from .previews import Previews
 from .prompt import IMAGE, TEMPLATES, Tokenizer, prompt_ids
+from .results import Answer, Clock, Picture
 
 COMPREHENSION, GENERATION = "comprehension", "generation"
 # The original's limits (HEALTHGPT.md); pictures of another size get the same slack over their codes.
 DEFAULT_ANSWER_TOKENS = 1024
 CODE_SLACK_TOKENS = 76
-
-
-@dataclass(frozen=True, slots=True)
-class _Made:
-    """How a result was made.
-
-    `token_ids` are the new ones, a stop token included; `timings_ms` say where the time went. `draft` is what was
-    drafted from, "none" in plain decoding; `forward_passes` are the language model's, the prefill among them, and
-    `accepted_per_pass` the tokens that each gave on average. `certified`: the ids are known to be those of plain
-    decoding, because they come from it, or were compared with it, or because passes of this executor were found to
-    give a token the same bits whatever their number of rows.
-    """
-
-    prompt_ids: list[int]
-    token_ids: list[int]
-    timings_ms: dict[str, float]
-    executor: str
-    draft: str
-    forward_passes: int
-    accepted_per_pass: float
-    certified: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Answer(_Made):
-    """An answer: its `text`, and how it was made."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Picture(_Made):
-    """A generated picture: `pixels` uint8 [H, W, 3], its codes in reading order, and how it was made."""
-
-    pixels: np.ndarray
-    codes: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,40 +47,32 @@ class _Request:
 
 
 class _Run(NamedTuple):
-    """Prompt ids (the image as -200), new ids, and as in _Made."""
+    """Prompt ids (the image as -200), new ids, and as in Made."""
 
     prompt_ids: list[int]
     ids: list[int]
     draft: str
     forward_passes: int
     certified: bool
+    reused_tokens: int
 
 
-@dataclass(slots=True)
-class _Clock:
-    """Milliseconds per stage."""
+class _Prefix(NamedTuple):
+    """The system prompt and a picture: what it is found by, and its length in tokens."""
 
-    stages_ms: dict[str, float] = field(default_factory=dict)
-    started: float = field(default_factory=time.perf_counter)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        begin = time.perf_counter()
-        yield
-        self.stages_ms[name] = (time.perf_counter() - begin) * 1e3
-
-    def report(self) -> dict[str, float]:
-        stages = ("draft", "vision", "prefill", "decode", "certify", "codes")
-        report = {name: round(self.stages_ms.get(name, 0.0), 3) for name in stages}
-        return report | {"total": round((time.perf_counter() - self.started) * 1e3, 3)}
+    key: str
+    length: int
 
 
 class Session:
     """A loaded bundle, all its tasks resident. Made by `load`."""
 
-    def __init__(self, bundle: Bundle, executor: Executor, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, bundle: Bundle, executor: Executor, tokenizer: Tokenizer, *, prefix_cache_bytes: int = 0
+    ) -> None:
         self.bundle, self.executor, self.tokenizer = bundle, executor, tokenizer
         self._drafts = Drafts(executor, bundle.manifest)
+        self._prefixes = Prefixes(prefix_cache_bytes)
 
     def answer(
         self,
@@ -139,7 +95,7 @@ class Session:
         decodes again without them and raises GenerationError where the ids differ; `on_text` waits for it. Raises
         HealthGPTError.
         """
-        clock = _Clock()
+        clock = Clock()
         skip_special = TEMPLATES[self.bundle.manifest.template].skip_special
         streamer = self.tokenizer.streamer(skip_special=skip_special)
         stop_ids = frozenset(self.bundle.manifest.decoding.stop_ids)
@@ -180,7 +136,7 @@ class Session:
         for `answer`. `on_code` gets the number of tokens so far, `on_preview` now and then the picture so far, uint8
         [H, W, 3], and how many rows of its codes are final. Raises HealthGPTError.
         """
-        clock = _Clock()
+        clock = Clock()
         codes = self._codes()
         total = codes.grid * codes.grid
         if max_new_tokens is None:
@@ -223,7 +179,7 @@ class Session:
         return Picture(**self._report(run, clock), pixels=pixels, codes=values)
 
     def _run(
-        self, request: _Request, grammar: Callable[[], Grammar], clock: _Clock, on_token: Callable[[int], None]
+        self, request: _Request, grammar: Callable[[], Grammar], clock: Clock, on_token: Callable[[int], None]
     ) -> _Run:
         """Vision, prefill and decode of one request."""
         manifest, task = self.bundle.manifest, request.task
@@ -244,15 +200,21 @@ class Session:
         picture = read_image(request.image, frame=request.frame, window=request.window) if has_image else None
         with clock.stage("draft"):
             drafter = self._drafter(request, ids, picture)
-        features = None
-        if picture:
-            pixels = prepare(picture, manifest.vision.image_size, manifest.vision.background)
-            with clock.stage("vision"):
-                features = self.executor.features(task, pixels)
-        context = self.executor.context(task, features)
+        pixels = prepare(picture, manifest.vision.image_size, manifest.vision.background) if picture else None
+        prefix = self._prefix(task, spliced, pixels)
+        context = self._prefixes.take(prefix.key) if prefix else None
+        reused_tokens = context.length if context else 0
+        if context is None:
+            features = None
+            if pixels is not None:
+                with clock.stage("vision"):
+                    features = self.executor.features(task, pixels)
+            context = self.executor.context(task, features)
         with clock.stage("prefill"):
-            logits = context.forward(spliced, full_vocabulary=request.full_vocabulary)
-        prompt_tokens = context.length
+            if prefix and not reused_tokens:
+                # In two passes for the first question, too: so no answer depends on what was asked before.
+                context.forward(spliced[: prefix.length])
+            logits = context.forward(spliced[context.length :], full_vocabulary=request.full_vocabulary)
         first_logit = 0 if request.full_vocabulary else manifest.tasks[task].first_logit
 
         def decoded(drafter: Drafter | None, on_token: Callable[[int], None]) -> Decoded:
@@ -272,18 +234,32 @@ class Session:
             new_ids, passes = decoded(drafter, on_token)
         drafted = drafter is not None and drafter.drafted
         if request.certify and drafted:
-            context.length = prompt_tokens
+            context.length = len(spliced)
             with clock.stage("certify"):
                 _check_equal(new_ids, decoded(None, lambda token_id: None).ids)
-        certified = not drafted or request.certify or self._drafts.agree(task)
-        return _Run(ids, new_ids, drafter.name if drafter and drafted else "none", passes, certified)
+        compared = not drafted or request.certify
+        certified = (compared and not prefix) or self._drafts.agree(task)
+        if prefix:
+            self._prefixes.keep(prefix.key, context, prefix.length)
+        return _Run(ids, new_ids, drafter.name if drafter and drafted else "none", passes, certified, reused_tokens)
+
+    def forget_pictures(self) -> None:
+        """Drop what was kept of pictures for the next question (`prefix_cache_bytes` of `load`)."""
+        self._prefixes.clear()
+
+    def _prefix(self, task: str, spliced: np.ndarray, pixels: np.ndarray | None) -> _Prefix | None:
+        """What the prompt of every question about a picture begins with, if that is to be kept."""
+        if pixels is None or not self._prefixes:
+            return None
+        length = int(np.flatnonzero(spliced >= self.bundle.manifest.language.vocab)[-1]) + 1
+        return _Prefix(self._prefixes.key(task, pixels, spliced[:length]), length)
 
     def _drafter(self, request: _Request, ids: list[int], picture: Image.Image | None) -> Drafter | None:
         if request.task == GENERATION:
             return self._drafts.for_picture(request.draft, request.task, picture)
         return self._drafts.for_text(request.draft, request.task, [token_id for token_id in ids if token_id != IMAGE])
 
-    def _report(self, run: _Run, clock: _Clock) -> dict[str, Any]:
+    def _report(self, run: _Run, clock: Clock) -> dict[str, Any]:
         """What Answer and Picture share."""
         return {
             "prompt_ids": run.prompt_ids,
@@ -294,6 +270,7 @@ class Session:
             "forward_passes": run.forward_passes,
             "accepted_per_pass": round(len(run.ids) / run.forward_passes, 3),
             "certified": run.certified,
+            "reused_tokens": run.reused_tokens,
         }
 
     def _spliced(self, ids: list[int]) -> np.ndarray:
@@ -345,11 +322,14 @@ def load(
     threads: int | None = None,
     verify: bool = True,
     kernels: bool = True,
+    prefix_cache_bytes: int = 0,
 ) -> Session:
     """Open the bundle at `path` for `tasks` (all of them by default).
 
     `verify=False` skips the hashes of the weight files, which take most of the time of a cold start.
-    `kernels=False` computes everything by ONNX Runtime's own nodes. Raises BundleError, ExecutorError.
+    `kernels=False` computes everything by ONNX Runtime's own nodes. With `prefix_cache_bytes` the session keeps the
+    caches of pictures it was asked about, the last ones in so many bytes, and a request with the very same picture
+    starts after it; by default nothing outlives its request. Raises BundleError, ExecutorError, GenerationError.
     """
     bundle = Bundle.open(Path(path), verify=verify)
     manifest = bundle.manifest
@@ -360,4 +340,5 @@ def load(
         if task not in manifest.tasks:
             raise BundleError(f"the bundle has no {task} plugin, only {', '.join(sorted(manifest.tasks))}")
     tokenizer = Tokenizer.load(bundle.file(manifest.tokenizer.file), manifest.tokenizer.options)
-    return Session(bundle, open_executor(bundle, wanted, executor, device, threads, kernels), tokenizer)
+    engine = open_executor(bundle, wanted, executor, device, threads, kernels)
+    return Session(bundle, engine, tokenizer, prefix_cache_bytes=prefix_cache_bytes)

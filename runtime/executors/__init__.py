@@ -15,6 +15,11 @@ class Context(Protocol):
 
     length: int
 
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes that its caches hold."""
+        ...
+
     def forward(self, token_ids: np.ndarray, last_positions: int = 1, full_vocabulary: bool = False) -> np.ndarray:
         """Append token_ids int64 [S] and return float32 logits [last_positions, rows].
 

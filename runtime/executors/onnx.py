@@ -156,6 +156,12 @@ class OnnxContext:
         self._image_features = np.ascontiguousarray(image_features[None])
         self.length = 0
 
+    @property
+    def memory_bytes(self) -> int:
+        _, heads, _, size = self._shape
+        caches = len(self._names) * heads * self._capacity * size * self._type.itemsize
+        return caches + int(self._image_features.nbytes)
+
     def forward(self, token_ids: np.ndarray, last_positions: int = 1, full_vocabulary: bool = False) -> np.ndarray:
         self._reserve(self.length + len(token_ids))
         binding = self._session.io_binding()
