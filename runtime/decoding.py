@@ -148,10 +148,10 @@ class Selector:
 
 
 class Decoded(NamedTuple):
-    """New ids, the stop token included, and the forward passes that they took."""
+    """New ids, the stop token included, and how many of them each forward pass gave, from the prefill on."""
 
     ids: list[int]
-    forward_passes: int
+    by_pass: list[int]
 
 
 def decode(
@@ -175,29 +175,34 @@ def decode(
     """
     new_ids: list[int] = []
     drafts: list[int] = []
-    passes, seconds = 1, None
+    by_pass: list[int] = []
+    seconds = None
     while True:
         known, rows = len(new_ids), logits[-1 - len(drafts) :]
+        ended = False
         for row, draft in zip(rows, [*drafts, None], strict=True):
             token_id = selector.choose(row, grammar)
             grammar.advance(token_id)
             new_ids.append(token_id)
             on_token(token_id)
-            if token_id in stop_ids or len(new_ids) == max_new_tokens:
-                return Decoded(new_ids, passes)
-            if (forced := grammar.forced()) is not None:
+            ended = token_id in stop_ids or len(new_ids) == max_new_tokens
+            if not ended and (forced := grammar.forced()) is not None:
                 # Nothing comes after a forced token, so it costs no forward pass.
                 new_ids.append(forced)
                 on_token(forced)
-                return Decoded(new_ids, passes)
-            if token_id != draft:
+                ended = True
+            if ended or token_id != draft:
                 break
         begin, fresh = time.perf_counter(), new_ids[known:]
+        by_pass.append(len(fresh))
+        if ended:
+            return Decoded(new_ids, by_pass)
         context.length -= 1 + len(drafts) - len(fresh)  # forget what the wrong drafts left in the caches
         if drafter:
-            drafter.learn(fresh, drafts, selector.guess(rows[len(fresh) :], grammar), seconds)
+            later = selector.guess(rows[len(fresh) :], grammar) if len(fresh) < len(rows) else []
+            drafter.learn(fresh, drafts, later, seconds)
             left = max_new_tokens - len(new_ids)
             drafts = drafter.draft(min(left, grammar.left() or left) - 1)
         ids = np.array([new_ids[-1], *drafts], np.int64)
         logits = context.forward(ids, last_positions=len(ids), full_vocabulary=full_vocabulary)
-        passes, seconds = passes + 1, time.perf_counter() - begin
+        seconds = time.perf_counter() - begin

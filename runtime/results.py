@@ -15,11 +15,11 @@ class Made:
     """How a result was made.
 
     `token_ids` are the new ones, a stop token included; `timings_ms` say where the time went. `draft` is what was
-    drafted from, "none" in plain decoding; `forward_passes` are the language model's, the prefill among them, and
-    `accepted_per_pass` the tokens that each gave on average. `certified`: the ids are known to be those of plain
-    decoding, because they come from it, or were compared with it, or because passes of this executor were found to
-    give a token the same bits whatever their number of rows. `reused_tokens` of the prompt, the picture's patches among
-    them, were kept from an earlier question.
+    drafted from, "none" in plain decoding. `forward_passes` are the language model's, the prefill counted as one,
+    `accepted_per_pass` the tokens that each gave on average, `tokens_by_pass` those that each gave. `certified`: the
+    ids are known to be those of plain decoding, because they come from it, or were compared with it, or because passes
+    of this executor were found to give a token the same bits whatever their number of rows. `reused_tokens` of the
+    prompt, the picture's patches among them, were kept from an earlier question.
     """
 
     prompt_ids: list[int]
@@ -29,6 +29,7 @@ class Made:
     draft: str
     forward_passes: int
     accepted_per_pass: float
+    tokens_by_pass: list[int]
     certified: bool
     reused_tokens: int
 

@@ -52,7 +52,7 @@ class _Run(NamedTuple):
     prompt_ids: list[int]
     ids: list[int]
     draft: str
-    forward_passes: int
+    by_pass: list[int]
     certified: bool
     reused_tokens: int
 
@@ -71,7 +71,7 @@ class Session:
         self, bundle: Bundle, executor: Executor, tokenizer: Tokenizer, *, prefix_cache_bytes: int = 0
     ) -> None:
         self.bundle, self.executor, self.tokenizer = bundle, executor, tokenizer
-        self._drafts = Drafts(executor, bundle.manifest)
+        self.drafts = Drafts(executor, bundle.manifest)
         self._prefixes = Prefixes(prefix_cache_bytes)
 
     def answer(
@@ -231,17 +231,17 @@ class Session:
             )
 
         with clock.stage("decode"):
-            new_ids, passes = decoded(drafter, on_token)
+            new_ids, by_pass = decoded(drafter, on_token)
         drafted = drafter is not None and drafter.drafted
         if request.certify and drafted:
             context.length = len(spliced)
             with clock.stage("certify"):
                 _check_equal(new_ids, decoded(None, lambda token_id: None).ids)
         compared = not drafted or request.certify
-        certified = (compared and not prefix) or self._drafts.agree(task)
+        certified = (compared and not prefix) or self.drafts.agree(task)
         if prefix:
             self._prefixes.keep(prefix.key, context, prefix.length)
-        return _Run(ids, new_ids, drafter.name if drafter and drafted else "none", passes, certified, reused_tokens)
+        return _Run(ids, new_ids, drafter.name if drafter and drafted else "none", by_pass, certified, reused_tokens)
 
     def forget_pictures(self) -> None:
         """Drop what was kept of pictures for the next question (`prefix_cache_bytes` of `load`)."""
@@ -256,8 +256,8 @@ class Session:
 
     def _drafter(self, request: _Request, ids: list[int], picture: Image.Image | None) -> Drafter | None:
         if request.task == GENERATION:
-            return self._drafts.for_picture(request.draft, request.task, picture)
-        return self._drafts.for_text(request.draft, request.task, [token_id for token_id in ids if token_id != IMAGE])
+            return self.drafts.for_picture(request.draft, request.task, picture)
+        return self.drafts.for_text(request.draft, request.task, [token_id for token_id in ids if token_id != IMAGE])
 
     def _report(self, run: _Run, clock: Clock) -> dict[str, Any]:
         """What Answer and Picture share."""
@@ -267,8 +267,9 @@ class Session:
             "timings_ms": clock.report(),
             "executor": self.executor.name,
             "draft": run.draft,
-            "forward_passes": run.forward_passes,
-            "accepted_per_pass": round(len(run.ids) / run.forward_passes, 3),
+            "forward_passes": len(run.by_pass),
+            "accepted_per_pass": round(len(run.ids) / len(run.by_pass), 3),
+            "tokens_by_pass": run.by_pass,
             "certified": run.certified,
             "reused_tokens": run.reused_tokens,
         }

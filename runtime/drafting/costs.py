@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import deque
 
 import numpy as np
 
-# The least of the last few times counts, and of at least two: others on the machine only ever add to one.
-_FEWEST, _MOST = 2, 5
+# The median of the last few times counts, of these at least: one may be far off where others use the machine, too.
+_FEWEST, _MOST = 3, 7
 
 
 class RowCosts:
@@ -29,7 +30,12 @@ class RowCosts:
             return
         self._samples[rows].append(seconds)
         if len(self._samples[rows]) >= _FEWEST:
-            self._known[rows] = min(self._samples[rows])
+            self._known[rows] = statistics.median(self._samples[rows])
+
+    @property
+    def plain(self) -> float:
+        """Seconds of a pass of one row; by the line where it was not timed."""
+        return self._known.get(1) or sum(self.line())
 
     def line(self) -> tuple[float, float]:
         """Seconds of a pass, and of each of its rows: the line with the least relative errors for the known sizes.

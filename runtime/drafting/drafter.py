@@ -6,6 +6,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from .jacobi import Jacobi
 from .pace import Pace
@@ -14,10 +15,10 @@ from .sources import Source
 
 @dataclass(slots=True)
 class Acceptance:
-    """How often a source was right where it was followed. It starts high, so that every source is tried."""
+    """How often the last guess of a source at a token was right; half the time before the first."""
 
-    right: int = 3
-    tried: int = 4
+    right: int = 1
+    tried: int = 2
 
     @property
     def rate(self) -> float:
@@ -62,10 +63,13 @@ class Drafter:
         """Up to `most` tokens that may come next, in order; none where a plain pass pays best."""
         known = len(self._ids)
         drafts: list[int] = []
-        if self._place < self._plain:
+        count = min(self.pace.rows() - 1, most) if self._place >= self._plain else 0
+        if count < 1:
             return drafts
+        for source in self._sources:
+            source.learn(self._ids)
         ranked = sorted(self._sources, key=lambda source: -self.acceptance[source.name].rate)
-        for _ in range(min(self.pace.rows() - 1, most)):
+        for _ in range(count):
             last = drafts[-1] if drafts else self._last
             token_id = self._newline if self._breaks_after(last) else self._guess(self._place + len(drafts), ranked)
             if token_id is None:
@@ -86,10 +90,7 @@ class Drafter:
         left, so that `drafts` end one before them.
         """
         for token_id in ids:
-            if self._place in self._guesses:
-                name, guess = self._guesses.pop(self._place)
-                self.acceptance[name].tried += 1
-                self.acceptance[name].right += guess == token_id
+            self._score(token_id)
             if token_id == self._newline:
                 self._breaks = True
             else:
@@ -97,12 +98,19 @@ class Drafter:
                 self._ids.append(token_id)
             self._last = token_id
             self._place += 1
-        for source in self._sources:
-            source.learn(self._ids)
-        if self._jacobi:
+        if self._jacobi and choices:
             self._jacobi.learn(self._place, drafts[len(ids) :], choices)
         if seconds is not None:
             self.pace.learn(1 + len(drafts), len(ids), seconds)
+
+    def _score(self, token_id: int) -> None:
+        """Count for and against the guesses at the next place: the one followed, and the model's own in any case."""
+        followed = self._guesses.pop(self._place, None)
+        own = self._jacobi.guess(self._place) if self._jacobi else None
+        for guess in {followed, own} - {None}:
+            name, guessed = cast(tuple[str, int], guess)
+            self.acceptance[name].tried += 1
+            self.acceptance[name].right += guessed == token_id
 
     def _guess(self, place: int, ranked: Sequence[Source]) -> int | None:
         """The most trusted guess at the token at `place`, which follows `self._ids`; None where there is none."""

@@ -33,7 +33,7 @@ class Drafts:
 
     def __init__(self, executor: Executor, manifest: Manifest) -> None:
         self._executor, self._manifest = executor, manifest
-        self._costs = {task: RowCosts() for task in manifest.tasks}
+        self.costs = {task: RowCosts() for task in manifest.tasks}
         self._agreement: dict[str, bool] = {}
         self._encoder_seconds = 0.0
 
@@ -64,7 +64,7 @@ class Drafts:
         return Drafter(
             "input" if encoded else "jacobi",
             sources,
-            Pace(self._costs[task], _PICTURE_EXPONENT),
+            Pace(self.costs[task], _PICTURE_EXPONENT),
             allowed=lambda: mode != "auto" or self.agree(task),
             jacobi=mode != "input",
             newline=codes.newline,
@@ -79,7 +79,7 @@ class Drafts:
         return Drafter(
             "lookup",
             word_sources(),
-            Pace(self._costs[task], _TEXT_EXPONENT),
+            Pace(self.costs[task], _TEXT_EXPONENT),
             allowed=lambda: mode != "auto" or self.agree(task),
             jacobi=mode == "auto",
             prompt=prompt,
@@ -91,7 +91,7 @@ class Drafts:
         codes = self._manifest.codes
         if image is None or codes is None or "draft" not in self._manifest.tasks[task].graphs:
             return False
-        plain_seconds = codes.grid**2 * sum(self._costs[task].line())
+        plain_seconds = codes.grid**2 * self.costs[task].plain
         return self._encoder_seconds <= _ENCODER_SHARE * plain_seconds
 
 

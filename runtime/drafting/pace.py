@@ -11,12 +11,20 @@ from .costs import RowCosts
 # Beyond this a pass is arithmetic on every machine, and drafts so far ahead are rarely right.
 MAX_ROWS = 64
 _SIZES = np.array([1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, MAX_ROWS])
-# The size that the expected exponent stands for before anything is measured.
-_FIRST_ROWS = 8
-# Weight of the newest pass in what is expected of the next.
+# The size that the expected exponent stands for before anything is measured, and the passes it counts for: Jacobi takes
+# several to settle the first codes, while those behind them settle, too.
+_FIRST_ROWS, _FIRST_PASSES = 8, 10
+# Plain passes at the start of a request: what they cost must be known, as it is now, and the first is not typical, for
+# the prefill left nothing in the processor's caches.
+_PLAIN_PASSES = 2
+# The least weight of the newest pass in what is expected of the next.
 _NEWEST = 0.05
-# Where drafts do not pay, one pass in so many has a second row all the same, to see whether they do by now.
-_PROBE_EVERY = 16
+# Drafting has work beside its passes, and its gain is an estimate: it must promise this much to be worth leaving.
+_LEAST_GAIN = 1.1
+# Where drafts do not pay, plain passes before they are tried anew; twice as many every time.
+_FIRST_WAIT = 128
+# Sizes so near the best count as good as it, and the largest of them is taken: it teaches Jacobi the most.
+_NEARLY = 0.95
 
 
 class Pace:
@@ -28,9 +36,13 @@ class Pace:
     """
 
     def __init__(self, costs: RowCosts, exponent: float) -> None:
-        self._costs = costs
-        self._rows, self._tokens = float(_FIRST_ROWS), _FIRST_ROWS**exponent
-        self._plain_passes = 0
+        self._costs, self._first = costs, exponent
+        self._plain_left, self._wait = _PLAIN_PASSES, _FIRST_WAIT
+        self._warm = False
+        self._expect(exponent)
+
+    def _expect(self, exponent: float) -> None:
+        self._rows, self._tokens, self._passes = float(_FIRST_ROWS), _FIRST_ROWS**exponent, _FIRST_PASSES
 
     @property
     def exponent(self) -> float:
@@ -39,19 +51,25 @@ class Pace:
     def rows(self) -> int:
         """Rows of the next pass, at most twice as many as it is known the cost of."""
         known = self._costs.most
-        if not known:
-            return 1  # what plain decoding costs must be known before it is left
+        if self._plain_left or not known:
+            self._plain_left = max(self._plain_left - 1, 0)
+            return 1
         sizes = _SIZES[: np.searchsorted(_SIZES, max(4, 2 * known), side="right")]
         fixed, each = self._costs.line()
-        best = int(sizes[np.argmax(sizes**self.exponent / (fixed + each * sizes))])
-        if best > 1:
-            return best
-        self._plain_passes += 1
-        return 2 if self._plain_passes % _PROBE_EVERY == 0 else 1
+        rates = sizes**self.exponent / (fixed + each * sizes)
+        if rates.max() >= _LEAST_GAIN / self._costs.plain:
+            return int(sizes[rates >= _NEARLY * rates.max()][-1])
+        self._plain_left, self._wait = self._wait, 2 * self._wait
+        self._expect(self._first)
+        return 1
 
     def learn(self, rows: int, tokens: int, seconds: float) -> None:
         """Note that a pass of `rows` took `seconds` and gave `tokens`."""
-        self._costs.record(rows, seconds)
+        if self._warm and rows in _SIZES:  # other sizes end a grid, too rarely to be timed well
+            self._costs.record(rows, seconds)
+        self._warm = True
         if rows > 1:
-            self._rows += _NEWEST * (rows - self._rows)
-            self._tokens += _NEWEST * (tokens - self._tokens)
+            self._passes += 1
+            newest = max(_NEWEST, 1 / self._passes)
+            self._rows += newest * (rows - self._rows)
+            self._tokens += newest * (tokens - self._tokens)

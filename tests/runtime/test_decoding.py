@@ -43,7 +43,7 @@ def run(rows, grammar=None, selector=None, **options):
     context = FakeContext(rows[1:])
     options = {"stop_ids": frozenset(), "max_new_tokens": len(rows)} | options
     done = decode(context, logits(rows[0]), grammar or FreeText(), selector or Selector(GREEDY, 1.0, 0), **options)
-    assert done.forward_passes == 1 + len(context.asked)
+    assert len(done.by_pass) == 1 + len(context.asked) and sum(done.by_pass) == len(done.ids)
     return done.ids, context
 
 
@@ -230,7 +230,7 @@ def test_the_last_row_of_a_prefill_counts():
     prefill = np.array(peaks(1, 7), np.float32)
     selector = Selector(GREEDY, 1.0, 0)
     done = decode(context, prefill, FreeText(), selector, stop_ids=frozenset(), max_new_tokens=1)
-    assert done == ([7], 1)
+    assert done == ([7], [1])
 
 
 # --- the grammar of a picture ---------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ ANSWERS = [case for case in CASES if case.task == "comprehension"]
 STAGES = {"draft", "vision", "prefill", "decode", "certify", "codes", "total"}
 # What every result says of how it was made.
 MADE = {"prompt_ids", "token_ids", "timings_ms", "executor", "draft", "forward_passes", "accepted_per_pass"}
-MADE |= {"certified", "reused_tokens"}
+MADE |= {"tokens_by_pass", "certified", "reused_tokens"}
 # len(" <|end|>")
 CUT_CHARACTERS = 8
 
