@@ -2,9 +2,10 @@
 
     python -m benchmarks.drafting WORK_DIR [--pictures 500] [--compared 50] [--questions 100] [--threads 1] [--out DIR]
 
-Every picture is made plainly and with --draft auto, in turn, so that both share what else the machine does; the first
---compared of each task also from one kind of draft alone, and as if rows were free, which is how many passes a machine
-needs that has arithmetic to spare. One id that differs ends the run with code 1. Writes drafting.json, .md and .png:
+The codes of every picture are made plainly and with --draft auto, in turn, so that both share what else the machine
+does; those of the first --compared of each task also from one kind of draft alone, and as if rows were free, which is
+how many passes a machine needs that has arithmetic to spare. Of these whole pictures are timed. One id that differs
+ends the run with code 1. Writes drafting.json, .md and .png:
 acceptance by the place on the grid. WORK_DIR keeps the exported bundles.
 """
 
@@ -65,8 +66,8 @@ class Tally:
     # How often the code at each place of the grid came from a draft.
     drafted: np.ndarray | None = None
 
-    def add(self, made: Picture, plain: Picture, side: int) -> None:
-        """Take a picture and its plain twin. The encoder of the draft counts as decoding: it is done for it alone."""
+    def add(self, made: Picture, plain: Picture, side: int, whole: bool) -> None:
+        """Take a picture and its plain twin, made of codes if `whole`. Encoding the input is part of decoding here."""
         self.passes.append(made.forward_passes)
         self.tokens += len(made.token_ids)
         pairs = zip(made.token_ids, plain.token_ids, strict=False)
@@ -77,7 +78,8 @@ class Tally:
             (plain.timings_ms, self.plain_decode_ms, self.plain_total_ms),
         ):
             decode.append(stages["draft"] + stages["decode"])
-            total.append(stages["total"])
+            if whole:
+                total.append(stages["total"])
         # The last token of a pass is the model's own, the others were drafted; a full grid's end is no code.
         own = np.cumsum(made.tokens_by_pass) - 1
         from_draft = np.ones(len(made.token_ids), np.int64)
@@ -139,6 +141,7 @@ def draw(session: Session, count: int, compared: int, on_picture: Callable[[int]
     """Make all pictures; returns tallies by task and way."""
     codes = session.bundle.manifest.codes
     assert codes is not None
+    picture, blank = session.executor.picture, np.zeros((1, 1, 3), np.uint8)
     measured, free = session.drafts.costs[GENERATION], FreeRows()
     tallies: dict[str, dict[str, Tally]] = {}
 
@@ -153,9 +156,11 @@ def draw(session: Session, count: int, compared: int, on_picture: Callable[[int]
         ways = {AUTO: (AUTO, measured)}
         if len(of_task.get(AUTO, Tally()).passes) < compared:
             ways |= {way: (way, measured) for way in job.ways} | {FREE: (AUTO, free)}
+        whole = len(ways) > 1
+        session.executor.picture = picture if whole else lambda grid: blank  # ids are compared, not pixels
         plain = make(job, PLAIN, measured)
         for way, (draft, costs) in ways.items():
-            of_task.setdefault(way, Tally()).add(make(job, draft, costs), plain, codes.grid)
+            of_task.setdefault(way, Tally()).add(make(job, draft, costs), plain, codes.grid, whole)
         on_picture(number + 1)
     return tallies
 

@@ -33,8 +33,8 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         "Decoding includes encoding the input. Accepted are tokens per forward pass, the prefill counted as one.",
         "",
-        "| precision | task | draft | pictures | differing ids | passes | fewer | accepted | decode ms | plain | times |"
-        " whole ms | plain | times |",
+        "| precision | task | draft | pictures | differing ids | passes | fewer | accepted "
+        "| decode ms | plain | times | whole ms | plain | times |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for precision, found in report["precisions"].items():

@@ -32,7 +32,7 @@ class Drafts:
     """Makes the drafters of a session; keeps what rows cost, and whether they may be trusted, for each task."""
 
     def __init__(self, executor: Executor, manifest: Manifest) -> None:
-        self._executor, self._manifest = executor, manifest
+        self._executor, self.manifest = executor, manifest
         self.costs = {task: RowCosts() for task in manifest.tasks}
         self._agreement: dict[str, bool] = {}
         self._encoder_seconds = 0.0
@@ -49,7 +49,7 @@ class Drafts:
         Raises GenerationError, and BundleError where the input is to be encoded by a bundle that cannot.
         """
         _check(mode, PICTURE_DRAFTS)
-        codes = self._manifest.codes
+        codes = self.manifest.codes
         if mode == "none" or codes is None:
             return None
         sources = own_sources(codes.grid)
@@ -58,7 +58,7 @@ class Drafts:
             if image is None:
                 raise GenerationError("drafts from the input need a picture, got none")
             begin = time.perf_counter()
-            grid = self._executor.draft(prepare(image, codes.image_size, self._manifest.vision.background))
+            grid = self._executor.draft(prepare(image, codes.image_size, self.manifest.vision.background))
             self._encoder_seconds = time.perf_counter() - begin
             sources = [*input_sources(grid, codes.first), *sources]
         return Drafter(
@@ -88,8 +88,8 @@ class Drafts:
 
     def _encoding_pays(self, task: str, image: Image.Image | None) -> bool:
         """Whether there is a picture and the VQGAN's encoder, and it did not prove too slow for this model."""
-        codes = self._manifest.codes
-        if image is None or codes is None or "draft" not in self._manifest.tasks[task].graphs:
+        codes = self.manifest.codes
+        if image is None or codes is None or "draft" not in self.manifest.tasks[task].graphs:
             return False
         plain_seconds = codes.grid**2 * self.costs[task].plain
         return self._encoder_seconds <= _ENCODER_SHARE * plain_seconds

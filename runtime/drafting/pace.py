@@ -22,7 +22,7 @@ _NEWEST = 0.05
 # Drafting has work beside its passes, and its gain is an estimate: it must promise this much to be worth leaving.
 _LEAST_GAIN = 1.1
 # Where drafts do not pay, plain passes before they are tried anew; twice as many every time.
-_FIRST_WAIT = 128
+_FIRST_WAIT = 64
 # Sizes so near the best count as good as it, and the largest of them is taken: it teaches Jacobi the most.
 _NEARLY = 0.95
 

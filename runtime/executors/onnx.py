@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime
 
 from ..bundle import Bundle
-from ..errors import ExecutorError
+from ..errors import ExecutorError, HealthGPTError
 from ..manifest import CACHE_TYPES
 from .contract import Value, graph_values
 
@@ -133,7 +133,7 @@ class OnnxExecutor:
     def run(self, task: str, role: str, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
         try:
             return list(self.session(task, role).run(None, feeds))
-        except ExecutorError:
+        except HealthGPTError:
             raise
         except Exception as error:
             raise ExecutorError(f"ONNX Runtime failed in the {role} graph of {task}: {_first_line(error)}") from error
