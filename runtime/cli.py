@@ -301,7 +301,7 @@ def evaluate(
 @app.command()
 def bench(
     bundle: BundlePath,
-    rows: Annotated[str, typer.Option(help="What to time: ppN, tgN@C, img, vq, vit, load, with commas between.")] = (
+    rows: Annotated[str, typer.Option(help="ppN, tgN@C, img, img+draft, vq, vit or load, with commas between.")] = (
         "load,pp600,tg64@700,img,vq,vit"
     ),
     repeat: Annotated[int, typer.Option(min=1, max=1000, help="Times each; a whole picture a fifth of it.")] = 5,

@@ -21,7 +21,7 @@ class RowCosts:
     @property
     def most(self) -> int:
         """The most rows of which the cost is known; 0 before any is."""
-        return max(self._known, default=0)
+        return max(list(self._known), default=0)
 
     def record(self, rows: int, seconds: float) -> None:
         """Note the time of a pass; the first of its size, which still allocates and unpacks, does not count."""
@@ -30,7 +30,7 @@ class RowCosts:
             return
         self._samples[rows].append(seconds)
         if len(self._samples[rows]) >= _FEWEST:
-            self._known[rows] = statistics.median(self._samples[rows])
+            self._known[rows] = statistics.median(list(self._samples[rows]))
 
     @property
     def plain(self) -> float:
@@ -42,9 +42,10 @@ class RowCosts:
 
         A pass reads the weights once and computes for every row. Until two sizes are known rows are free.
         """
-        if len(self._known) < 2:
-            return next(iter(self._known.values()), 1.0), 0.0
-        rows, seconds = np.array(list(self._known)), np.array(list(self._known.values()))
+        known = dict(self._known)  # requests on other threads add to it
+        if len(known) < 2:
+            return next(iter(known.values()), 1.0), 0.0
+        rows, seconds = np.array(list(known)), np.array(list(known.values()))
         weights = seconds**-2.0 / (seconds**-2.0).sum()
         mean_rows, mean_seconds = float(weights @ rows), float(weights @ seconds)
         slope = float((weights * (rows - mean_rows)) @ seconds / (weights @ (rows - mean_rows) ** 2))
