@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from command import run
+from free_rows import FreeRows
 from golden_cases import Case
 from PIL import Image
 
@@ -12,26 +13,13 @@ from healthgpt_edge import HealthGPTError, Sampling, load
 from healthgpt_edge import session as session_module
 from healthgpt_edge.drafting import PICTURE_DRAFTS
 from healthgpt_edge.drafting import drafts as drafts_module
-from healthgpt_edge.drafting.costs import RowCosts
 from healthgpt_edge.errors import BundleError, GenerationError
 from healthgpt_edge.executors.onnx import OnnxExecutor
+from healthgpt_edge.prefixes import Prefixes
 from healthgpt_edge.previews import Previews
 
 COM, GEN = Case("m3_com_wide"), Case("m3_gen_wide")
 QUESTION = "What is in the image?"
-
-
-class FreeRows(RowCosts):
-    """A machine where drafting always pays: so that tests draft whatever this one measures."""
-
-    plain = 1.0
-
-    @property
-    def most(self) -> int:
-        return 64
-
-    def line(self) -> tuple[float, float]:
-        return 1.0, 0.0
 
 
 def eager(golden_bundle, **options):
@@ -268,9 +256,22 @@ def test_a_second_question_starts_after_the_picture(golden_bundle, session, monk
     assert [answer.reused_tokens for answer in answers[1:]] == [answers[0].prompt_ids.index(-200) + patches] * 2
     assert answers[0].timings_ms["vision"] > 0 and answers[1].timings_ms["vision"] == 0
     assert all(answer.certified for answer in answers)
-    # Another picture finds nothing, nor does another task.
+    # Another picture finds nothing.
     assert keeping.answer(case.image, QUESTION, max_new_tokens=1).reused_tokens == 0
-    assert keeping.generate(COM.image, QUESTION).reused_tokens == 0
+
+
+def test_a_key_names_task_picture_and_tokens():
+    pixels, ids = np.zeros((2, 3, 3), np.uint8), np.arange(4)
+    keys = [
+        Prefixes.key("comprehension", pixels, ids),
+        Prefixes.key("generation", pixels, ids),
+        Prefixes.key("comprehension", pixels + np.uint8(1), ids),
+        Prefixes.key("comprehension", pixels.reshape(3, 2, 3), ids),
+        Prefixes.key("comprehension", pixels, ids[:3]),
+        Prefixes.key("comprehension", pixels, ids + 1),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert Prefixes.key("comprehension", pixels.copy(), ids.copy()) == keys[0]
 
 
 def test_a_picture_that_differs_by_one_level_is_another(golden_bundle):
