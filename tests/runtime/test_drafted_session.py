@@ -260,6 +260,17 @@ def test_a_second_question_starts_after_the_picture(golden_bundle, session, monk
     assert keeping.answer(case.image, QUESTION, max_new_tokens=1).reused_tokens == 0
 
 
+def test_a_command_asks_several_questions_about_one_picture(golden_bundle):
+    words = ["answer", golden_bundle("m3"), "--image", COM.image, "--max-new-tokens", "12", "--threads", "1"]
+    single = [run(*words, "--question", question) for question in (COM.question, QUESTION)]
+    asked = ["--question", COM.question, "--question", QUESTION]
+    assert run(*words, *asked).output == "".join(outcome.output for outcome in single)
+    answers = run(*words, *asked, "--json").json["answers"]
+    assert [answer["text"] + "\n" for answer in answers] == [outcome.output for outcome in single]
+    assert answers[0]["reused_tokens"] == 0 < answers[1]["reused_tokens"]
+    assert run(*words, *asked[:2], "--json").json["token_ids"] == answers[0]["token_ids"]
+
+
 def test_a_key_names_task_picture_and_tokens():
     pixels, ids = np.zeros((2, 3, 3), np.uint8), np.arange(4)
     keys = [
