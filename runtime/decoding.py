@@ -136,7 +136,8 @@ class Selector:
         return [self._sample(row, number) + self._first for row, number in zip(scores, self._numbers, strict=False)]
 
     def _sample(self, scores: np.ndarray, number: float) -> int:
-        with np.errstate(over="ignore"):  # a temperature near 0 takes scores to -inf, which is right
+        # A temperature near 0 takes scores to -inf, which is right; rows behind a wrong draft may hold anything.
+        with np.errstate(over="ignore", invalid="ignore"):
             scaled = (scores.astype(np.float64) - float(scores.max())) / self._sampling.temperature
         order = np.argsort(-scaled, kind="stable")
         probabilities = np.exp(scaled[order])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -167,29 +168,31 @@ def test_sampled_choices_take_the_numbers_of_plain_sampling():
     assert run(Planted(plain.ids, 6), sampling=Sampling(1.5, seed=4))[0].ids != plain.ids
 
 
-def test_rows_behind_a_wrong_draft_may_hold_anything():
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.0, 0.9, seed=2)], ids=str)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_rows_behind_a_wrong_draft_may_hold_anything(sampling, bad):
     """Plain decoding never sees them: only a row that counts stops the run when it is not finite."""
-    plain, _, _ = run(limit=6)
+    plain, _, _ = run(limit=6, sampling=sampling)
+    right = PROMPT + plain.ids
 
     class Poisoned(Model):
         def forward(self, token_ids, last_positions=1, full_vocabulary=False):
-            rows = super().forward(token_ids, last_positions, full_vocabulary)
-            right = PROMPT + plain.ids
-            start = len(self.ids) - len(token_ids)
+            start, rows = len(self.ids), super().forward(token_ids, last_positions)
             for row in range(len(rows)):
                 if self.ids[: start + row + 1] != right[: start + row + 1]:
-                    rows[row] = np.nan
+                    rows[row] = bad
             return rows
 
-    def poisoned(plan: list[int], first: np.ndarray) -> list[int]:
-        selector = Selector(GREEDY, 1.0, 0)
-        options = {"stop_ids": frozenset(), "max_new_tokens": 6}
-        return decode(Poisoned(PROMPT), first, FreeText(), selector, drafter=Planted(plan, 3), **options).ids
+    def poisoned(first: np.ndarray) -> list[int]:
+        wrong = Planted([(token_id + 1) % VOCABULARY for token_id in plain.ids], 3)
+        options = {"stop_ids": frozenset(), "max_new_tokens": 6, "drafter": wrong}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            return decode(Poisoned(PROMPT), first, FreeText(), Selector(sampling, 1.0, 0), **options).ids
 
-    wrong = [(token_id + 1) % VOCABULARY for token_id in plain.ids]
-    assert poisoned(wrong, logits_after(PROMPT)[None]) == plain.ids
+    assert poisoned(logits_after(PROMPT)[None]) == plain.ids
     with pytest.raises(GenerationError, match="found 9 NaN or infinite of 9"):
-        poisoned(wrong, np.full((1, VOCABULARY), np.nan, np.float32))
+        poisoned(np.full((1, VOCABULARY), bad, np.float32))
 
 
 def test_a_drafter_is_told_the_later_choices_of_the_model():
