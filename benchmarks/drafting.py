@@ -5,8 +5,8 @@
 The codes of every picture are made plainly and with --draft auto, in turn, so that both share what else the machine
 does; those of the first --compared of each task also from one kind of draft alone, and as if rows were free, which is
 how many passes a machine needs that has arithmetic to spare. Of these whole pictures are timed. One id that differs
-ends the run with code 1. Writes drafting.json, .md and .png:
-acceptance by the place on the grid. WORK_DIR keeps the exported bundles.
+ends the run with code 1. Writes drafting.json, .md and .png (acceptance by the place on the grid); figures of one
+precision replace those that are there. WORK_DIR keeps the exported bundles.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -137,8 +137,8 @@ def jobs(count: int) -> Iterator[Job]:
         yield Job("from words", None, f"{words} {number}", ways=("jacobi",))
 
 
-def draw(session: Session, count: int, compared: int, on_picture: Callable[[int], None]) -> dict[str, dict[str, Tally]]:
-    """Make all pictures; returns tallies by task and way."""
+def draw(session: Session, count: int, compared: int) -> Iterator[dict[str, dict[str, Tally]]]:
+    """Make all pictures; gives the tallies by task and way after each."""
     codes = session.bundle.manifest.codes
     assert codes is not None
     picture, blank = session.executor.picture, np.zeros((1, 1, 3), np.uint8)
@@ -161,8 +161,7 @@ def draw(session: Session, count: int, compared: int, on_picture: Callable[[int]
         plain = make(job, PLAIN, measured)
         for way, (draft, costs) in ways.items():
             of_task.setdefault(way, Tally()).add(make(job, draft, costs), plain, codes.grid, whole)
-        on_picture(number + 1)
-    return tallies
+        yield tallies
 
 
 def ask(path: Path, count: int, threads: int) -> dict[str, Any]:
@@ -203,6 +202,7 @@ def _speedup(plain: list[float], drafted: list[float]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
+    parser.add_argument("--precision", action="append", choices=PRECISIONS, help="this one; may be repeated")
     parser.add_argument("--pictures", type=int, default=500, help="of each task")
     parser.add_argument("--compared", type=int, default=50, help="of them with every kind of draft")
     parser.add_argument("--questions", type=int, default=100, help="phantoms to ask about")
@@ -211,36 +211,31 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     arguments.out.mkdir(parents=True, exist_ok=True)
+    file = arguments.out / "drafting.json"
     report: dict[str, Any] = {
-        "settings": {
-            "machine": machine.description(),
-            "versions": {"python": platform.python_version(), "onnxruntime": onnxruntime.__version__},
-            "threads": arguments.threads,
-            "pictures": arguments.pictures,
-            "compared": arguments.compared,
-        },
+        "machine": machine.description(),
+        "versions": {"python": platform.python_version(), "onnxruntime": onnxruntime.__version__},
         "precisions": {},
     }
-    for precision in PRECISIONS:
+    if file.is_file():  # what is measured now replaces what it says of it; the rest stays, if it is of this machine
+        kept = json.loads(file.read_text())
+        if all(kept.get(name) == report[name] for name in ("machine", "versions")):
+            report = kept
+    for precision in arguments.precision or PRECISIONS:
         bundle = arguments.work / f"phantom-{precision}"
         if not bundle.exists():
             with Checkpoint.open(**released_files(PHANTOM)) as checkpoint:
                 export_bundle(checkpoint, bundle, precision=precision, block_size=BLOCK_SIZE)
         session = load(bundle, tasks=(GENERATION,), threads=arguments.threads, verify=False)
-        tallies = draw(
-            session,
-            arguments.pictures,
-            arguments.compared,
-            lambda done, precision=precision: (
-                print(f"{precision}: {done}", file=sys.stderr) if done % 250 == 0 else None
-            ),
-        )
-        report["precisions"][precision] = {
-            "executor": session.executor.name,
-            "tasks": {task: {way: one.to_json() for way, one in ways.items()} for task, ways in tallies.items()},
-            "second_question": ask(bundle, arguments.questions, arguments.threads),
-        }
-        (arguments.out / "drafting.json").write_text(json.dumps(report, indent=1) + "\n")
+        found = {"executor": session.executor.name, "threads": arguments.threads}
+        found["second_question"] = ask(bundle, arguments.questions, arguments.threads)
+        for done, tallies in enumerate(draw(session, arguments.pictures, arguments.compared), 1):
+            if done % 250 and not all(len(ways[AUTO].passes) == arguments.pictures for ways in tallies.values()):
+                continue
+            print(f"{precision}: {done}", file=sys.stderr, flush=True)
+            found["tasks"] = {task: {way: one.to_json() for way, one in ways.items()} for task, ways in tallies.items()}
+            report["precisions"][precision] = found
+            file.write_text(json.dumps(report, indent=1) + "\n")
     page = markdown(report)
     (arguments.out / "drafting.md").write_text(page)
     print(page)

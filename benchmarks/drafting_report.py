@@ -15,14 +15,11 @@ SECOND_QUESTION = 0.15
 
 def markdown(report: dict[str, Any]) -> str:
     """Goals beside what was measured, then every task and way."""
-    settings = report["settings"]
-    processor = settings["machine"]["processor"]
     lines = [
         "# Drafting on the trained phantom",
         "",
-        f"{processor}, {settings['threads']} threads, {settings['pictures']} pictures of each task, drawn plainly and "
-        f"with drafts in turn; {settings['compared']} of them with every kind of draft. "
-        "`python -m benchmarks.drafting WORK`",
+        f"{report['machine']['processor']}. `python -m benchmarks.drafting WORK`: plain decoding and drafts in turn, "
+        f"threads: {', '.join(sorted({str(found['threads']) for found in report['precisions'].values()}))}.",
         "",
         "| precision | goal | limit | measured | with free rows | met |",
         "|---|---|---|---|---|---|",
