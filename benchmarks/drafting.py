@@ -2,10 +2,11 @@
 
     python -m benchmarks.drafting WORK_DIR [--pictures 500] [--compared 50] [--questions 100] [--threads 1] [--out DIR]
 
-The codes of every picture are made plainly and with --draft auto, in turn, so that both share what else the machine
-does; those of the first --compared of each task also from one kind of draft alone, and as if rows were free, which is
-how many passes a machine needs that has arithmetic to spare. Of these whole pictures are timed. One id that differs
-ends the run with code 1. Writes drafting.json, .md and .png (acceptance by the place on the grid); figures of one
+The codes of every picture are made plainly and with 16 rows in every pass, whatever that costs: so ids are compared
+on every picture, and passes do not depend on the machine. Those of the first --compared of each task are also made with
+64 rows, as --draft auto makes them here, and from one kind of draft alone; these whole pictures are timed, in turn, so
+that all share what else the machine does. One id that differs ends the run with code 1.
+Writes drafting.json, .md and .png (acceptance by the place on the grid); figures of one
 precision replace those that are there. WORK_DIR keeps the exported bundles.
 """
 
@@ -37,7 +38,9 @@ from .drafting_report import differing_ids, markdown, plot
 PHANTOM = Path(__file__).parents[1] / "phantom"
 BLOCK_SIZE = 32  # the phantom is narrow: 128 would be most of a row
 PRECISIONS = ("fp32", "int4")
-PLAIN, AUTO, FREE = "none", "auto", "auto, rows free"
+PLAIN, AUTO = "none", "auto"
+# auto as on a machine where rows cost nothing, up to so many.
+EVERY, WIDEST = "auto, 16 free rows", "auto, 64 free rows"
 PREFIX_CACHE_BYTES = 64 << 20
 
 
@@ -108,13 +111,17 @@ class Tally:
 
 
 class FreeRows(RowCosts):
-    """Costs of a machine where a pass takes the same time whatever its rows."""
+    """Costs of a machine where a pass takes the same time for up to `rows`, and where more are not to be had."""
 
     plain = 1.0
 
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self._rows = rows
+
     @property
     def most(self) -> int:
-        return 64
+        return self._rows // 2  # a pass may have twice as many
 
     def line(self) -> tuple[float, float]:
         return 1.0, 0.0
@@ -142,7 +149,7 @@ def draw(session: Session, count: int, compared: int) -> Iterator[dict[str, dict
     codes = session.bundle.manifest.codes
     assert codes is not None
     picture, blank = session.executor.picture, np.zeros((1, 1, 3), np.uint8)
-    measured, free = session.drafts.costs[GENERATION], FreeRows()
+    measured, free = session.drafts.costs[GENERATION], {EVERY: FreeRows(16), WIDEST: FreeRows(64)}
     tallies: dict[str, dict[str, Tally]] = {}
 
     def make(job: Job, draft: str, costs: RowCosts) -> Picture:
@@ -153,9 +160,9 @@ def draw(session: Session, count: int, compared: int) -> Iterator[dict[str, dict
         if not number:
             make(job, AUTO, measured)  # opens the encoder, compares the rows
         of_task = tallies.setdefault(job.task, {})
-        ways = {AUTO: (AUTO, measured)}
-        if len(of_task.get(AUTO, Tally()).passes) < compared:
-            ways |= {way: (way, measured) for way in job.ways} | {FREE: (AUTO, free)}
+        ways = {EVERY: (AUTO, free[EVERY])}
+        if len(of_task.get(EVERY, Tally()).passes) < compared:
+            ways |= {way: (way, measured) for way in (AUTO, *job.ways)} | {WIDEST: (AUTO, free[WIDEST])}
         whole = len(ways) > 1
         session.executor.picture = picture if whole else lambda grid: blank  # ids are compared, not pixels
         plain = make(job, PLAIN, measured)
@@ -230,7 +237,7 @@ def main() -> None:
         found = {"executor": session.executor.name, "threads": arguments.threads}
         found["second_question"] = ask(bundle, arguments.questions, arguments.threads)
         for done, tallies in enumerate(draw(session, arguments.pictures, arguments.compared), 1):
-            if done % 250 and not all(len(ways[AUTO].passes) == arguments.pictures for ways in tallies.values()):
+            if done % 250 and not all(len(ways[EVERY].passes) == arguments.pictures for ways in tallies.values()):
                 continue
             print(f"{precision}: {done}", file=sys.stderr, flush=True)
             found["tasks"] = {task: {way: one.to_json() for way, one in ways.items()} for task, ways in tallies.items()}

@@ -21,8 +21,8 @@ def markdown(report: dict[str, Any]) -> str:
         f"{report['machine']['processor']}. `python -m benchmarks.drafting WORK`: plain decoding and drafts in turn, "
         f"threads: {', '.join(sorted({str(found['threads']) for found in report['precisions'].values()}))}.",
         "",
-        "| precision | goal | limit | measured | with free rows | met |",
-        "|---|---|---|---|---|---|",
+        "| precision | goal | limit | auto, rows as dear as here | 16 free rows | 64 free rows | met |",
+        "|---|---|---|---|---|---|---|",
     ]
     for precision, found in report["precisions"].items():
         lines += [f"| {precision} | {' | '.join(cells)} |" for cells in _goals(found)]
@@ -54,28 +54,21 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def _goals(found: dict[str, Any]) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for task, limit in FEWER_PASSES.items():
-        measured = found["tasks"][task]["auto"]["fewer_passes"]
-        free = found["tasks"][task]["auto, rows free"]["fewer_passes"]
-        rows.append((f"{task}: fewer passes", f"{limit}x", f"{measured:.2f}x", f"{free:.2f}x", _met(measured >= limit)))
+        ways = ("auto", "auto, 16 free rows", "auto, 64 free rows")
+        measured = [found["tasks"][task][way]["fewer_passes"] for way in ways]
+        met = ", ".join(_met(one >= limit) for one in measured)
+        rows.append((f"{task}: fewer passes", f"{limit}x", *(f"{one:.2f}x" for one in measured), met))
     for task, limit in LESS_TIME.items():
-        for stage in ("decode", "total"):
-            measured = found["tasks"][task]["auto"][f"{stage}_speedup"]
-            name = f"{task}: less time, {'decoding' if stage == 'decode' else 'the whole picture'}"
-            rows.append((name, f"{limit}x", f"{measured:.2f}x", "", _met(measured >= limit)))
+        for stage, name in (("decode", "decoding"), ("total", "the whole picture")):
+            speedup = found["tasks"][task]["auto"][f"{stage}_speedup"]
+            rows.append((f"{task}: less time, {name}", f"{limit}x", f"{speedup:.2f}x", "", "", _met(speedup >= limit)))
     share = found["second_question"]["share"]
-    rows.append(
-        (
-            "second question: of the first's time",
-            f"{SECOND_QUESTION:.0%}",
-            f"{share:.1%}",
-            "",
-            _met(share <= SECOND_QUESTION),
-        )
-    )
+    met = _met(share <= SECOND_QUESTION)
+    rows.append(("second question: of the first's time", f"{SECOND_QUESTION:.0%}", f"{share:.1%}", "", "", met))
     differing = differing_ids(found)
-    rows.append(("differing ids", "0", str(differing), "", _met(not differing)))
+    rows.append(("differing ids", "0", str(differing), "", "", _met(not differing)))
     return rows
 
 
@@ -99,7 +92,7 @@ def _cells(one: dict[str, Any]) -> str:
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """How often the code at each place came from a draft, with --draft auto: one panel per precision and task."""
+    """How often the code at each place came from a draft, with 16 rows: one panel per precision and task."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -118,7 +111,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     for row, (precision, found) in enumerate(precisions.items()):
         for column, task in enumerate(columns):
             axis = axes[row, column]
-            one = found["tasks"][task]["auto"]
+            one = found["tasks"][task]["auto, 16 free rows"]
             image = axis.imshow(np.array(one["drafted_by_place"]), vmin=0, vmax=1, cmap="viridis")
             axis.set_title(f"{task}, {precision}\n{one['accepted_per_pass']:.2f} a pass", fontsize=9)
             axis.set_xticks([])

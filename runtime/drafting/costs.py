@@ -8,7 +8,7 @@ from collections import deque
 import numpy as np
 
 # The median of the last few times counts, of these at least: one may be far off where others use the machine, too.
-_FEWEST, _MOST = 3, 7
+_FEWEST, _MOST = 3, 5
 
 
 class RowCosts:

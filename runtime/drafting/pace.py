@@ -59,9 +59,10 @@ class Pace:
         rates = sizes**self.exponent / (fixed + each * sizes)
         if rates.max() >= _LEAST_GAIN / self._costs.plain:
             return int(sizes[rates >= _NEARLY * rates.max()][-1])
+        # Plain passes from the next on. This one tells what rows cost by now, or an old cost would stand for good.
         self._plain_left, self._wait = self._wait, 2 * self._wait
         self._expect(self._first)
-        return 1
+        return min(_FIRST_ROWS, int(sizes[-1]))
 
     def learn(self, rows: int, tokens: int, seconds: float) -> None:
         """Note that a pass of `rows` took `seconds` and gave `tokens`."""

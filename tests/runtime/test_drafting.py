@@ -393,7 +393,9 @@ def test_rows_follow_their_cost_and_their_gain():
     assert started(timed(1.0, 0.0), 0.5).rows() == MAX_ROWS
     # (1 + 0.05 r) / sqrt(r) is least at 20, and at 32 not 5% more.
     assert started(timed(1.0, 0.05), 0.5).rows() == 32
-    assert started(timed(0.0, 1.0), 0.9).rows() == 1
+    # Not worth it: once, to see what it costs, then no more for a while.
+    pace = started(timed(0.0, 1.0), 0.9)
+    assert pace.rows() > 1 and {pace.rows() for _ in range(64)} == {1} and pace.rows() > 1
     dear, cheap = started(timed(1.0, 0.1), 0.6).rows(), started(timed(1.0, 0.02), 0.6).rows()
     assert 1 < dear < cheap
 
@@ -405,7 +407,7 @@ def test_the_gain_is_learnt_from_the_passes():
     assert pace.exponent == pytest.approx(1, abs=0.01) and pace.rows() == MAX_ROWS
     for _ in range(200):
         pace.learn(8, 1, 1.8)
-    assert pace.exponent < 0.01 and pace.rows() == 1
+    assert pace.exponent < 0.01 and (pace.rows(), pace.rows()) == (8, 1)
 
 
 def test_where_drafts_do_not_pay_they_are_tried_ever_more_rarely():
@@ -416,7 +418,7 @@ def test_where_drafts_do_not_pay_they_are_tried_ever_more_rarely():
         pace.learn(rows[-1], 1, 0.2 * rows[-1] + 1.0)
     starts = [place for place, count in enumerate(rows) if count > 1 and (place == 0 or rows[place - 1] == 1)]
     gaps = np.diff(starts)
-    assert len(starts) == 4 and gaps[0] >= 64
+    assert 4 <= len(starts) <= 5 and gaps[0] >= 64
     assert all(later >= 1.5 * sooner for sooner, later in pairwise(gaps))
     assert sum(0.2 * count + 1.0 for count in rows) < 1.1 * 1024 * 1.2
 
@@ -432,6 +434,17 @@ def test_no_pass_is_of_more_than_twice_the_rows_known():
             assert seen[-1] <= max(4, 2 * known) and (known or seen[-1] == 1)
             pace.learn(seen[-1], seen[-1], 1.0)
     assert seen[-1] == MAX_ROWS
+
+
+def test_an_old_cost_does_not_stand_for_good():
+    """Measured while the machine was busy, a size looks too dear; it is timed anew, and then taken."""
+    costs = timed(1.0, 5.0)
+    for _ in range(12):  # requests
+        pace = Pace(costs, 0.6)
+        for _ in range(256):
+            rows = pace.rows()
+            pace.learn(rows, round(rows**0.6), 1.0 + 0.01 * rows)
+    assert costs.plain == pytest.approx(1.01) and pace.rows() > 8
 
 
 def test_a_requests_first_pass_is_not_timed():
