@@ -3,6 +3,7 @@
 from .decoding import Sampling
 from .errors import HealthGPTError
 from .images import write_image
-from .session import Answer, Picture, Session, load
+from .results import Answer, Picture
+from .session import Session, load
 
 __all__ = ["Answer", "HealthGPTError", "Picture", "Sampling", "Session", "load", "write_image"]

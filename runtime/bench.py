@@ -1,7 +1,8 @@
 """Time a bundle: prefill, decode, vision, VQ decode, whole pictures, loading. Checked first, timed after.
 
 Rows are named as llama-bench names them: `pp600` prefills 600 tokens, `tg64@700` decodes 64 tokens one by one after
-700 others. Times do not depend on what is said, so prompts and pictures are random.
+700 others. Times do not depend on what is said, so prompts and pictures are random; but for `img+draft`, a picture with
+drafts: how many of them are right does, and a random picture shows the least that drafting gives.
 """
 
 from __future__ import annotations
@@ -28,12 +29,13 @@ from .session import COMPREHENSION, GENERATION, Session, load
 
 # A whole picture takes minutes and is a thousand tokens already: it is drawn once for so many repeats of the rest.
 REPEATS_PER_PICTURE = 5
-_ROW = re.compile(r"(pp)([1-9]\d{0,5})|(tg)([1-9]\d{0,5})@([1-9]\d{0,5})|(img|vq|vit|load)")
+_OF_GENERATION = ("img", "img+draft", "vq")
+_ROW = re.compile(r"(pp)([1-9]\d{0,5})|(tg)([1-9]\d{0,5})@([1-9]\d{0,5})|(img\+draft|img|vq|vit|load)")
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What to time: `kind` is pp, tg, img, vq, vit or load; `tokens` and `context` where the kind has them."""
+    """What to time: `kind` is pp, tg, img, img+draft, vq, vit or load; `tokens` and `context` where it has them."""
 
     kind: str
     tokens: int = 0
@@ -46,6 +48,7 @@ class Row:
             "pp": f"pp{self.tokens}",
             "tg": f"tg{self.tokens}@{self.context}",
             "vit": f"vit{manifest.vision.image_size}",
+            "img+draft": f"img{codes_size}+draft",
             "load": "load",
         }.get(self.kind, f"{self.kind}{codes_size}")
 
@@ -85,7 +88,7 @@ def parse_rows(text: str) -> list[Row]:
         match = _ROW.fullmatch(word)
         if not match:
             raise BenchmarkError(
-                f"rows must be ppN, tgN@C, img, vq, vit or load, with commas between, found {word!r:.40}"
+                f"rows must be ppN, tgN@C, img, img+draft, vq, vit or load, with commas between, found {word!r:.40}"
             )
         kind, *numbers = (group for group in match.groups() if group)
         rows.append(Row(kind, *map(int, numbers)))
@@ -173,8 +176,9 @@ class _Bench:
 
     def time(self, row: Row) -> list[Timing]:
         """Time one row for each task that has it."""
-        method = {"pp": self._prefill, "tg": self._decode, "img": self._picture, "vq": self._codes, "vit": self._vision}
-        tasks = [GENERATION] if row.kind in ("img", "vq") else sorted(self.manifest.tasks)
+        method = {"pp": self._prefill, "tg": self._decode, "vq": self._codes, "vit": self._vision}
+        method |= dict.fromkeys(("img", "img+draft"), self._picture)
+        tasks = [GENERATION] if row.kind in _OF_GENERATION else sorted(self.manifest.tasks)
         timings = [Timing(row.label(self.manifest), task) for task in tasks]
         for timing in timings:
             method[row.kind](row, timing)
@@ -232,9 +236,10 @@ class _Bench:
 
     def _picture(self, row: Row, timing: Timing) -> None:
         source = random_pixels(self.manifest)
+        draft = "auto" if row.kind == "img+draft" else "none"
         stages: list[dict[str, float]] = []
         timing.samples_ms = _times(
-            lambda: stages.append(self.session.generate(source, "Reconstruct the image.").timings_ms),
+            lambda: stages.append(self.session.generate(source, "Reconstruct the image.", draft=draft).timings_ms),
             -(-self.repeat // REPEATS_PER_PICTURE),
         )
         timing.stages_ms = _medians(stages)
@@ -265,7 +270,7 @@ def _check_fit(manifest: Manifest, rows: list[Row]) -> None:
     for row in rows:
         if row.tokens + row.context > most:
             raise BenchmarkError(f"row {row.label(manifest)} must fit the {most} positions of the bundle")
-        if row.kind in ("img", "vq") and GENERATION not in manifest.tasks:
+        if row.kind in _OF_GENERATION and GENERATION not in manifest.tasks:
             raise BenchmarkError(f"row {row.kind} needs a bundle with generation, this one has none")
 
 

@@ -17,6 +17,7 @@ from rich.table import Table
 from .errors import HealthGPTError, PromptError
 
 if TYPE_CHECKING:
+    from .results import Answer, Picture
     from .session import Session
 
 app = typer.Typer(
@@ -27,6 +28,8 @@ app = typer.Typer(
 )
 # Progress and notes go to stderr, so that stdout holds the result alone.
 notes = Console(stderr=True, highlight=False)
+# What several questions about one picture may keep of it: 0.7 GB for M3 after the longest answer.
+_ONE_PICTURE_BYTES = 1 << 30
 
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A directory written by `export`.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
@@ -38,6 +41,7 @@ Seed = Annotated[int, typer.Option("--seed", help="Seed of the sampling.")]
 Frame = Annotated[int | None, typer.Option("--frame", help="Frame of a multi-frame DICOM file, from 0.")]
 Window = Annotated[str | None, typer.Option("--window", metavar="CENTRE,WIDTH", help="DICOM window.")]
 Kernels = Annotated[bool, typer.Option("--kernels/--no-kernels", help="Native kernels, where they are built.")]
+Certify = Annotated[bool, typer.Option("--certify", help="Decode again without drafts, and fail if ids differ.")]
 Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Check the hashes of the weights first.")]
 
 
@@ -138,7 +142,7 @@ def verify(bundle: BundlePath, as_json: Json = False) -> None:
 @app.command()
 def answer(
     bundle: BundlePath,
-    question: Annotated[str, typer.Option(help="The question.")],
+    question: Annotated[list[str], typer.Option(help="The question; several are asked one after another.")],
     image: Annotated[Path | None, typer.Option(help="PNG, JPEG or DICOM file; may be left out.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 1024,
     temperature: Temperature = 0.0,
@@ -146,37 +150,53 @@ def answer(
     seed: Seed = 0,
     frame: Frame = None,
     window: Window = None,
+    draft: Annotated[str, typer.Option(help="Guess ahead: auto, lookup (in the words so far) or none.")] = "auto",
+    certify: Certify = False,
     device: Device = "cpu",
     threads: Threads = None,
     kernels: Kernels = True,
     verify: Verify = True,
     as_json: Json = False,
 ) -> None:
-    """Answer a question about a picture; the text appears as it is written."""
+    """Answer a question about a picture; the text appears as it is written, a line for each question."""
     from .decoding import Sampling
     from .session import COMPREHENSION
 
     sampling = Sampling(temperature, top_p, seed)
     chosen_window = _window(window)
-    session = _load(bundle, tasks=(COMPREHENSION,), device=device, threads=threads, verify=verify, kernels=kernels)
+    session = _load(
+        bundle,
+        tasks=(COMPREHENSION,),
+        device=device,
+        threads=threads,
+        verify=verify,
+        kernels=kernels,
+        prefix_cache_bytes=_ONE_PICTURE_BYTES if len(question) > 1 else 0,
+    )
 
     def write(piece: str) -> None:
         sys.stdout.write(piece)
         sys.stdout.flush()
 
-    result = session.answer(
-        image,
-        question,
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        frame=frame,
-        window=chosen_window,
-        on_text=None if as_json else write,
-    )
+    results = []
+    for one in question:
+        result = session.answer(
+            image,
+            one,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            frame=frame,
+            window=chosen_window,
+            draft=draft,
+            certify=certify,
+            on_text=None if as_json else write,
+        )
+        _note_uncertified(result)
+        results.append(dataclasses.asdict(result))
+        if not as_json:
+            print()
     if as_json:
-        _print_json(dataclasses.asdict(result))
-    else:
-        print()
+        _print_json(results[0] if len(results) == 1 else {"answers": results})
 
 
 @app.command()
@@ -192,6 +212,11 @@ def generate(
     seed: Seed = 0,
     frame: Frame = None,
     window: Window = None,
+    draft: Annotated[str, typer.Option(help="Guess ahead: auto, input (its codes), jacobi or none.")] = "auto",
+    certify: Certify = False,
+    show_progress: Annotated[
+        bool, typer.Option("--progress", help="Meanwhile write the picture so far to NAME.partial.png.")
+    ] = False,
     device: Device = "cpu",
     threads: Threads = None,
     kernels: Kernels = True,
@@ -213,31 +238,33 @@ def generate(
     sampling = Sampling(temperature, top_p, seed)
     chosen_window = _window(window)
     session = _load(bundle, tasks=(GENERATION,), device=device, threads=threads, verify=verify, kernels=kernels)
-    with _progress() as progress:
-        codes = session.bundle.manifest.codes
-        bar = progress.add_task("codes", total=codes.grid**2 if codes else None)
-        result = session.generate(
-            image,
-            instruction,
-            faithful=faithful,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            frame=frame,
-            window=chosen_window,
-            on_code=lambda count: progress.update(bar, completed=count),
-        )
+    partial = out.with_suffix(".partial.png")
+    try:
+        with _progress() as progress:
+            codes = session.bundle.manifest.codes
+            bar = progress.add_task("codes", total=codes.grid**2 if codes else None)
+            result = session.generate(
+                image,
+                instruction,
+                faithful=faithful,
+                max_new_tokens=max_new_tokens,
+                sampling=sampling,
+                frame=frame,
+                window=chosen_window,
+                draft=draft,
+                certify=certify,
+                on_code=lambda count: progress.update(bar, completed=count),
+                on_preview=(lambda pixels, rows: write_image(partial, pixels)) if show_progress else None,
+            )
+    finally:
+        if show_progress:
+            partial.unlink(missing_ok=True)
     write_image(out, result.pixels)
+    _note_uncertified(result)
     if as_json:
-        _print_json(
-            {
-                "prompt_ids": result.prompt_ids,
-                "token_ids": result.token_ids,
-                "codes": result.codes,
-                "image": str(out),
-                "timings_ms": result.timings_ms,
-                "executor": result.executor,
-            }
-        )
+        fields = dataclasses.fields(result)
+        values = {field.name: getattr(result, field.name) for field in fields if field.name != "pixels"}
+        _print_json(values | {"image": str(out)})
     else:
         print(out)
 
@@ -287,7 +314,7 @@ def evaluate(
 @app.command()
 def bench(
     bundle: BundlePath,
-    rows: Annotated[str, typer.Option(help="What to time: ppN, tgN@C, img, vq, vit, load, with commas between.")] = (
+    rows: Annotated[str, typer.Option(help="ppN, tgN@C, img, img+draft, vq, vit or load, with commas between.")] = (
         "load,pp600,tg64@700,img,vq,vit"
     ),
     repeat: Annotated[int, typer.Option(min=1, max=1000, help="Times each; a whole picture a fifth of it.")] = 5,
@@ -352,6 +379,12 @@ def _load(bundle: Path, *, device: str, kernels: bool, **options: Any) -> Sessio
         text = "note: the native kernels are not built; ONNX Runtime's own nodes run in their place, slower"
         notes.print(text, soft_wrap=True)
     return session
+
+
+def _note_uncertified(result: Answer | Picture) -> None:
+    if not result.certified:
+        text = "note: not certified: this executor's passes round by their size, so drafts may have changed a token"
+        notes.print(text, soft_wrap=True)
 
 
 def _window(text: str | None) -> tuple[float, float] | None:

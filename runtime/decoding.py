@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from .drafting import Drafter
 from .errors import GenerationError
 from .executors import Context
 
@@ -38,10 +41,14 @@ class Grammar(Protocol):
         ...
 
     def restrict(self, scores: np.ndarray, first: int) -> np.ndarray:
-        """The scores [rows], row 0 being id `first`, with -inf where a token may not come next."""
+        """The scores [..., rows], row 0 being id `first`, with -inf where a token may not come next."""
         ...
 
     def advance(self, token_id: int) -> None: ...
+
+    def left(self) -> int | None:
+        """At most so many tokens that count come before one is forced; None where none will be."""
+        ...
 
 
 class FreeText:
@@ -55,6 +62,9 @@ class FreeText:
 
     def advance(self, token_id: int) -> None:
         pass
+
+    def left(self) -> int | None:
+        return None
 
 
 class CodeGrid:
@@ -73,13 +83,16 @@ class CodeGrid:
     def restrict(self, scores: np.ndarray, first: int) -> np.ndarray:
         kept = np.full_like(scores, -np.inf)
         codes = slice(self._first - first, self._first - first + self._count)
-        kept[codes] = scores[codes]
-        kept[self._newline - first] = scores[self._newline - first]
+        kept[..., codes] = scores[..., codes]
+        kept[..., self._newline - first] = scores[..., self._newline - first]
         return kept
 
     def advance(self, token_id: int) -> None:
         if self._first <= token_id < self._first + self._count:
             self.codes.append(token_id - self._first)
+
+    def left(self) -> int | None:
+        return self._total - len(self.codes)
 
 
 class Selector:
@@ -88,6 +101,8 @@ class Selector:
     def __init__(self, sampling: Sampling, repetition_penalty: float, first_logit: int) -> None:
         self._sampling, self._penalty, self._first = sampling, repetition_penalty, first_logit
         self._random = np.random.default_rng(sampling.seed)
+        # One number for each token to come: a guess at a later one takes the number that its choice will take.
+        self._numbers: deque[float] = deque()
         self._seen: set[int] = set()
 
     def choose(self, logits: np.ndarray, grammar: Grammar) -> int:
@@ -98,20 +113,31 @@ class Selector:
         if not np.isfinite(logits).all():
             bad = int(np.count_nonzero(~np.isfinite(logits)))
             raise GenerationError(f"the model must give finite logits, found {bad} NaN or infinite of {logits.size}")
+        (token_id,) = self.guess(logits[None], grammar)
+        if self._numbers:
+            self._numbers.popleft()
+        self._seen.add(token_id)
+        return token_id
+
+    def guess(self, logits: np.ndarray, grammar: Grammar) -> list[int]:
+        """What `choose` would give for each of logits [n, rows] in turn, as far as can be told before it has."""
         scores = logits
         if self._penalty != 1.0 and self._seen:
             # As the original: only generated ids are penalised, for the prompt reaches it as embeddings.
             ids = np.fromiter(self._seen, np.int64) - self._first
             scores = logits.copy()
-            scores[ids] = np.where(scores[ids] < 0, scores[ids] * self._penalty, scores[ids] / self._penalty)
+            seen = scores[:, ids]
+            scores[:, ids] = np.where(seen < 0, seen * self._penalty, seen / self._penalty)
         scores = grammar.restrict(scores, self._first)
-        choice = int(scores.argmax()) if self._sampling.temperature == 0 else self._sample(scores)
-        token_id = choice + self._first
-        self._seen.add(token_id)
-        return token_id
+        if self._sampling.temperature == 0:
+            return [int(choice) + self._first for choice in scores.argmax(axis=-1)]
+        while len(self._numbers) < len(scores):
+            self._numbers.append(self._random.random())
+        return [self._sample(row, number) + self._first for row, number in zip(scores, self._numbers, strict=False)]
 
-    def _sample(self, scores: np.ndarray) -> int:
-        with np.errstate(over="ignore"):  # a temperature near 0 takes scores to -inf, which is right
+    def _sample(self, scores: np.ndarray, number: float) -> int:
+        # A temperature near 0 takes scores to -inf, which is right; rows behind a wrong draft may hold anything.
+        with np.errstate(over="ignore", invalid="ignore"):
             scaled = (scores.astype(np.float64) - float(scores.max())) / self._sampling.temperature
         order = np.argsort(-scaled, kind="stable")
         probabilities = np.exp(scaled[order])
@@ -119,9 +145,14 @@ class Selector:
         cumulative = np.cumsum(probabilities)
         kept = int(np.searchsorted(cumulative, self._sampling.top_p, side="left")) + 1
         kept = min(kept, len(order))
-        return int(
-            order[np.searchsorted(cumulative[:kept], self._random.random() * cumulative[kept - 1], side="right")]
-        )
+        return int(order[np.searchsorted(cumulative[:kept], number * cumulative[kept - 1], side="right")])
+
+
+class Decoded(NamedTuple):
+    """New ids, the stop token included, and how many of them each forward pass gave, from the prefill on."""
+
+    ids: list[int]
+    by_pass: list[int]
 
 
 def decode(
@@ -133,25 +164,46 @@ def decode(
     stop_ids: frozenset[int],
     max_new_tokens: int,
     full_vocabulary: bool = False,
+    drafter: Drafter | None = None,
     on_token: Callable[[int], None] = lambda token_id: None,
-) -> list[int]:
+) -> Decoded:
     """Decode until a stop id, a forced token, or `max_new_tokens`, from the `logits` [n, rows] of a prefill.
 
-    Returns the new ids, the stop token included. `on_token` is called with each.
+    With a `drafter` each pass has a row for every drafted token, too (Leviathan et al., 2023, "Fast Inference from
+    Transformers via Speculative Decoding"). A row counts if all drafts before it are what was chosen there, and the
+    choice is made from it as ever, by the same random number: the ids are those of decoding without drafts, if the
+    executor gives a row the same bits in every pass. `on_token` is called with each new id.
     """
     new_ids: list[int] = []
-    while len(new_ids) < max_new_tokens:
-        if (forced := grammar.forced()) is not None:
-            # Nothing comes after a forced token, so it costs no forward pass.
-            new_ids.append(forced)
-            on_token(forced)
-            break
-        if new_ids:
-            logits = context.forward(np.array(new_ids[-1:], np.int64), full_vocabulary=full_vocabulary)
-        token_id = selector.choose(logits[-1], grammar)
-        grammar.advance(token_id)
-        new_ids.append(token_id)
-        on_token(token_id)
-        if token_id in stop_ids:
-            break
-    return new_ids
+    drafts: list[int] = []
+    by_pass: list[int] = []
+    seconds = None
+    while True:
+        known, rows = len(new_ids), logits[-1 - len(drafts) :]
+        ended = False
+        for row, draft in zip(rows, [*drafts, None], strict=True):
+            token_id = selector.choose(row, grammar)
+            grammar.advance(token_id)
+            new_ids.append(token_id)
+            on_token(token_id)
+            ended = token_id in stop_ids or len(new_ids) == max_new_tokens
+            if not ended and (forced := grammar.forced()) is not None:
+                # Nothing comes after a forced token, so it costs no forward pass.
+                new_ids.append(forced)
+                on_token(forced)
+                ended = True
+            if ended or token_id != draft:
+                break
+        begin, fresh = time.perf_counter(), new_ids[known:]
+        by_pass.append(len(fresh))
+        if ended:
+            return Decoded(new_ids, by_pass)
+        context.length -= 1 + len(drafts) - len(fresh)  # forget what the wrong drafts left in the caches
+        if drafter:
+            later = selector.guess(rows[len(fresh) :], grammar) if len(fresh) < len(rows) else []
+            drafter.learn(fresh, drafts, later, seconds)
+            left = max_new_tokens - len(new_ids)
+            drafts = drafter.draft(min(left, grammar.left() or left) - 1)
+        ids = np.array([new_ids[-1], *drafts], np.int64)
+        logits = context.forward(ids, last_positions=len(ids), full_vocabulary=full_vocabulary)
+        seconds = time.perf_counter() - begin

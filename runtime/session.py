@@ -4,50 +4,30 @@ from __future__ import annotations
 
 import os
 import re
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from .bundle import Bundle
-from .decoding import CodeGrid, FreeText, Grammar, Sampling, Selector, decode
+from .decoding import CodeGrid, Decoded, FreeText, Grammar, Sampling, Selector, decode
+from .drafting import Drafter, Drafts
 from .errors import BundleError, GenerationError, ImageError, PromptError
 from .executors import Executor, open_executor
 from .images import prepare, read_image
 from .manifest import Codes
+from .prefixes import Prefixes
+from .previews import Previews
 from .prompt import IMAGE, TEMPLATES, Tokenizer, prompt_ids
+from .results import Answer, Clock, Picture
 
 COMPREHENSION, GENERATION = "comprehension", "generation"
 # The original's limits (HEALTHGPT.md); pictures of another size get the same slack over their codes.
 DEFAULT_ANSWER_TOKENS = 1024
 CODE_SLACK_TOKENS = 76
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """An answer: `text`, the ids it was decoded from (stop token included), and where the time went in ms."""
-
-    text: str
-    prompt_ids: list[int]
-    token_ids: list[int]
-    timings_ms: dict[str, float]
-    executor: str
-
-
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """A generated picture: `pixels` uint8 [H, W, 3], its codes in reading order, and as for Answer."""
-
-    pixels: np.ndarray
-    codes: list[int]
-    prompt_ids: list[int]
-    token_ids: list[int]
-    timings_ms: dict[str, float]
-    executor: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,33 +41,38 @@ class _Request:
     sampling: Sampling | None
     frame: int | None
     window: tuple[float, float] | None
+    draft: str
+    certify: bool
     full_vocabulary: bool = False
 
 
-@dataclass(slots=True)
-class _Clock:
-    """Milliseconds per stage."""
+class _Run(NamedTuple):
+    """Prompt ids (the image as -200), new ids, and as in Made."""
 
-    stages_ms: dict[str, float] = field(default_factory=dict)
-    started: float = field(default_factory=time.perf_counter)
+    prompt_ids: list[int]
+    ids: list[int]
+    draft: str
+    by_pass: list[int]
+    certified: bool
+    reused_tokens: int
 
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        begin = time.perf_counter()
-        yield
-        self.stages_ms[name] = (time.perf_counter() - begin) * 1e3
 
-    def report(self) -> dict[str, float]:
-        stages = ("vision", "prefill", "decode", "codes")
-        report = {name: round(self.stages_ms.get(name, 0.0), 3) for name in stages}
-        return report | {"total": round((time.perf_counter() - self.started) * 1e3, 3)}
+class _Prefix(NamedTuple):
+    """The system prompt and a picture: what it is found by, and its length in tokens."""
+
+    key: str
+    length: int
 
 
 class Session:
     """A loaded bundle, all its tasks resident. Made by `load`."""
 
-    def __init__(self, bundle: Bundle, executor: Executor, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, bundle: Bundle, executor: Executor, tokenizer: Tokenizer, *, prefix_cache_bytes: int = 0
+    ) -> None:
         self.bundle, self.executor, self.tokenizer = bundle, executor, tokenizer
+        self.drafts = Drafts(executor, bundle.manifest)
+        self._prefixes = Prefixes(prefix_cache_bytes)
 
     def answer(
         self,
@@ -98,30 +83,36 @@ class Session:
         sampling: Sampling | None = None,
         frame: int | None = None,
         window: tuple[float, float] | None = None,
+        draft: str = "auto",
+        certify: bool = False,
         on_text: Callable[[str], None] | None = None,
     ) -> Answer:
         """Answer `question` about `image` (path, bytes, PIL image, array, or None for no image).
 
         `on_text` gets the answer in pieces as it is written. Greedy unless `sampling` says otherwise. `frame` and
-        `window` (centre, width) choose what of a DICOM file is looked at. Raises HealthGPTError.
+        `window` (centre, width) choose what of a DICOM file is looked at. `draft` is auto, lookup or none: where
+        guesses at the next tokens come from, which change the time that the answer takes, not the answer. `certify`
+        decodes again without them and raises GenerationError where the ids differ; `on_text` waits for it. Raises
+        HealthGPTError.
         """
-        clock = _Clock()
+        clock = Clock()
         skip_special = TEMPLATES[self.bundle.manifest.template].skip_special
         streamer = self.tokenizer.streamer(skip_special=skip_special)
         stop_ids = frozenset(self.bundle.manifest.decoding.stop_ids)
+        held_back: list[str] = []
+        write = held_back.append if certify else on_text
 
         def on_token(token_id: int) -> None:
-            if on_text and token_id not in stop_ids and (piece := streamer.push(token_id)):
-                on_text(piece)
+            if write and token_id not in stop_ids and (piece := streamer.push(token_id)):
+                write(piece)
 
-        request = _Request(COMPREHENSION, image, question, max_new_tokens, sampling, frame, window)
-        ids, new_ids = self._run(request, FreeText(), clock, on_token)
-        if on_text and (piece := streamer.end()):
-            on_text(piece)
-        kept = new_ids[:-1] if new_ids and new_ids[-1] in stop_ids else new_ids
-        return Answer(
-            self.tokenizer.decode(kept, skip_special=skip_special), ids, new_ids, clock.report(), self.executor.name
-        )
+        request = _Request(COMPREHENSION, image, question, max_new_tokens, sampling, frame, window, draft, certify)
+        run = self._run(request, FreeText, clock, on_token)
+        if on_text:
+            for piece in filter(None, [*held_back, streamer.end()]):
+                on_text(piece)
+        kept = run.ids[:-1] if run.ids and run.ids[-1] in stop_ids else run.ids
+        return Answer(**self._report(run, clock), text=self.tokenizer.decode(kept, skip_special=skip_special))
 
     def generate(
         self,
@@ -133,15 +124,19 @@ class Session:
         sampling: Sampling | None = None,
         frame: int | None = None,
         window: tuple[float, float] | None = None,
+        draft: str = "auto",
+        certify: bool = False,
         on_code: Callable[[int], None] | None = None,
+        on_preview: Callable[[np.ndarray, int], None] | None = None,
     ) -> Picture:
         """Make a picture from `image` (or None) by `instruction`.
 
         The codes are locked to a full grid; with `faithful` the model runs free as in the original, and the result
-        is an error unless it is exactly one grid of codes. `on_code` gets the number of tokens so far. Raises
-        HealthGPTError.
+        is an error unless it is exactly one grid of codes. `draft` is auto, input, jacobi or none, and `certify` as
+        for `answer`. `on_code` gets the number of tokens so far, `on_preview` now and then the picture so far, uint8
+        [H, W, 3], and how many rows of its codes are final. Raises HealthGPTError.
         """
-        clock = _Clock()
+        clock = Clock()
         codes = self._codes()
         total = codes.grid * codes.grid
         if max_new_tokens is None:
@@ -150,7 +145,8 @@ class Session:
             raise GenerationError(
                 f"max_new_tokens must be at least {total + 1} for {total} codes, got {max_new_tokens}"
             )
-        locked = CodeGrid(codes.first, codes.count, codes.end, codes.newline, total)
+        previews = Previews(codes.grid, self.executor.picture, on_preview) if on_preview else None
+        values: list[int] = []
         count = 0
 
         def on_token(token_id: int) -> None:
@@ -158,22 +154,34 @@ class Session:
             count += 1
             if on_code:
                 on_code(count)
+            if 0 <= (code := token_id - codes.first) < codes.count:
+                values.append(code)
+                if previews:
+                    previews.add(code)
 
-        request = _Request(GENERATION, image, instruction, max_new_tokens, sampling, frame, window, faithful)
-        ids, new_ids = self._run(request, FreeText() if faithful else locked, clock, on_token)
-        values = self._free_codes(new_ids) if faithful else locked.codes
+        def grammar() -> Grammar:
+            if faithful:
+                return FreeText()
+            return CodeGrid(codes.first, codes.count, codes.end, codes.newline, total)
+
+        request = _Request(
+            GENERATION, image, instruction, max_new_tokens, sampling, frame, window, draft, certify, faithful
+        )
+        run = self._run(request, grammar, clock, on_token)
+        if faithful:
+            values = self._free_codes(run.ids)
         if len(values) != total:
             raise GenerationError(f"a picture needs exactly {total} codes, the model gave {len(values)}")
         if values and max(values) >= codes.count:
             raise GenerationError(f"codes must be below {codes.count}, the model gave {max(values)}")
         with clock.stage("codes"):
             pixels = self.executor.picture(np.array(values, np.int64).reshape(codes.grid, codes.grid))
-        return Picture(pixels, values, ids, new_ids, clock.report(), self.executor.name)
+        return Picture(**self._report(run, clock), pixels=pixels, codes=values)
 
     def _run(
-        self, request: _Request, grammar: Grammar, clock: _Clock, on_token: Callable[[int], None]
-    ) -> tuple[list[int], list[int]]:
-        """Vision, prefill and decode of one request; returns prompt ids (image as -200) and new ids."""
+        self, request: _Request, grammar: Callable[[], Grammar], clock: Clock, on_token: Callable[[int], None]
+    ) -> _Run:
+        """Vision, prefill and decode of one request."""
         manifest, task = self.bundle.manifest, request.task
         if task not in manifest.tasks:
             raise BundleError(f"the bundle has no {task} plugin, only {', '.join(sorted(manifest.tasks))}")
@@ -189,29 +197,82 @@ class Session:
                 f"prompt and new tokens must fit {manifest.language.max_positions} positions, "
                 f"got {len(spliced)} + {request.max_new_tokens}"
             )
-        features = None
-        if has_image:
-            picture = read_image(request.image, frame=request.frame, window=request.window)
-            pixels = prepare(picture, manifest.vision.image_size, manifest.vision.background)
-            with clock.stage("vision"):
-                features = self.executor.features(task, pixels)
-        context = self.executor.context(task, features)
-        first_logit = 0 if request.full_vocabulary else manifest.tasks[task].first_logit
-        selector = Selector(request.sampling or Sampling(), manifest.decoding.repetition_penalty, first_logit)
+        picture = read_image(request.image, frame=request.frame, window=request.window) if has_image else None
+        with clock.stage("draft"):
+            drafter = self._drafter(request, ids, picture)
+        pixels = prepare(picture, manifest.vision.image_size, manifest.vision.background) if picture else None
+        prefix = self._prefix(task, spliced, pixels)
+        context = self._prefixes.take(prefix.key) if prefix else None
+        reused_tokens = context.length if context else 0
+        if context is None:
+            features = None
+            if pixels is not None:
+                with clock.stage("vision"):
+                    features = self.executor.features(task, pixels)
+            context = self.executor.context(task, features)
         with clock.stage("prefill"):
-            logits = context.forward(spliced, full_vocabulary=request.full_vocabulary)
-        with clock.stage("decode"):
-            new_ids = decode(
+            if prefix and not reused_tokens:
+                # In two passes for the first question, too: so no answer depends on what was asked before.
+                context.forward(spliced[: prefix.length])
+            logits = context.forward(spliced[context.length :], full_vocabulary=request.full_vocabulary)
+        first_logit = 0 if request.full_vocabulary else manifest.tasks[task].first_logit
+
+        def decoded(drafter: Drafter | None, on_token: Callable[[int], None]) -> Decoded:
+            return decode(
                 context,
                 logits,
-                grammar,
-                selector,
+                grammar(),
+                Selector(request.sampling or Sampling(), manifest.decoding.repetition_penalty, first_logit),
                 stop_ids=frozenset(manifest.decoding.stop_ids),
                 max_new_tokens=request.max_new_tokens,
                 full_vocabulary=request.full_vocabulary,
+                drafter=drafter,
                 on_token=on_token,
             )
-        return ids, new_ids
+
+        with clock.stage("decode"):
+            new_ids, by_pass = decoded(drafter, on_token)
+        drafted = drafter is not None and drafter.drafted
+        if request.certify and drafted:
+            context.length = len(spliced)
+            with clock.stage("certify"):
+                _check_equal(new_ids, decoded(None, lambda token_id: None).ids)
+        compared = not drafted or request.certify
+        certified = (compared and not prefix) or self.drafts.agree(task)
+        if prefix:
+            self._prefixes.keep(prefix.key, context, prefix.length)
+        return _Run(ids, new_ids, drafter.name if drafter and drafted else "none", by_pass, certified, reused_tokens)
+
+    def forget_pictures(self) -> None:
+        """Drop what was kept of pictures for the next question (`prefix_cache_bytes` of `load`)."""
+        self._prefixes.clear()
+
+    def _prefix(self, task: str, spliced: np.ndarray, pixels: np.ndarray | None) -> _Prefix | None:
+        """What the prompt of every question about a picture begins with, if that is to be kept."""
+        if pixels is None or not self._prefixes:
+            return None
+        length = int(np.flatnonzero(spliced >= self.bundle.manifest.language.vocab)[-1]) + 1
+        return _Prefix(self._prefixes.key(task, pixels, spliced[:length]), length)
+
+    def _drafter(self, request: _Request, ids: list[int], picture: Image.Image | None) -> Drafter | None:
+        if request.task == GENERATION:
+            return self.drafts.for_picture(request.draft, request.task, picture)
+        return self.drafts.for_text(request.draft, request.task, [token_id for token_id in ids if token_id != IMAGE])
+
+    def _report(self, run: _Run, clock: Clock) -> dict[str, Any]:
+        """What Answer and Picture share."""
+        return {
+            "prompt_ids": run.prompt_ids,
+            "token_ids": run.ids,
+            "timings_ms": clock.report(),
+            "executor": self.executor.name,
+            "draft": run.draft,
+            "forward_passes": len(run.by_pass),
+            "accepted_per_pass": round(len(run.ids) / len(run.by_pass), 3),
+            "tokens_by_pass": run.by_pass,
+            "certified": run.certified,
+            "reused_tokens": run.reused_tokens,
+        }
 
     def _spliced(self, ids: list[int]) -> np.ndarray:
         """The ids the graph takes: the image placeholder as its patches, which follow the vocabulary."""
@@ -242,6 +303,17 @@ class Session:
             raise GenerationError(f"codes must be numbers, the model gave {max(map(len, numbers))} digits") from error
 
 
+def _check_equal(drafted: list[int], plain: list[int]) -> None:
+    """Raise GenerationError unless ids that were drafted are those of plain decoding."""
+    if drafted != plain:
+        pairs = enumerate(zip(drafted, plain, strict=False))
+        place = next((place for place, (ours, theirs) in pairs if ours != theirs), min(len(drafted), len(plain)))
+        raise GenerationError(
+            f"drafted ids must be those of plain decoding, found another at token {place} of {len(plain)}; "
+            "run again without drafts"
+        )
+
+
 def load(
     path: str | os.PathLike[str],
     *,
@@ -251,11 +323,14 @@ def load(
     threads: int | None = None,
     verify: bool = True,
     kernels: bool = True,
+    prefix_cache_bytes: int = 0,
 ) -> Session:
     """Open the bundle at `path` for `tasks` (all of them by default).
 
     `verify=False` skips the hashes of the weight files, which take most of the time of a cold start.
-    `kernels=False` computes everything by ONNX Runtime's own nodes. Raises BundleError, ExecutorError.
+    `kernels=False` computes everything by ONNX Runtime's own nodes. With `prefix_cache_bytes` the session keeps the
+    caches of pictures it was asked about, the last ones in so many bytes, and a request with the very same picture
+    starts after it; by default nothing outlives its request. Raises BundleError, ExecutorError, GenerationError.
     """
     bundle = Bundle.open(Path(path), verify=verify)
     manifest = bundle.manifest
@@ -266,4 +341,5 @@ def load(
         if task not in manifest.tasks:
             raise BundleError(f"the bundle has no {task} plugin, only {', '.join(sorted(manifest.tasks))}")
     tokenizer = Tokenizer.load(bundle.file(manifest.tokenizer.file), manifest.tokenizer.options)
-    return Session(bundle, open_executor(bundle, wanted, executor, device, threads, kernels), tokenizer)
+    engine = open_executor(bundle, wanted, executor, device, threads, kernels)
+    return Session(bundle, engine, tokenizer, prefix_cache_bytes=prefix_cache_bytes)

@@ -15,6 +15,11 @@ class Context(Protocol):
 
     length: int
 
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes that its caches hold."""
+        ...
+
     def forward(self, token_ids: np.ndarray, last_positions: int = 1, full_vocabulary: bool = False) -> np.ndarray:
         """Append token_ids int64 [S] and return float32 logits [last_positions, rows].
 
@@ -38,6 +43,10 @@ class Executor(Protocol):
 
     def picture(self, codes: np.ndarray) -> np.ndarray:
         """The picture uint8 [H, W, 3] of a code grid int64 [h, w]."""
+        ...
+
+    def draft(self, pixels: np.ndarray) -> np.ndarray:
+        """The code grid int64 [h, w] that the VQGAN's encoder gives of a picture uint8 [H, W, 3]."""
         ...
 
 

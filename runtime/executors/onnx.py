@@ -13,15 +13,16 @@ import numpy as np
 import onnxruntime
 
 from ..bundle import Bundle
-from ..errors import ExecutorError
+from ..errors import ExecutorError, HealthGPTError
 from ..manifest import CACHE_TYPES
 from .contract import Value, graph_values
 
 # Attention in the standard body reads the whole cache, so the cache grows in steps with the context: a step is small
 # beside a context, and copying at each step costs a fraction of a percent of the tokens in between.
 _CAPACITY_STEP_TOKENS = 256
-# A prefill's workspace is worth giving back, a single decode step's is not, but over many steps the heap grows too.
-_TRIM_EVERY_TOKENS = 64
+# A prefill's workspace is worth giving back, a decode step's is not, but over many steps the heap grows too.
+_TRIM_ABOVE_ROWS = 64
+_TRIM_EVERY_PASSES = 64
 _RESIDENT = ("vision", "language", "codes")
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _KERNEL_LIBRARY = Path(__file__).parents[1] / "healthgpt_onnxruntime.so"
@@ -59,7 +60,7 @@ class OnnxExecutor:
         self.bundle = bundle
         self._provider, self._threads = provider, threads
         self._tasks = tasks
-        # The rest (the faithful run's vocabulary) is opened by who asks for it first.
+        # The rest (a faithful run's vocabulary, the encoder for drafts) is opened by who asks for it first.
         self._sessions = {
             (task, role): self._open(task, role)
             for task in tasks
@@ -118,6 +119,10 @@ class OnnxExecutor:
         (image,) = self.run("generation", "codes", {"codes": codes[None]})
         return np.asarray(image[0])
 
+    def draft(self, pixels: np.ndarray) -> np.ndarray:
+        (codes,) = self.run("generation", "draft", {"pixels": pixels[None]})
+        return np.asarray(codes[0])
+
     def session(self, task: str, role: str) -> onnxruntime.InferenceSession:
         if task not in self._tasks:
             raise ExecutorError(f"the executor was opened for {', '.join(self._tasks)}, not for {task}")
@@ -128,7 +133,7 @@ class OnnxExecutor:
     def run(self, task: str, role: str, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
         try:
             return list(self.session(task, role).run(None, feeds))
-        except ExecutorError:
+        except HealthGPTError:
             raise
         except Exception as error:
             raise ExecutorError(f"ONNX Runtime failed in the {role} graph of {task}: {_first_line(error)}") from error
@@ -145,11 +150,17 @@ class OnnxContext:
         self._type = np.dtype(CACHE_TYPES[executor.bundle.manifest.cache_precision])
         self._names = [f"{layer}.{kind}" for layer in range(language.layers) for kind in ("key", "value")]
         self._caches: dict[str, Any] = {}
-        self._capacity = 0
+        self._capacity = self._passes = 0
         if image_features is None:
             image_features = np.zeros((1, language.hidden), np.float32)
         self._image_features = np.ascontiguousarray(image_features[None])
         self.length = 0
+
+    @property
+    def memory_bytes(self) -> int:
+        _, heads, _, size = self._shape
+        caches = len(self._names) * heads * self._capacity * size * self._type.itemsize
+        return caches + int(self._image_features.nbytes)
 
     def forward(self, token_ids: np.ndarray, last_positions: int = 1, full_vocabulary: bool = False) -> np.ndarray:
         self._reserve(self.length + len(token_ids))
@@ -169,8 +180,9 @@ class OnnxContext:
         except Exception as error:
             raise ExecutorError(f"ONNX Runtime failed in the language graph: {_first_line(error)}") from error
         outputs = dict(zip(results, binding.get_outputs()[-len(results) :], strict=True))
-        before, self.length = self.length, self.length + len(token_ids)
-        if self.length // _TRIM_EVERY_TOKENS > before // _TRIM_EVERY_TOKENS:
+        self.length += len(token_ids)
+        self._passes += 1
+        if len(token_ids) > _TRIM_ABOVE_ROWS or self._passes % _TRIM_EVERY_PASSES == 0:
             _return_freed_memory()
         logits = outputs["logits"].numpy()[0]
         if full_vocabulary and "hidden" in outputs:

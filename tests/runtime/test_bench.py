@@ -14,7 +14,7 @@ from healthgpt_edge.bench import Row, parse_rows, summary
 from healthgpt_edge.bundle import Bundle
 from healthgpt_edge.errors import BenchmarkError
 
-ROWS = "load,pp20,tg3@17,img,vq,vit"
+ROWS = "load,pp20,tg3@17,img,img+draft,vq,vit"
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def bundle(golden_bundle):
 
 
 def test_rows_are_parsed():
-    rows = [Row("load"), Row("pp", 20), Row("tg", 3, 17), Row("img"), Row("vq"), Row("vit")]
+    rows = [Row("load"), Row("pp", 20), Row("tg", 3, 17), Row("img"), Row("img+draft"), Row("vq"), Row("vit")]
     assert parse_rows(ROWS) == rows
 
 
@@ -31,14 +31,17 @@ def test_rows_are_parsed():
 def test_a_row_that_is_none_is_named(word):
     with pytest.raises(BenchmarkError) as caught:
         parse_rows(f"vit,{word}")
-    assert str(caught.value) == f"rows must be ppN, tgN@C, img, vq, vit or load, with commas between, found {word!r}"
+    assert (
+        str(caught.value)
+        == f"rows must be ppN, tgN@C, img, img+draft, vq, vit or load, with commas between, found {word!r}"
+    )
 
 
 def test_a_bad_row_is_one_line_and_exit_code_2(bundle):
     outcome = run("bench", bundle, "--rows", "pp600,speed")
     assert (outcome.code, outcome.output) == (2, "")
     assert outcome.errors.splitlines() == [
-        "error: rows must be ppN, tgN@C, img, vq, vit or load, with commas between, found 'speed'"
+        "error: rows must be ppN, tgN@C, img, img+draft, vq, vit or load, with commas between, found 'speed'"
     ]
 
 
@@ -102,12 +105,12 @@ def test_the_report_has_every_row_and_its_ceiling(bundle, monkeypatch):
 
     rows = {(row["row"], row["task"]): row for row in report["rows"]}
     both = ("comprehension", "generation")
-    expected = {("load", "all"), ("img256", "generation"), ("vq256", "generation")}
+    expected = {("load", "all")} | {(name, "generation") for name in ("img256", "img256+draft", "vq256")}
     expected |= {(name, task) for name in ("pp20", "tg3@17") for task in both}
     vision = Bundle.open(bundle).manifest.vision.image_size
     assert rows.keys() == expected | {(f"vit{vision}", task) for task in both}
     for (name, _), row in rows.items():
-        assert row["count"] == len(row["samples_ms"]) == {"tg3@17": 6, "img256": 1}.get(name, 2)
+        assert row["count"] == len(row["samples_ms"]) == {"tg3@17": 6, "img256": 1, "img256+draft": 1}.get(name, 2)
         assert 0 < row["p50_ms"] <= row["p90_ms"] <= row["p99_ms"]
     decode, prefill = rows["tg3@17", "generation"], rows["pp20", "generation"]
     assert (decode["cost_unit"], prefill["cost_unit"]) == ("bytes", "float32 op")

@@ -42,8 +42,9 @@ def run(rows, grammar=None, selector=None, **options):
     """Decode from a prefill that gave rows[0]; returns the new ids and the context."""
     context = FakeContext(rows[1:])
     options = {"stop_ids": frozenset(), "max_new_tokens": len(rows)} | options
-    ids = decode(context, logits(rows[0]), grammar or FreeText(), selector or Selector(GREEDY, 1.0, 0), **options)
-    return ids, context
+    done = decode(context, logits(rows[0]), grammar or FreeText(), selector or Selector(GREEDY, 1.0, 0), **options)
+    assert len(done.by_pass) == 1 + len(context.asked) and sum(done.by_pass) == len(done.ids)
+    return done.ids, context
 
 
 def draw(scores: list[float], count: int, sampling: Sampling, first: int = 0) -> np.ndarray:
@@ -228,7 +229,8 @@ def test_the_last_row_of_a_prefill_counts():
     context = FakeContext([])
     prefill = np.array(peaks(1, 7), np.float32)
     selector = Selector(GREEDY, 1.0, 0)
-    assert decode(context, prefill, FreeText(), selector, stop_ids=frozenset(), max_new_tokens=1) == [7]
+    done = decode(context, prefill, FreeText(), selector, stop_ids=frozenset(), max_new_tokens=1)
+    assert done == ([7], [1])
 
 
 # --- the grammar of a picture ---------------------------------------------------------------------------------------

@@ -17,7 +17,10 @@ from healthgpt_edge.bundle import Bundle
 from healthgpt_edge.prompt import Tokenizer
 
 ANSWERS = [case for case in CASES if case.task == "comprehension"]
-STAGES = {"vision", "prefill", "decode", "codes", "total"}
+STAGES = {"draft", "vision", "prefill", "decode", "certify", "codes", "total"}
+# What every result says of how it was made.
+MADE = {"prompt_ids", "token_ids", "timings_ms", "executor", "draft", "forward_passes", "accepted_per_pass"}
+MADE |= {"tokens_by_pass", "certified", "reused_tokens"}
 # len(" <|end|>")
 CUT_CHARACTERS = 8
 
@@ -60,7 +63,7 @@ def test_answers(golden_bundle, case):
     answer = outcome.json
     assert answer["prompt_ids"] == case.record["input_ids"]
     assert answer["token_ids"] == case.record["output_ids"]
-    assert set(answer) == {"prompt_ids", "token_ids", "text", "timings_ms", "executor"}
+    assert set(answer) == MADE | {"text"} and answer["certified"]
     assert set(answer["timings_ms"]) == STAGES
     assert (answer["timings_ms"]["vision"] > 0) == (case.image is not None)
     assert answer["timings_ms"]["decode"] > 0 and answer["timings_ms"]["codes"] == 0
@@ -103,7 +106,11 @@ def test_a_free_run_makes_the_original_picture(golden_bundle, tmp_path):
     assert (len(picture["token_ids"]), len(picture["codes"])) == (1025, 1024)
     assert picture["codes"] == case.record["vq_indices"]
     assert picture["image"] == str(out)
-    assert set(picture["timings_ms"]) == STAGES and min(picture["timings_ms"].values()) > 0
+    assert set(picture) == MADE | {"codes", "image"} and picture["certified"]
+    assert set(picture["timings_ms"]) == STAGES
+    assert all(picture["timings_ms"][stage] > 0 for stage in STAGES - {"certify"})
+    # The very ids of the original, by fewer passes of the model.
+    assert picture["draft"] == "input" and picture["forward_passes"] < 1024
     assert_picture(out, case)
 
 

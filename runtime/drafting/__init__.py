@@ -1,0 +1,9 @@
+"""Drafts of the next tokens, which one forward pass of the model then checks all at once.
+
+Greedy or sampled, the tokens that come out are those of decoding one by one (docs/drafting.md).
+"""
+
+from .drafter import Drafter
+from .drafts import PICTURE_DRAFTS, TEXT_DRAFTS, Drafts
+
+__all__ = ["PICTURE_DRAFTS", "TEXT_DRAFTS", "Drafter", "Drafts"]

@@ -1,0 +1,100 @@
+"""Which drafter a request gets, and what a session knows of its machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from PIL import Image
+
+from ..errors import GenerationError
+from ..executors import Executor
+from ..images import prepare
+from ..manifest import Manifest
+from .costs import RowCosts
+from .drafter import Drafter
+from .invariance import rows_agree
+from .pace import Pace
+from .pictures import input_sources, own_sources
+from .words import word_sources
+
+PICTURE_DRAFTS = ("auto", "input", "jacobi", "none")
+TEXT_DRAFTS = ("auto", "lookup", "none")
+# What Pace takes for the exponent until the request has shown it.
+_PICTURE_EXPONENT, _TEXT_EXPONENT = 0.6, 0.3
+# Most answers are shorter than what drafting takes to pay.
+_PLAIN_WORDS = 16
+# The share of a plain run's time that encoding the picture may take: Jacobi finds nearly as much without.
+_ENCODER_SHARE = 0.05
+
+
+class Drafts:
+    """Makes the drafters of a session; keeps what rows cost, and whether they may be trusted, for each task."""
+
+    def __init__(self, executor: Executor, manifest: Manifest) -> None:
+        self._executor, self.manifest = executor, manifest
+        self.costs = {task: RowCosts() for task in manifest.tasks}
+        self._agreement: dict[str, bool] = {}
+        self._encoder_seconds = 0.0
+
+    def agree(self, task: str) -> bool:
+        """Whether passes of any number of rows give a token the same bits; tried when first asked."""
+        if task not in self._agreement:
+            self._agreement[task] = rows_agree(self._executor, task)
+        return self._agreement[task]
+
+    def for_picture(self, mode: str, task: str, image: Image.Image | None) -> Drafter | None:
+        """A drafter for a picture made from `image`, if from any; None for plain decoding.
+
+        Raises GenerationError, and BundleError where the input is to be encoded by a bundle that cannot.
+        """
+        _check(mode, PICTURE_DRAFTS)
+        codes = self.manifest.codes
+        if mode == "none" or codes is None:
+            return None
+        sources = own_sources(codes.grid)
+        encoded = mode == "input" or (mode == "auto" and self._encoding_pays(task, image))
+        if encoded:
+            if image is None:
+                raise GenerationError("drafts from the input need a picture, got none")
+            begin = time.perf_counter()
+            grid = self._executor.draft(prepare(image, codes.image_size, self.manifest.vision.background))
+            self._encoder_seconds = time.perf_counter() - begin
+            sources = [*input_sources(grid, codes.first), *sources]
+        return Drafter(
+            "input" if encoded else "jacobi",
+            sources,
+            Pace(self.costs[task], _PICTURE_EXPONENT),
+            allowed=lambda: mode != "auto" or self.agree(task),
+            jacobi=mode != "input",
+            newline=codes.newline,
+            width=codes.grid,
+        )
+
+    def for_text(self, mode: str, task: str, prompt: Sequence[int]) -> Drafter | None:
+        """A drafter for the answer to `prompt`, token ids; None for plain decoding. Raises GenerationError."""
+        _check(mode, TEXT_DRAFTS)
+        if mode == "none":
+            return None
+        return Drafter(
+            "lookup",
+            word_sources(),
+            Pace(self.costs[task], _TEXT_EXPONENT),
+            allowed=lambda: mode != "auto" or self.agree(task),
+            jacobi=mode == "auto",
+            prompt=prompt,
+            plain=_PLAIN_WORDS,
+        )
+
+    def _encoding_pays(self, task: str, image: Image.Image | None) -> bool:
+        """Whether there is a picture and the VQGAN's encoder, and it did not prove too slow for this model."""
+        codes = self.manifest.codes
+        if image is None or codes is None or "draft" not in self.manifest.tasks[task].graphs:
+            return False
+        plain_seconds = codes.grid**2 * self.costs[task].plain
+        return self._encoder_seconds <= _ENCODER_SHARE * plain_seconds
+
+
+def _check(mode: str, known: tuple[str, ...]) -> None:
+    if mode not in known:
+        raise GenerationError(f"draft must be one of {', '.join(known)}, got {mode!r:.40}")

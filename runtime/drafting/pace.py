@@ -1,0 +1,76 @@
+"""How many rows the next pass should have."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from .costs import RowCosts
+
+# Beyond this a pass is arithmetic on every machine, and drafts so far ahead are rarely right.
+MAX_ROWS = 64
+_SIZES = np.array([1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, MAX_ROWS])
+# The size that the expected exponent stands for before anything is measured, and the passes it counts for: Jacobi takes
+# several to settle the first codes, while those behind them settle, too.
+_FIRST_ROWS, _FIRST_PASSES = 8, 10
+# Plain passes at the start of a request: what they cost must be known, as it is now, and the first is not typical, for
+# the prefill left nothing in the processor's caches.
+_PLAIN_PASSES = 2
+# The least weight of the newest pass in what is expected of the next.
+_NEWEST = 0.05
+# Drafting has work beside its passes, and its gain is an estimate: it must promise this much to be worth leaving.
+_LEAST_GAIN = 1.1
+# Where drafts do not pay, plain passes before they are tried anew; twice as many every time.
+_FIRST_WAIT = 64
+# Sizes so near the best count as good as it, and the largest of them is taken: it teaches Jacobi the most.
+_NEARLY = 0.95
+
+
+class Pace:
+    """Chooses the rows of a pass that give the most tokens per second.
+
+    Tokens per pass are taken as rows ** exponent, the law that drafts of 4 to 32 rows follow on the trained phantom
+    (docs/drafting.md). The exponent is measured in the request, the cost of rows on the machine. At exponent 0 drafts
+    are never right and a pass has one row: plain decoding.
+    """
+
+    def __init__(self, costs: RowCosts, exponent: float) -> None:
+        self._costs, self._first = costs, exponent
+        self._plain_left, self._wait = _PLAIN_PASSES, _FIRST_WAIT
+        self._warm = False
+        self._expect(exponent)
+
+    def _expect(self, exponent: float) -> None:
+        self._rows, self._tokens, self._passes = float(_FIRST_ROWS), _FIRST_ROWS**exponent, _FIRST_PASSES
+
+    @property
+    def exponent(self) -> float:
+        return math.log(self._tokens) / math.log(self._rows)
+
+    def rows(self) -> int:
+        """Rows of the next pass, at most twice as many as it is known the cost of."""
+        known = self._costs.most
+        if self._plain_left or not known:
+            self._plain_left = max(self._plain_left - 1, 0)
+            return 1
+        sizes = _SIZES[: np.searchsorted(_SIZES, max(4, 2 * known), side="right")]
+        fixed, each = self._costs.line()
+        rates = sizes**self.exponent / (fixed + each * sizes)
+        if rates.max() >= _LEAST_GAIN / self._costs.plain:
+            return int(sizes[rates >= _NEARLY * rates.max()][-1])
+        # Plain passes from the next on. This one tells what rows cost by now, or an old cost would stand for good.
+        self._plain_left, self._wait = self._wait, 2 * self._wait
+        self._expect(self._first)
+        return min(_FIRST_ROWS, int(sizes[-1]))
+
+    def learn(self, rows: int, tokens: int, seconds: float) -> None:
+        """Note that a pass of `rows` took `seconds` and gave `tokens`."""
+        if self._warm and rows in _SIZES:  # other sizes end a grid, too rarely to be timed well
+            self._costs.record(rows, seconds)
+        self._warm = True
+        if rows > 1:
+            self._passes += 1
+            newest = max(_NEWEST, 1 / self._passes)
+            self._rows += newest * (rows - self._rows)
+            self._tokens += newest * (tokens - self._tokens)
