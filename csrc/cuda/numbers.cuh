@@ -22,6 +22,7 @@ struct BFloat16 {
 
 #ifdef __CUDACC__
 
+__device__ inline uint32_t FloatToBits(float value) { return __float_as_uint(value); }
 __device__ inline float ToFloat(Half value) { return __half2float(__ushort_as_half(value.bits)); }
 __device__ inline float ToFloat(BFloat16 value) { return __bfloat162float(__ushort_as_bfloat16(value.bits)); }
 __device__ inline Half Round(float value, Half) { return {__half_as_ushort(__float2half_rn(value))}; }

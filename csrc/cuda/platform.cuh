@@ -70,7 +70,10 @@ Type& Shared() {
   return *static_cast<Type*>(host::SharedMemory(sizeof(Type)));
 }
 
-inline void SyncThreads() { host::SyncThreads(); }
+// A barrier is named by where it stands, so that a test can drop it.
+inline void SyncThreads(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  host::SyncThreads(file, line);
+}
 inline void Fence() {}
 
 template <class Type>

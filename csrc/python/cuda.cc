@@ -2,6 +2,8 @@
 // fibers it is _cuda_host, on NumPy arrays, and can also plant faults for its tests.
 #include "python/cuda.h"
 
+#include <pybind11/stl.h>
+
 #include <map>
 
 #ifdef HEALTHGPT_CUDA_HOST
@@ -25,7 +27,10 @@ cuda::Storage StorageOf(const std::string& name) {
   return found->second;
 }
 
-void BindLinear(py::module_& module);  // cuda_linear.cc
+void BindLinear(py::module_& module);     // cuda_linear.cc
+void BindAttention(py::module_& module);  // cuda_attention.cc
+void BindTokens(py::module_& module);     // cuda_tokens.cc
+void BindImages(py::module_& module);     // cuda_images.cc
 
 #ifdef HEALTHGPT_CUDA_HOST
 namespace {
@@ -39,15 +44,15 @@ void SetSchedule(const std::string& order, uint32_t seed) {
   cuda::host::SetSchedule({found->second, seed});
 }
 
-void Mutate(int drop_barrier, int drop_block, int shift_threads) {
+void Mutate(const std::string& drop_barrier, int drop_block, int shift_threads) {
   cuda::host::SetMutation({drop_barrier, drop_block, shift_threads});
 }
 
 void BindHost(py::module_& module) {
   module.def("schedule", &SetSchedule, py::arg("order"), py::arg("seed") = 0, "Who goes first between barriers.");
-  module.def("mutate", &Mutate, py::arg("drop_barrier") = -1, py::arg("drop_block") = -1, py::arg("shift_threads") = 0,
+  module.def("mutate", &Mutate, py::arg("drop_barrier") = "", py::arg("drop_block") = -1, py::arg("shift_threads") = 0,
              "Plants faults in every launch from now on; without arguments, none.");
-  module.def("barriers_met", &cuda::host::BarriersMet, "The most barriers a thread met in a launch since last asked.");
+  module.def("barriers_met", &cuda::host::BarriersMet, "The barriers met since last asked, \"file:line\".");
 }
 
 }  // namespace
@@ -62,4 +67,7 @@ PYBIND11_MODULE(_cuda_host, module) {
 PYBIND11_MODULE(_cuda, module) {
 #endif
   healthgpt::BindLinear(module);
+  healthgpt::BindAttention(module);
+  healthgpt::BindTokens(module);
+  healthgpt::BindImages(module);
 }

@@ -2,13 +2,15 @@
 //
 // A fiber runs until it meets others: at a barrier of its block, or in an exchange between the lanes of its warp. In
 // between, the schedule decides who goes first, so what a missing barrier leaves to chance differs between schedules.
-// Blocks run one after another. docs/cuda.md says what this finds and what it cannot find.
+// docs/cuda.md says what this finds and what it cannot find.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <string>
+#include <vector>
 
 #define __device__
 #define __global__
@@ -34,8 +36,10 @@ extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace healthgpt::cuda::host {
 
-// Which of the fibers that could go on goes on. Warps are taken in this order, each as far as it gets, and the lanes
-// within a warp too; kShuffled draws anew at every step.
+// Which of the fibers that could go on goes on. In order or in reverse, blocks run one after another, and each of a
+// block's warps as far as it gets. Shuffled, three blocks run at once, and warps have priorities that are drawn anew at
+// every barrier: one that is called slow waits until nobody else can go on (Burckhardt et al., "A Randomized Scheduler
+// with Probabilistic Guarantees of Finding Bugs", 2010).
 enum class Order { kForward, kReverse, kShuffled };
 
 struct Schedule {
@@ -43,22 +47,22 @@ struct Schedule {
   uint32_t seed = 0;
 };
 
-// Faults that tests plant, to see that they are found. -1 plants none.
+// Faults that tests plant, to see that they are found. An empty name or -1 plants none.
 struct Mutation {
-  int drop_barrier = -1;  // no thread stops at its n-th barrier
-  int drop_block = -1;    // the n-th block of every launch does nothing
-  int shift_threads = 0;  // threadIdx.x is so much too high
+  std::string drop_barrier;  // no thread stops at this one, "file:line" as BarriersMet names it
+  int drop_block = -1;       // the n-th block of every launch does nothing
+  int shift_threads = 0;     // threadIdx.x is so much too high
 };
 
 void SetSchedule(const Schedule& schedule);
 void SetMutation(const Mutation& mutation);
-// The most barriers that a thread met in one launch since the last call.
-int BarriersMet();
+// The barriers that threads have met since the last call.
+std::vector<std::string> BarriersMet();
 
 // Runs `kernel` once per thread. Throws std::logic_error where threads wait for each other in vain.
 void Run(dim3 grid, dim3 block, const std::function<void()>& kernel);
 
-void SyncThreads();
+void SyncThreads(const char* file, int line);
 // The block's memory, poisoned when the block begins. A kernel asks for one size.
 void* SharedMemory(size_t bytes);
 

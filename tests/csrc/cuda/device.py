@@ -41,6 +41,8 @@ class Device:
         """An output nobody has written yet."""
         return self.put(np.full(shape, np.iinfo(dtype).max if np.issubdtype(dtype, np.integer) else np.nan, dtype))
 
-    def workspace(self, size_bytes: int) -> Any:
-        """Zeros, which is all that kernels ask of it."""
-        return self.put(np.zeros(size_bytes, np.uint8))
+    def workspace(self, size_bytes: int, counters: int) -> Any:
+        """Working memory: it begins with so many counters, which start at zero; the rest nobody has written yet."""
+        memory = np.full(size_bytes, 255, np.uint8)
+        memory[: 4 * counters] = 0
+        return self.put(memory)

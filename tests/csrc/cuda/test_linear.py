@@ -18,8 +18,9 @@ SIZES = [
     (128, 128, 16, 4, 64, 0),
     (259, 160, 64, 4, 128, 0),
     (200, 72, 36, 4, 32, 56),
-    (384, 96, 256, 4, 128, 32),
+    (160, 96, 256, 4, 128, 32),
 ]
+COUNTERS = 2 * 8192
 each_storage = pytest.mark.parametrize("storage", list(TOLERANCE))
 
 
@@ -64,7 +65,8 @@ def run(device, x, stored, experts, workspace=None, **more):
     """y, from memory that nobody has written; the workspace is used again where one is given."""
     matrices = stored if experts else {"weight": stored["weight"]}
     if workspace is None:
-        workspace = device.workspace(device.kernels.hlora_linear_workspace_bytes(len(x), experts=experts, **matrices))
+        needed = device.kernels.hlora_linear_workspace_bytes(len(x), experts=experts, **matrices)
+        workspace = device.workspace(needed, COUNTERS)
     y = device.poisoned(len(x), more.pop("outputs"))
     given = {name: device.put(value) if isinstance(value, np.ndarray) else value for name, value in more.items()}
     device.kernels.hlora_linear(device.put(x), y=y, workspace=workspace, experts=experts, **matrices, **given)
@@ -73,7 +75,7 @@ def run(device, x, stored, experts, workspace=None, **more):
 
 @each_storage
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("rows", [1, 3, 11])
+@pytest.mark.parametrize("rows", [1, 11])
 def test_equals_the_formula(device, storage, size, rows):
     stored, exact, bias = operands(device, storage, size)
     x = normal(np.random.default_rng(1), rows, size[0])
@@ -110,7 +112,7 @@ def test_the_result_may_replace_the_residual(device):
     random = np.random.default_rng(1)
     x, before = normal(random, 2, 64), normal(random, 2, 72)
     y = device.put(before)
-    workspace = device.workspace(device.kernels.hlora_linear_workspace_bytes(2, experts=4, **stored))
+    workspace = device.workspace(device.kernels.hlora_linear_workspace_bytes(2, experts=4, **stored), COUNTERS)
     device.kernels.hlora_linear(device.put(x), y=y, residual=y, workspace=workspace, experts=4, **stored)
     np.testing.assert_allclose(device.get(y), formula(x, exact, 4, residual=before), rtol=0, atol=2e-5)
 
@@ -121,7 +123,7 @@ def test_a_row_depends_on_no_other_row(device, storage):
     size = (200, 144, 24, 4, 64, 0)
     stored, _, bias = operands(device, storage, size)
     x = normal(np.random.default_rng(1), 32, size[0])
-    workspace = device.workspace(device.kernels.hlora_linear_workspace_bytes(32, experts=4, **stored))
+    workspace = device.workspace(device.kernels.hlora_linear_workspace_bytes(32, experts=4, **stored), COUNTERS)
     more = {"bias": bias, "epsilon": 1e-6, "outputs": size[1], "workspace": workspace}
     together = run(device, x, stored, 4, **more)
     for piece in (1, 9, 17):
@@ -149,7 +151,7 @@ def test_wrong_operands_are_named(device):
         ({"bias": bias[:-1]}, r"bias must be \[72\], got \[71\]"),
         ({"experts": 3}, "rank must be a multiple of experts"),
         ({"experts": 2}, r"adapter_in must be \(C, R \+ E\)"),
-        ({"workspace": device.workspace(64)}, "the workspace is too small"),
+        ({"workspace": device.workspace(64, 16)}, "the workspace is too small"),
         (
             {"adapter_out": store_matrix(device, np.ones((8, 72), np.float32), "bfloat16", 0)[0]},
             "adapters must be stored as the weight is",
