@@ -142,7 +142,7 @@ __device__ inline float* PartOf(const CachedAttentionArguments& given, const Hea
 }
 
 template <class Number>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     CachedAttentionKernel(CachedAttentionArguments given, int* counters, float* parts) {
   auto& memory = Shared<Memory<Number>>();
   WaitForPrevious();

@@ -9,7 +9,7 @@ namespace {
 constexpr int kThreads = 256;
 
 template <class From, class To>
-__global__ void __launch_bounds__(kThreads) GatherRowsKernel(GatherRowsArguments given) {
+__global__ void __launch_bounds__(kThreads, 1) GatherRowsKernel(GatherRowsArguments given) {
   WaitForPrevious();
   AllowNext();
   const int64_t id = given.ids[blockIdx.x];

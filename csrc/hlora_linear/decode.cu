@@ -147,12 +147,15 @@ __device__ inline void AddUnit(const Weights& weights, int64_t channel, int64_t 
     load(channel + step * kStepChannels + 4 * t, values);
     Right high, low;
     Split<typename Format::Number>(values, &high, &low);
-    Left left[Format::kLaneOutputs / 2];
-    Format::Unpack(words[step], left);
 #pragma unroll
-    for (int j = 0; j < Format::kLaneOutputs / 2; ++j) {
-      MultiplyAdd(sums[j], left[j], high, typename Format::Number());
-      MultiplyAdd(sums[j], left[j], low, typename Format::Number());
+    for (int j = 0; j < Format::kLaneOutputs / 2; j += Format::kUnpacked) {
+      Left left[Format::kUnpacked];
+      Format::Unpack(words[step], j / Format::kUnpacked, left);
+#pragma unroll
+      for (int i = 0; i < Format::kUnpacked; ++i) {
+        MultiplyAdd(sums[j + i], left[i], high, typename Format::Number());
+        MultiplyAdd(sums[j + i], left[i], low, typename Format::Number());
+      }
     }
   }
 }
@@ -207,7 +210,7 @@ __device__ inline void AddWarps(Memory& memory, Sums (&sums)[kProducts]) {
 }
 
 template <Storage storage>
-__global__ void __launch_bounds__(kWarpSize * kWarps * kMostRowTiles) HLoraLinearKernel(Product product) {
+__global__ void __launch_bounds__(kWarpSize * kWarps * kMostRowTiles, 1) HLoraLinearKernel(Product product) {
   using Format = Format<storage>;
   constexpr int kProducts = Format::kLaneOutputs / 2, kTile = 8 * Format::kLaneOutputs;
   auto& memory = Shared<Memory<4 * kProducts>>();

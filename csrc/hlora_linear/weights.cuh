@@ -38,12 +38,11 @@ struct FloatFormat {
   }
   static constexpr int kElementBits = 16;
 
-  // The left operands of kLaneOutputs / 2 products, for outputs 2 j and 2 j + 1.
-  __device__ static void Unpack(const uint32_t (&words)[4][4], Left (&left)[4]) {
-    for (int j = 0; j < 4; ++j) {
-      left[j] = {Permute(words[0][j], words[1][j], 0x5410), Permute(words[0][j], words[1][j], 0x7632),
-                 Permute(words[2][j], words[3][j], 0x5410), Permute(words[2][j], words[3][j], 0x7632)};
-    }
+  // Each unpacking gives the left operands of kUnpacked products, in the order of their outputs: two to a product.
+  static constexpr int kUnpacked = 1;
+  __device__ static void Unpack(const uint32_t (&words)[4][4], int j, Left (&left)[1]) {
+    left[0] = {Permute(words[0][j], words[1][j], 0x5410), Permute(words[0][j], words[1][j], 0x7632),
+               Permute(words[2][j], words[3][j], 0x5410), Permute(words[2][j], words[3][j], 0x7632)};
   }
 };
 template <>
@@ -71,14 +70,13 @@ struct Format<Storage::kInt8> {
                                 Permute(high, 0x64646464u, 0x4140), Permute(high, 0x64646464u, 0x4342)};
     for (int i = 0; i < 4; ++i) halves[i] = SubtractHalves(raised[i], 0x64806480u);  // 1024 + 128
   }
-  __device__ static void Unpack(const uint32_t (&words)[4][4], Left (&left)[8]) {
-    for (int q = 0; q < 4; ++q) {
-      uint32_t low[4], high[4];
-      Pair(words[0][q], words[1][q], low);
-      Pair(words[2][q], words[3][q], high);
-      left[2 * q] = {low[0], low[1], high[0], high[1]};
-      left[2 * q + 1] = {low[2], low[3], high[2], high[3]};
-    }
+  static constexpr int kUnpacked = 2;
+  __device__ static void Unpack(const uint32_t (&words)[4][4], int q, Left (&left)[2]) {
+    uint32_t low[4], high[4];
+    Pair(words[0][q], words[1][q], low);
+    Pair(words[2][q], words[3][q], high);
+    left[0] = {low[0], low[1], high[0], high[1]};
+    left[1] = {low[2], low[3], high[2], high[3]};
   }
 };
 
@@ -102,20 +100,15 @@ struct Format<Storage::kInt4> {
       halves[i + 1] = MultiplyAddHalves((nibbles & 0x00F000F0u) | 0x64006400u, 0x2C002C00u, 0xD480D480u);
     }
   }
-  __device__ static void Unpack(const uint32_t (&words)[4][2], Left (&left)[8]) {
-    for (int q = 0; q < 2; ++q) {
-      uint32_t given[4], low[2][4], high[2][4];
-      for (int c = 0; c < 4; ++c) given[c] = words[c][q] ^ 0x88888888u;  // 8 more, and no sign
-      Quad(Permute(given[0], given[1], 0x5410), low[0]);
-      Quad(Permute(given[0], given[1], 0x7632), low[1]);
-      Quad(Permute(given[2], given[3], 0x5410), high[0]);
-      Quad(Permute(given[2], given[3], 0x7632), high[1]);
-      for (int half = 0; half < 2; ++half) {
-        for (int i = 0; i < 4; i += 2) {
-          left[4 * q + 2 * half + i / 2] = {low[half][i], low[half][i + 1], high[half][i], high[half][i + 1]};
-        }
-      }
-    }
+  static constexpr int kUnpacked = 2;
+  __device__ static void Unpack(const uint32_t (&words)[4][2], int q, Left (&left)[2]) {
+    constexpr uint32_t kSigns = 0x88888888u;  // flipped: 8 more, and no sign
+    const uint32_t selector = q % 2 == 0 ? 0x5410 : 0x7632;
+    uint32_t low[4], high[4];
+    Quad(Permute(words[0][q / 2] ^ kSigns, words[1][q / 2] ^ kSigns, selector), low);
+    Quad(Permute(words[2][q / 2] ^ kSigns, words[3][q / 2] ^ kSigns, selector), high);
+    left[0] = {low[0], low[1], high[0], high[1]};
+    left[1] = {low[2], low[3], high[2], high[3]};
   }
 };
 
@@ -139,9 +132,12 @@ __device__ inline void LoadChannel(const Weights& weights, int64_t channel, int6
   constexpr int kPerWord = 32 / Format::kElementBits;
   const int count = static_cast<int>(Min(Format::kLaneOutputs, weights.outputs - output));
 #pragma unroll
-  for (int i = 0; i < Format::kLaneOutputs; ++i) {
-    if (i < count)
-      words[i / kPerWord] |= Format::Element(weights.values, at + i) << (i % kPerWord * Format::kElementBits);
+  for (int word = 0; word < kWords; ++word) {
+    const int here = count - word * kPerWord < kPerWord ? count - word * kPerWord : kPerWord;
+#pragma unroll 1  // rarely taken: it must not cost the others registers
+    for (int i = 0; i < here; ++i) {
+      words[word] |= Format::Element(weights.values, at + word * kPerWord + i) << (i * Format::kElementBits);
+    }
   }
 }
 

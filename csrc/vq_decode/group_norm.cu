@@ -33,7 +33,7 @@ __device__ inline Moments Join(const Moments& a, const Moments& b) {
 }
 
 template <class Number>
-__global__ void __launch_bounds__(kWarpSize* kWarps)
+__global__ void __launch_bounds__(kWarpSize* kWarps, 1)
     GroupMomentsKernel(GroupNormArguments given, Slabs slabs, int* counters, float* moments, float* factors) {
   auto& arrived = Shared<int>();
   WaitForPrevious();
@@ -76,7 +76,8 @@ __global__ void __launch_bounds__(kWarpSize* kWarps)
 }
 
 template <class Number>
-__global__ void __launch_bounds__(kWarpSize* kWarps) GroupNormKernel(GroupNormArguments given, const float* factors) {
+__global__ void __launch_bounds__(kWarpSize* kWarps, 1)
+    GroupNormKernel(GroupNormArguments given, const float* factors) {
   WaitForPrevious();
   AllowNext();
   const int64_t batch = blockIdx.y, size = given.channels / given.groups;

@@ -11,7 +11,7 @@ constexpr int kThreads = 256;
 
 // A warp per pixel of the image, which it copies from one phase.
 template <class Word>
-__global__ void __launch_bounds__(kWarpSize* kWarps)
+__global__ void __launch_bounds__(kWarpSize* kWarps, 1)
     PhaseInterleaveKernel(PhaseInterleaveArguments given, int64_t words) {
   WaitForPrevious();
   AllowNext();
@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kWarpSize* kWarps)
 }
 
 template <class Number>
-__global__ void __launch_bounds__(kThreads) ImageLevelsKernel(ImageLevelsArguments given) {
+__global__ void __launch_bounds__(kThreads, 1) ImageLevelsKernel(ImageLevelsArguments given) {
   WaitForPrevious();
   AllowNext();
   const int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;

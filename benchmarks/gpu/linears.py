@@ -1,0 +1,120 @@
+"""One H-LoRA linear: ours, beside what a user would run instead, over shapes, ranks, rows and stored types."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from .device import Device, check
+from .matrices import Matrix, random_matrix
+
+EXPERTS = 4
+TOLERANCE = 1e-3  # of sums of float32 products against PyTorch's float32
+
+
+@dataclass
+class Linear:
+    """W, [A;R] and B of one linear."""
+
+    weight: Matrix
+    adapter_in: Matrix
+    adapter_out: Matrix
+
+    @classmethod
+    def random(cls, device: Device, channels: int, outputs: int, rank: int, storage: str) -> Linear:
+        shapes = (channels, outputs), (channels, rank + EXPERTS), (rank, outputs)
+        return cls(*(random_matrix(device, *shape, storage) for shape in shapes))
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(one.size_bytes for one in (self.weight, self.adapter_in, self.adapter_out))
+
+    def kernels(self) -> dict[str, Any]:
+        return {
+            "weight": self.weight.kernel,
+            "adapter_in": self.adapter_in.kernel,
+            "adapter_out": self.adapter_out.kernel,
+            "experts": EXPERTS,
+        }
+
+
+class Original:
+    """The original's arithmetic in 16 bits, launch by launch: its weights are [O, C], [R, C], [O, R] and [E, C]."""
+
+    def __init__(self, linear: Linear, dtype: torch.dtype) -> None:
+        rank = linear.adapter_out.floats().shape[0]
+        low = linear.adapter_in.floats()
+        self.weight = linear.weight.floats().T.contiguous().to(dtype)
+        self.lora_a = low[:, :rank].T.contiguous().to(dtype)
+        self.route = low[:, rank:].T.contiguous().to(dtype)
+        self.lora_b = linear.adapter_out.floats().T.contiguous().to(dtype)
+        self.repeats = rank // EXPERTS
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        result = functional.linear(x, self.weight)
+        gates = functional.softmax(functional.linear(x, self.route), dim=-1, dtype=torch.float32).to(x.dtype)
+        low = functional.linear(x, self.lora_a)
+        return result + functional.linear(gates.repeat_interleave(self.repeats, dim=-1) * low, self.lora_b) * 1.0
+
+
+def formula(x: torch.Tensor, linear: Linear) -> torch.Tensor:
+    """In float64, on the device."""
+    rank = linear.adapter_out.floats().shape[0]
+    low = x.double() @ linear.adapter_in.floats().double()
+    gates = low[:, rank:].softmax(-1).repeat_interleave(rank // EXPERTS, dim=-1)
+    adapted = (gates * low[:, :rank]) @ linear.adapter_out.floats().double()
+    return x.double() @ linear.weight.floats().double() + adapted
+
+
+def workspace(device: Device, linear: Linear, rows: int) -> torch.Tensor:
+    needed = device.kernels.hlora_linear_workspace_bytes(rows, **linear.kernels())
+    return device.zeros(needed, dtype=torch.uint8)
+
+
+def measure(device: Device, shape: tuple[int, int], rank: int, storage: str, rows_list: list[int], peers: bool) -> Any:
+    """One row of results for each number of rows."""
+    channels, outputs = shape
+    first = Linear.random(device, channels, outputs, rank, storage)
+    sets = [first] + [
+        Linear.random(device, channels, outputs, rank, storage)
+        for _ in range(1, device.copies(first.weight.size_bytes))
+    ]
+    memory = workspace(device, first, max(rows_list))
+    dtype = torch.bfloat16 if storage == "bfloat16" else torch.float16
+    originals = [Original(one, dtype) for one in sets] if peers else []
+    compiled = torch.compile(Original.__call__) if peers and not device.rehearses else Original.__call__
+    for rows in rows_list:
+        x, y = device.normal(rows, channels), device.poisoned(rows, outputs)
+
+        def call(one: Linear, adapters: bool, x: torch.Tensor = x, y: torch.Tensor = y) -> None:
+            given = one.kernels() if adapters else {"weight": one.weight.kernel}
+            device.kernels.hlora_linear(x=x, y=y, workspace=memory, stream=device.stream, **given)
+
+        call(first, True)
+        result: dict[str, Any] = {
+            "channels": channels,
+            "outputs": outputs,
+            "rank": rank,
+            "storage": storage,
+            "rows": rows,
+            "error": check(f"hlora_linear {shape} {storage}", y, formula(x, first), TOLERANCE),
+            "bytes": first.size_bytes,
+            "base_bytes": first.weight.size_bytes,
+        }
+        for name, adapters in (("ours", True), ("ours_base", False)):
+            result[name] = device.measure([lambda one=one, a=adapters: call(one, a) for one in sets])
+        if peers:
+            x16 = x.to(dtype)
+            result["cublas_base"] = device.measure(
+                [lambda one=one, x16=x16: functional.linear(x16, one.weight) for one in originals]
+            )
+            calls = [lambda one=one, x16=x16: one(x16) for one in originals]
+            result["original_eager"] = device.measure(calls, graph=False)
+            result["original_graph"] = device.measure(calls)
+            if rows == 1:  # every compilation takes seconds
+                calls = [lambda one=one, x16=x16: compiled(one, x16) for one in originals]
+                result["original_compiled_graph"] = device.measure(calls)
+        yield result
