@@ -213,14 +213,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int64_t row = i / size, at = i % size;
     float largest = kNone;
     for (int64_t c = head.first_chunk; c < head.end_chunk; ++c) {
-      largest = fmaxf(largest, LoadShared(PartOf(given, head, parts, c, row)));
+      largest = fmaxf(largest, LoadFresh(PartOf(given, head, parts, c, row)));
     }
     float total = 0.0f, sum = 0.0f;
     for (int64_t c = head.first_chunk; c < head.end_chunk; ++c) {
       const float* const part = PartOf(given, head, parts, c, row);
-      const float share = expf(LoadShared(part) - Shift(largest));
-      total += share * LoadShared(part + 1);
-      sum += share * LoadShared(part + 2 + at);
+      const float share = expf(LoadFresh(part) - Shift(largest));
+      total += share * LoadFresh(part + 1);
+      sum += share * LoadFresh(part + 2 + at);
     }
     const int64_t token = head.batch * given.tokens + row / head.group;
     const int64_t query_head = head.head * head.group + row % head.group;

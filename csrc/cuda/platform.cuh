@@ -60,8 +60,11 @@ template <class Type>
 __device__ inline Type LoadOnce(const void* at) {
   return __ldg(static_cast<const Type*>(at));
 }
-// What other blocks of this launch wrote: not from a cache that may be older.
-__device__ inline float LoadShared(const float* at) { return __ldcg(at); }
+// What other blocks of this launch wrote, or a launch that this one overlaps: not from a cache that may be older.
+template <class Type>
+__device__ inline Type LoadFresh(const Type* at) {
+  return __ldcg(at);
+}
 
 #else
 
@@ -100,7 +103,10 @@ Type LoadOnce(const void* at) {
   };
   return static_cast<const Aligned*>(at)->value;
 }
-inline float LoadShared(const float* at) { return *at; }
+template <class Type>
+Type LoadFresh(const Type* at) {
+  return LoadOnce<Type>(at);
+}
 
 #endif
 

@@ -15,7 +15,7 @@ constexpr int kWarps = 4;                 // of a block, along the channels
 constexpr int kRowsPerTile = 8;           // of x: the tensor cores' smaller side
 constexpr int kMostRowTiles = 2;          // of a block: more would leave its threads too few registers
 constexpr int kUnit = 2 * kStepChannels;  // channels that a warp takes at a time
-constexpr int64_t kTargetBlocks = 528;    // four for each of Hopper's 132 multiprocessors; part of the order of sums
+constexpr int64_t kTargetBlocks = 528;    // at most, four for each of Hopper's 132 multiprocessors
 constexpr int64_t kMostTiles = 8192;      // those of all rows
 
 // How the channels of [W|B] are cut.
@@ -58,22 +58,22 @@ struct Memory {
 
 __device__ inline float SiluGate(float gate, float up) { return gate / (1.0f + expf(-gate)) * up; }
 
-// Four channels of a row of x.
+// Four channels of a row of x. (The second launch of two has not waited for whoever wrote x: the first has.)
 __device__ inline void LoadInput(const Product& product, int64_t row, int64_t channel, float (&values)[4]) {
   const float* at = product.x + row * product.x_stride + channel;
   const int64_t channels = product.weight.channels, left = channels - channel;
   float up[4] = {};
   if (product.x_is_aligned && left >= 4) {
-    const float4 word = *reinterpret_cast<const float4*>(at);
+    const float4 word = LoadFresh(reinterpret_cast<const float4*>(at));
     values[0] = word.x, values[1] = word.y, values[2] = word.z, values[3] = word.w;
     if (product.pair_input) {
-      const float4 other = *reinterpret_cast<const float4*>(at + channels);
+      const float4 other = LoadFresh(reinterpret_cast<const float4*>(at + channels));
       up[0] = other.x, up[1] = other.y, up[2] = other.z, up[3] = other.w;
     }
   } else {
     for (int i = 0; i < 4; ++i) {
-      values[i] = i < left ? at[i] : 0.0f;
-      if (product.pair_input) up[i] = i < left ? at[channels + i] : 0.0f;
+      values[i] = i < left ? LoadFresh(at + i) : 0.0f;
+      if (product.pair_input) up[i] = i < left ? LoadFresh(at + channels + i) : 0.0f;
     }
   }
   if (!product.pair_input) return;
@@ -86,15 +86,15 @@ struct Gate {
   float scale, largest, inverse_sum;
 
   __device__ float operator()(int64_t expert) const {
-    return expf(LoadShared(routes + expert) * scale - largest) * inverse_sum;
+    return expf(LoadFresh(routes + expert) * scale - largest) * inverse_sum;
   }
 };
 
 __device__ inline Gate RowGate(const Product& product, int64_t row) {
   Gate gate = {product.low + row * (product.rank + product.experts) + product.rank, 1.0f, 0.0f, 1.0f};
-  if (product.inverse_norm != nullptr) gate.scale = LoadShared(product.inverse_norm + row);
-  float largest = LoadShared(gate.routes) * gate.scale, sum = 0.0f;
-  for (int64_t i = 1; i < product.experts; ++i) largest = fmaxf(largest, LoadShared(gate.routes + i) * gate.scale);
+  if (product.inverse_norm != nullptr) gate.scale = LoadFresh(product.inverse_norm + row);
+  float largest = LoadFresh(gate.routes) * gate.scale, sum = 0.0f;
+  for (int64_t i = 1; i < product.experts; ++i) largest = fmaxf(largest, LoadFresh(gate.routes + i) * gate.scale);
   gate.largest = largest;
   for (int64_t i = 0; i < product.experts; ++i) sum += gate(i);
   gate.inverse_sum = 1.0f / sum;
@@ -107,7 +107,7 @@ __device__ inline void LoadGated(const Product& product, const Gate& gate, int64
   const float* at = product.low + row * (product.rank + product.experts);
   for (int i = 0; i < 4; ++i) {
     const int64_t here = channel + i;
-    values[i] = here < product.rank ? LoadShared(at + here) * gate(here * product.experts / product.rank) : 0.0f;
+    values[i] = here < product.rank ? LoadFresh(at + here) * gate(here * product.experts / product.rank) : 0.0f;
   }
 }
 
@@ -280,12 +280,12 @@ __global__ void __launch_bounds__(kWarpSize * kWarps * kMostRowTiles, 1) HLoraLi
     float inverse_norm = 1.0f;
     if (product.measure) {
       float sum = 0.0f;
-      for (int i = 0; i < splits; ++i) sum += LoadShared(split_squares + i * rows + of_row);
+      for (int i = 0; i < splits; ++i) sum += LoadFresh(split_squares + i * rows + of_row);
       inverse_norm = 1.0f / sqrtf(sum / static_cast<float>(product.weight.channels) + product.epsilon);
       if (product.is_first && tile == 0) product.inverse_norm[of_row] = inverse_norm;
     } else if (product.inverse_norm != nullptr) {
       WaitForPrevious();
-      inverse_norm = LoadShared(product.inverse_norm + of_row);
+      inverse_norm = LoadFresh(product.inverse_norm + of_row);
     }
     memory.inverse_norm[thread] = product.is_first ? 1.0f : inverse_norm;
   }
@@ -295,7 +295,7 @@ __global__ void __launch_bounds__(kWarpSize * kWarps * kMostRowTiles, 1) HLoraLi
     if (from >= outputs) continue;
     float sum = 0.0f;
     for (int of_split = 0; of_split < splits; ++of_split) {
-      sum += LoadShared(product.partials + (of_split * rows + of_row) * outputs + from);
+      sum += LoadFresh(product.partials + (of_split * rows + of_row) * outputs + from);
     }
     sum *= memory.inverse_norm[of_row - first_row];
     if (product.bias != nullptr) sum += LoadOnce<float>(product.bias + from);
@@ -315,8 +315,8 @@ Cut CutOf(const Matrix& matrix, int64_t adapter_channels) {
   Cut cut;
   cut.weight_units = CeilDivide(matrix.channels, kUnit);
   cut.units = cut.weight_units + CeilDivide(adapter_channels, kUnit);
-  const int64_t wanted = CeilDivide(kTargetBlocks, Tiles(matrix)), most = CeilDivide(cut.units, kWarps);
-  cut.splits = wanted < most ? wanted : most;
+  const int64_t wanted = kTargetBlocks / Tiles(matrix), most = CeilDivide(cut.units, kWarps);
+  cut.splits = wanted < 1 ? 1 : wanted < most ? wanted : most;
   return cut;
 }
 

@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kWarpSize* kWarps, 1)
     for (int64_t i = 0; i < slabs.count; ++i) {
       const float* const at = of_batch + (group * slabs.count + i) * 2;
       const int64_t positions = Min(slabs.positions, given.positions - i * slabs.positions);
-      all = Join(all, {static_cast<float>(positions * size), LoadShared(at), LoadShared(at + 1)});
+      all = Join(all, {static_cast<float>(positions * size), LoadFresh(at), LoadFresh(at + 1)});
     }
     factors[(batch * given.groups + group) * 2] = all.mean;
     factors[(batch * given.groups + group) * 2 + 1] = 1.0f / sqrtf(all.squares / all.count + given.epsilon);

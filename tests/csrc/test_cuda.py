@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -42,3 +43,17 @@ def test_kernels_on_the_host_under_sanitizers(environment):
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-3000:]
     assert "passed" in done.stdout and "failed" not in done.stdout
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="names GCC's sanitizer libraries")
+def test_the_gpu_benchmark_is_rehearsed(environment, tmp_path):
+    """As far as a few seconds take it: what comes first is checked against PyTorch; the rest is named."""
+    out = tmp_path / "rehearsal.json"
+    command = [sys.executable, "-m", "benchmarks.gpu", environment["HEALTHGPT_CUDA_MODULE"], "--out", out]
+    done = subprocess.run([*command, "--seconds", "0.5"], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    results = json.loads(out.read_text())
+    assert results["machine"]["rehearsal"].startswith("the host's fibers")
+    (step,) = results["m3 decode step, float16"]
+    assert step["error"] < 1e-4 and step["original_eager"]["n"] == 1
+    assert "attention" in results["not_reached"] and results["attention"] == []

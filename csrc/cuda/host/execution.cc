@@ -163,7 +163,7 @@ void DrawPriorities(const Slot& slot) {
   for (size_t i : Arranged(block_warps)) {
     const bool is_slow = schedule.order == Order::kShuffled && random_bits() % kSlowWarps == 0;
     const uint32_t drawn = schedule.order == Order::kShuffled ? random_bits() / 2 : ++rank;
-    warps[slot.first_warp + i].priority = is_slow ? UINT32_MAX : drawn;
+    warps[slot.first_warp + i].priority = drawn | (is_slow ? 0x80000000u : 0u);
   }
 }
 

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 
 
-def hlora_linear(device: Any, storage: str) -> list[np.ndarray]:
+def hlora_linear(device: Any) -> list[np.ndarray]:
     from test_linear import normal, operands, run
 
-    stored, _, bias = operands(device, storage, (300, 200, 64, 4, 32, 0))
-    x = normal(np.random.default_rng(1), 9, 300)
-    return [run(device, x, stored, 4, bias=bias, epsilon=1e-5, outputs=200)]
+    stored, _, bias = operands(device, "int4", (200, 136, 32, 4, 32, 0))
+    x = normal(np.random.default_rng(1), 9, 200)
+    return [run(device, x, stored, 4, bias=bias, epsilon=1e-5, outputs=136)]
 
 
 def cached_attention(device: Any) -> list[np.ndarray]:
@@ -61,8 +61,7 @@ def pixels(device: Any) -> list[np.ndarray]:
 
 
 OPERATIONS = {
-    "linear-float16": lambda device: hlora_linear(device, "float16"),
-    "linear-int4": lambda device: hlora_linear(device, "int4"),
+    "hlora_linear": hlora_linear,
     "attention": cached_attention,
     "greedy": lambda device: token_selection(device, 0.0),
     "sampling": lambda device: token_selection(device, 0.8),

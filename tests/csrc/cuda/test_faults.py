@@ -38,7 +38,7 @@ def is_noticed(device, name, expected, **mutation):
 def test_no_schedule_changes_a_bit(device, host, name):
     expected = outcome(device, name)
     assert isinstance(expected, bytes)
-    for schedule in SCHEDULES[1:6]:
+    for schedule in SCHEDULES[1:5]:
         assert outcome(device, name, schedule) == expected
     assert all(np.isfinite(array.astype(np.float64)).all() for array in OPERATIONS[name](device))
 

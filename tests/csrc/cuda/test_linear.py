@@ -9,16 +9,16 @@ from formats import store_matrix
 # Relative to the largest result. x is the sum of two numbers of 16 bits, so float32's sums are what differs; with
 # bfloat16 those two hold 16 bits of x.
 TOLERANCE = {"float16": 3e-6, "bfloat16": 2e-5, "int8": 3e-6, "int4": 3e-6}
-# channels, outputs, rank, experts, block size, stride less outputs. Odd sizes, tails of every tile, ranks below a
-# block, int4 rows that start inside a byte, rows as lanes load them and rows that they must gather.
+# channels, outputs, rank, experts, block size, stride less outputs; and rows. Odd sizes, tails of every tile, ranks
+# below a block, int4 rows that start inside a byte, rows as lanes load them and rows that they must gather.
 SIZES = [
-    (31, 33, 8, 4, 32, 0),
-    (7, 1, 2, 1, 32, 0),
-    (64, 129, 12, 3, 64, 7),
-    (128, 128, 16, 4, 64, 0),
-    (259, 160, 64, 4, 128, 0),
-    (200, 72, 36, 4, 32, 56),
-    (160, 96, 256, 4, 128, 32),
+    ((31, 33, 8, 4, 32, 0), 11),
+    ((7, 1, 2, 1, 32, 0), 3),
+    ((64, 129, 12, 3, 64, 7), 1),
+    ((128, 128, 16, 4, 64, 0), 8),
+    ((259, 160, 64, 4, 128, 0), 1),
+    ((200, 72, 36, 4, 32, 56), 19),
+    ((160, 96, 256, 4, 128, 32), 2),
 ]
 COUNTERS = 2 * 8192
 each_storage = pytest.mark.parametrize("storage", list(TOLERANCE))
@@ -74,8 +74,7 @@ def run(device, x, stored, experts, workspace=None, **more):
 
 
 @each_storage
-@pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("rows", [1, 11])
+@pytest.mark.parametrize(("size", "rows"), SIZES, ids=str)
 def test_equals_the_formula(device, storage, size, rows):
     stored, exact, bias = operands(device, storage, size)
     x = normal(np.random.default_rng(1), rows, size[0])
@@ -120,13 +119,13 @@ def test_the_result_may_replace_the_residual(device):
 @each_storage
 def test_a_row_depends_on_no_other_row(device, storage):
     """All 32 rows at once, one by one and in pieces give the same bits, in one workspace used again and again."""
-    size = (200, 144, 24, 4, 64, 0)
+    size = (136, 144, 24, 4, 64, 0)
     stored, _, bias = operands(device, storage, size)
     x = normal(np.random.default_rng(1), 32, size[0])
     workspace = device.workspace(device.kernels.hlora_linear_workspace_bytes(32, experts=4, **stored), COUNTERS)
     more = {"bias": bias, "epsilon": 1e-6, "outputs": size[1], "workspace": workspace}
     together = run(device, x, stored, 4, **more)
-    for piece in (1, 9, 17):
+    for piece in (3, 17):
         parts = [run(device, x[at : at + piece], stored, 4, **more) for at in range(0, 32, piece)]
         np.testing.assert_array_equal(np.concatenate(parts), together)
 
