@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--architecture", action="append", choices=ARCHITECTURES)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "cuda-resources.md")
     arguments = parser.parse_args()
-    sources = sorted((ROOT / "csrc").rglob("*.cu"))
+    sources = [path for path in sorted((ROOT / "csrc").rglob("*.cu")) if "__global__" in path.read_text()]
     kernels = [
         kernel
         for architecture in arguments.architecture or ARCHITECTURES

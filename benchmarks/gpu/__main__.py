@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from .device import Device, check
-from .linears import measure
+from .linears import measure, measure_prefill
 from .pictures import Picture
 from .shapes import DECODERS, TINY
 from .steps import STEPS, DecodeStep, OriginalStep
@@ -51,6 +51,17 @@ def linears(device: Device, system: str, ranks: list[int], storages: list[str], 
                 peers = storage in ("float16", "bfloat16")
                 for result in measure(device, shape, rank, storage, rows, peers):
                     yield {"system": system, "linear": name, **result}
+
+
+def prefill(device: Device) -> Iterator[dict[str, Any]]:
+    """M3's linears for the 600 tokens of a prompt with a picture."""
+    if not hasattr(device.kernels, "hlora_prefill"):
+        yield {"absent": "built without cuBLASLt"}
+        return
+    decoder = TINY if device.rehearses else DECODERS["m3"]
+    for storage in ("float16", "int4"):
+        for name, shape in decoder.linears.items():
+            yield {"linear": name, **measure_prefill(device, shape, 64, storage, 5 if device.rehearses else 600)}
 
 
 def step(device: Device, storage: str, rank: int) -> Iterator[dict[str, Any]]:
@@ -138,6 +149,7 @@ def parts(device: Device) -> dict[str, Callable[[], Iterator[dict[str, Any]]]]:
         "m3 linears, rank 256": lambda: linears(device, "m3", [256], halves + integers, ROWS),
         "attention": lambda: attention(device),
         "picture": lambda: picture(device),
+        "m3 prefill, rank 64": lambda: prefill(device),
         "m3 linears, ranks 64 and 32": lambda: linears(device, "m3", [64, 32], ["float16", "int4"], ROWS),
         "l14 linears, rank 32": lambda: linears(device, "l14", [32], ["float16", "int4"], ROWS),
         "xl32 linears, rank 32": lambda: linears(device, "xl32", [32], ["float16", "int4"], ROWS),

@@ -118,3 +118,27 @@ def measure(device: Device, shape: tuple[int, int], rank: int, storage: str, row
                 calls = [lambda one=one, x16=x16: compiled(one, x16) for one in originals]
                 result["original_compiled_graph"] = device.measure(calls)
         yield result
+
+
+def measure_prefill(device: Device, shape: tuple[int, int], rank: int, storage: str, rows: int) -> dict[str, Any]:
+    """One linear of many rows: ours by cuBLASLt, and the original's arithmetic, which calls the same library."""
+    linear = Linear.random(device, *shape, rank, storage)
+    x, y = device.normal(rows, shape[0]), device.poisoned(rows, shape[1])
+    needed = device.kernels.hlora_prefill_workspace_bytes(rows, **linear.kernels())
+    memory = device.zeros(needed, dtype=torch.uint8)
+
+    def call() -> None:
+        device.kernels.hlora_prefill(x=x, y=y, workspace=memory, stream=device.stream, **linear.kernels())
+
+    call()
+    original, x16 = Original(linear, torch.float16), x.half()
+    return {
+        "rows": rows,
+        "rank": rank,
+        "storage": storage,
+        "error": check(f"hlora_prefill {shape} {storage}", y, formula(x, linear), 5e-3),
+        "operations": 2 * rows * (shape[0] * (shape[1] + rank + EXPERTS) + rank * shape[1]),
+        "ours": device.measure([call]),
+        "original_eager": device.measure([lambda: original(x16)], graph=False),
+        "original_graph": device.measure([lambda: original(x16)]),
+    }

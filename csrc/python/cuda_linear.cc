@@ -2,6 +2,7 @@
 #include <pybind11/stl.h>
 
 #include "hlora_linear/cuda.h"
+#include "hlora_linear/prefill.h"
 #include "python/cuda.h"
 
 namespace py = pybind11;
@@ -43,12 +44,13 @@ struct StoredMatrix {
   cuda::Matrix matrix;
 };
 
-cuda::HLoraLinearArguments Matrices(int64_t rows, const StoredMatrix& weight, const StoredMatrix* adapter_in,
-                                    const StoredMatrix* adapter_out, int64_t experts) {
+template <class Arguments>
+Arguments Matrices(int64_t rows, const StoredMatrix& weight, const StoredMatrix* adapter_in,
+                   const StoredMatrix* adapter_out, int64_t experts) {
   if ((experts > 0) != (adapter_in != nullptr) || (experts > 0) != (adapter_out != nullptr)) {
     throw py::value_error("adapter_in, adapter_out and experts go together");
   }
-  cuda::HLoraLinearArguments arguments;
+  Arguments arguments;
   arguments.rows = rows;
   arguments.experts = experts;
   arguments.weight = weight.matrix;
@@ -61,7 +63,8 @@ cuda::HLoraLinearArguments Matrices(int64_t rows, const StoredMatrix& weight, co
 
 int64_t WorkspaceBytes(int64_t rows, const StoredMatrix& weight, const StoredMatrix* adapter_in,
                        const StoredMatrix* adapter_out, int64_t experts) {
-  return cuda::HLoraLinearWorkspaceBytes(Matrices(rows, weight, adapter_in, adapter_out, experts));
+  return cuda::HLoraLinearWorkspaceBytes(
+      Matrices<cuda::HLoraLinearArguments>(rows, weight, adapter_in, adapter_out, experts));
 }
 
 void HLoraLinear(const py::object& x, const StoredMatrix& weight, const py::object& y, const py::object& workspace,
@@ -70,7 +73,7 @@ void HLoraLinear(const py::object& x, const StoredMatrix& weight, const py::obje
                  uintptr_t stream) {
   const std::vector<int64_t> shape = DeviceArray("x", x).shape();
   if (shape.size() != 2) throw py::value_error("x must have 2 dimensions");
-  cuda::HLoraLinearArguments arguments = Matrices(shape[0], weight, adapter_in, adapter_out, experts);
+  auto arguments = Matrices<cuda::HLoraLinearArguments>(shape[0], weight, adapter_in, adapter_out, experts);
   const int64_t rows = shape[0], outputs = weight.matrix.outputs;
   arguments.x = Floats("x", x, {rows, weight.matrix.channels * (pair_input ? 2 : 1)});
   arguments.y = Floats("y", y, {rows, outputs});
@@ -84,6 +87,29 @@ void HLoraLinear(const py::object& x, const StoredMatrix& weight, const py::obje
   arguments.workspace_bytes = memory.bytes();
   Raise(cuda::HLoraLinear(arguments, StreamOf(stream)));
 }
+
+#ifndef HEALTHGPT_WITHOUT_CUBLASLT
+int64_t PrefillWorkspaceBytes(int64_t rows, const StoredMatrix& weight, const StoredMatrix* adapter_in,
+                              const StoredMatrix* adapter_out, int64_t experts) {
+  return cuda::HLoraPrefillWorkspaceBytes(
+      Matrices<cuda::HLoraPrefillArguments>(rows, weight, adapter_in, adapter_out, experts));
+}
+
+void HLoraPrefill(const py::object& x, const StoredMatrix& weight, const py::object& y, const py::object& workspace,
+                  const py::object& bias, const StoredMatrix* adapter_in, const StoredMatrix* adapter_out,
+                  int64_t experts, uintptr_t stream) {
+  const std::vector<int64_t> shape = DeviceArray("x", x).shape();
+  if (shape.size() != 2) throw py::value_error("x must have 2 dimensions");
+  auto arguments = Matrices<cuda::HLoraPrefillArguments>(shape[0], weight, adapter_in, adapter_out, experts);
+  arguments.x = Floats("x", x, {shape[0], weight.matrix.channels});
+  arguments.y = Floats("y", y, {shape[0], weight.matrix.outputs});
+  arguments.bias = OptionalFloats("bias", bias, {weight.matrix.outputs});
+  const Array memory = DeviceArray("workspace", workspace);
+  arguments.workspace = memory.data<void>();
+  arguments.workspace_bytes = memory.bytes();
+  Raise(cuda::HLoraPrefill(arguments, StreamOf(stream)));
+}
+#endif
 
 }  // namespace
 
@@ -105,6 +131,16 @@ void BindLinear(py::module_& module) {
              py::arg("residual") = py::none(), py::arg("stream") = 0,
              "y [S, O] = x W + b + gate(x R) * (x A) B for at most 32 rows; operands as in csrc/hlora_linear/cuda.h, "
              "an epsilon normalises x.");
+#ifndef HEALTHGPT_WITHOUT_CUBLASLT
+  module.def("hlora_prefill_workspace_bytes", &PrefillWorkspaceBytes, py::arg("rows"), py::arg("weight"),
+             py::arg("adapter_in") = py::none(), py::arg("adapter_out") = py::none(), py::arg("experts") = 0,
+             "Bytes of workspace for this many rows.");
+  module.def("hlora_prefill", &HLoraPrefill, py::arg("x"), py::arg("weight"), py::arg("y"), py::arg("workspace"),
+             py::arg("bias") = py::none(), py::arg("adapter_in") = py::none(), py::arg("adapter_out") = py::none(),
+             py::arg("experts") = 0, py::arg("stream") = 0,
+             "y [S, O] = x W + b + gate(x R) * (x A) B for many rows, by cuBLASLt; operands as in "
+             "csrc/hlora_linear/prefill.h.");
+#endif
 }
 
 }  // namespace healthgpt

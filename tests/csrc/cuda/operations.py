@@ -15,6 +15,14 @@ def hlora_linear(device: Any) -> list[np.ndarray]:
     return [run(device, x, stored, 4, bias=bias, epsilon=1e-5, outputs=136)]
 
 
+def hlora_prefill(device: Any) -> list[np.ndarray]:
+    from test_linear import normal, operands
+    from test_prefill import prefill
+
+    stored, _, bias = operands(device, "int4", (31, 33, 8, 4, 32, 0))
+    return [prefill(device, normal(np.random.default_rng(1), 40, 31), stored, 4, 33, bias)]
+
+
 def cached_attention(device: Any) -> list[np.ndarray]:
     from test_attention import operands, run
 
@@ -62,6 +70,7 @@ def pixels(device: Any) -> list[np.ndarray]:
 
 OPERATIONS = {
     "hlora_linear": hlora_linear,
+    "hlora_prefill": hlora_prefill,
     "attention": cached_attention,
     "greedy": lambda device: token_selection(device, 0.0),
     "sampling": lambda device: token_selection(device, 0.8),
