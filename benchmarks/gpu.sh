@@ -63,7 +63,7 @@ if [[ $rehearse == no ]]; then
   calls=(tests/csrc/cuda/run_operations.py)
   for tool in memcheck racecheck; do
     if command -v compute-sanitizer >/dev/null; then
-      step "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" "${calls[@]}"
+      step "$tool" 80 compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" "${calls[@]}"
     else
       echo "== $tool: compute-sanitizer is not here" | tee "$results/gpu-$tool.log"
     fi

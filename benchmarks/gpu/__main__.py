@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 
-from .device import Device, check
+from .device import Device, WrongResult, check
 from .linears import measure, measure_prefill
 from .pictures import Picture
+from .report import report
 from .shapes import DECODERS, TINY
 from .steps import STEPS, DecodeStep, OriginalStep
 
@@ -49,7 +50,8 @@ def linears(device: Device, system: str, ranks: list[int], storages: list[str], 
         for storage in storages:
             for name, shape in decoder.linears.items():
                 peers = storage in ("float16", "bfloat16")
-                for result in measure(device, shape, rank, storage, rows, peers):
+                compiles = peers and system == "m3" and rank == 256
+                for result in measure(device, shape, rank, storage, rows, peers, compiles):
                     yield {"system": system, "linear": name, **result}
 
 
@@ -130,7 +132,7 @@ def picture(device: Device) -> Iterator[dict[str, Any]]:
         levels, expected = one.ours(), one.plain()
         apart = (levels.int() - expected.int()).abs().float()
         if float(apart.mean()) > 2:
-            raise SystemExit(f"the picture is wrong by {float(apart.mean())} levels in the mean")
+            raise WrongResult(f"the picture is wrong by {float(apart.mean())} levels in the mean")
         yield {
             "mean_levels_apart": float(apart.mean()),
             "ours_graph": device.measure([one.ours]),
@@ -167,25 +169,34 @@ def main() -> None:
     end = time.monotonic() + arguments.seconds
     device = Device(arguments.module)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    results: dict[str, Any] = {"machine": device.description(), "commit": commit or None, "not_reached": []}
+    todo = parts(device)
+    results: dict[str, Any] = {"machine": device.description(), "commit": commit or None}
+    results |= {"not_reached": [], "failed": {}} | {name: [] for name in todo}
 
     def write() -> None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+        arguments.out.with_suffix(".md").write_text(report(results))
 
-    for name, part in parts(device).items():
-        begin, results[name] = time.monotonic(), []
-        for result in part() if begin < end else ():
-            results[name].append(result)
-            write()
-            if time.monotonic() > end:
-                break
+    for name, part in todo.items():
+        begin = time.monotonic()
+        try:
+            for result in part() if begin < end else ():
+                results[name].append(result)
+                write()
+                if time.monotonic() > end:
+                    break
+        except (WrongResult, ValueError, RuntimeError) as error:  # the other parts may still have something to say
+            results["failed"][name] = str(error)
+            print(f"{name}: {error}", flush=True)
         if time.monotonic() > end:
             results["not_reached"].append(name)  # or not to its end
         print(f"{name}: {len(results[name])} results, {time.monotonic() - begin:.0f} s", flush=True)
         if not device.rehearses:
             torch.cuda.empty_cache()
     write()
+    if results["failed"]:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -81,6 +81,7 @@ class Device:
             for call in calls:
                 call()
 
+        torch.cuda.synchronize()  # another stream does not wait for what makes the operands
         side = torch.cuda.Stream()
         with torch.cuda.stream(side):
             run_all()
@@ -104,9 +105,13 @@ class Device:
         return summary(times)
 
 
+class WrongResult(Exception):
+    """What was to be timed does not give what it should."""
+
+
 def check(name: str, found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> float:
     """The largest difference relative to the largest expected value; raises where it is too much, or not a number."""
     error = float((found.double() - expected.double()).abs().max() / expected.double().abs().max())
     if not error <= tolerance:
-        raise SystemExit(f"{name} is wrong by {error:.2e}, allowed are {tolerance:.0e}")
+        raise WrongResult(f"{name} is wrong by {error:.2e}, allowed are {tolerance:.0e}")
     return error

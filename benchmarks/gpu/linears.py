@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,11 +54,24 @@ class Original:
         self.lora_b = linear.adapter_out.floats().T.contiguous().to(dtype)
         self.repeats = rank // EXPERTS
 
+    def operands(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]:
+        return self.weight, self.lora_a, self.route, self.lora_b, self.repeats
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        result = functional.linear(x, self.weight)
-        gates = functional.softmax(functional.linear(x, self.route), dim=-1, dtype=torch.float32).to(x.dtype)
-        low = functional.linear(x, self.lora_a)
-        return result + functional.linear(gates.repeat_interleave(self.repeats, dim=-1) * low, self.lora_b) * 1.0
+        return original_linear(x, *self.operands())
+
+
+def original_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_a: torch.Tensor,
+    route: torch.Tensor,
+    lora_b: torch.Tensor,
+    repeats: int,
+) -> torch.Tensor:
+    gates = functional.softmax(functional.linear(x, route), dim=-1, dtype=torch.float32).to(x.dtype)
+    low = gates.repeat_interleave(repeats, dim=-1) * functional.linear(x, lora_a)
+    return functional.linear(x, weight) + functional.linear(low, lora_b) * 1.0  # times its scaling, here in B
 
 
 def formula(x: torch.Tensor, linear: Linear) -> torch.Tensor:
@@ -74,8 +88,19 @@ def workspace(device: Device, linear: Linear, rows: int) -> torch.Tensor:
     return device.zeros(needed, dtype=torch.uint8)
 
 
-def measure(device: Device, shape: tuple[int, int], rank: int, storage: str, rows_list: list[int], peers: bool) -> Any:
-    """One row of results for each number of rows."""
+def measure_compiled(device: Device, originals: list[Original], x: torch.Tensor) -> dict[str, Any]:
+    """The original's arithmetic by torch.compile, or why there is none: it needs a compiler that is not ours."""
+    compiled = original_linear if device.rehearses else torch.compile(original_linear)
+    try:
+        return device.measure([lambda one=one: compiled(x, *one.operands()) for one in originals])
+    except Exception as error:
+        return {"absent": (str(error).splitlines() or [type(error).__name__])[0]}
+
+
+def measure(
+    device: Device, shape: tuple[int, int], rank: int, storage: str, rows_list: list[int], peers: bool, compiles: bool
+) -> Iterator[dict[str, Any]]:
+    """One row of results for each number of rows. Compiling the peer takes seconds, so it is asked for apart."""
     channels, outputs = shape
     first = Linear.random(device, channels, outputs, rank, storage)
     sets = [first] + [
@@ -85,7 +110,6 @@ def measure(device: Device, shape: tuple[int, int], rank: int, storage: str, row
     memory = workspace(device, first, max(rows_list))
     dtype = torch.bfloat16 if storage == "bfloat16" else torch.float16
     originals = [Original(one, dtype) for one in sets] if peers else []
-    compiled = torch.compile(Original.__call__) if peers and not device.rehearses else Original.__call__
     for rows in rows_list:
         x, y = device.normal(rows, channels), device.poisoned(rows, outputs)
 
@@ -114,9 +138,8 @@ def measure(device: Device, shape: tuple[int, int], rank: int, storage: str, row
             calls = [lambda one=one, x16=x16: one(x16) for one in originals]
             result["original_eager"] = device.measure(calls, graph=False)
             result["original_graph"] = device.measure(calls)
-            if rows == 1:  # every compilation takes seconds
-                calls = [lambda one=one, x16=x16: compiled(one, x16) for one in originals]
-                result["original_compiled_graph"] = device.measure(calls)
+            if rows == 1 and compiles:
+                result["original_compiled_graph"] = measure_compiled(device, originals, x16)
         yield result
 
 
