@@ -124,6 +124,26 @@ def attention(device: Device) -> Iterator[dict[str, Any]]:
             assert torch.isfinite(output).all()
 
 
+def whole_picture(device: Device) -> Iterator[dict[str, Any]]:
+    """All codes of a picture, each chosen and looked up on the GPU, then the picture: no word with the host between."""
+    count = 3 if device.rehearses else 1024
+    past, decoder = (5, TINY) if device.rehearses else (PAST, DECODERS["m3"])
+    for storage in ("float16", "int4"):
+        one = DecodeStep(device, decoder, 256, storage, past, new_tokens=count + 8)
+        replay = device.captured(one.run)
+        chosen = int(one.step[0])
+
+        def row_of_codes(replay: Any = replay) -> None:
+            for _ in range(count):
+                replay()
+
+        seconds = device.seconds(row_of_codes)
+        last = int(one.step[0])
+        if last != chosen + count or int(one.past[0]) != past + last:
+            raise WrongResult(f"{count} steps came to step {last}, context {int(one.past[0])}")
+        yield {"storage": storage, "codes": count, "codes_seconds": seconds}
+
+
 def picture(device: Device) -> Iterator[dict[str, Any]]:
     """The VQGAN's decoder without its four attention blocks, 1024 codes to a picture of 256 by 256."""
     shape = ((32, 32), 1, 3, 64) if device.rehearses else ((512, 256, 128, 128), 3, 32, 8192)
@@ -151,6 +171,7 @@ def parts(device: Device) -> dict[str, Callable[[], Iterator[dict[str, Any]]]]:
         "m3 linears, rank 256": lambda: linears(device, "m3", [256], halves + integers, ROWS),
         "attention": lambda: attention(device),
         "picture": lambda: picture(device),
+        "whole picture": lambda: whole_picture(device),
         "m3 prefill, rank 64": lambda: prefill(device),
         "m3 linears, ranks 64 and 32": lambda: linears(device, "m3", [64, 32], ["float16", "int4"], ROWS),
         "l14 linears, rank 32": lambda: linears(device, "l14", [32], ["float16", "int4"], ROWS),

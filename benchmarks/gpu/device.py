@@ -69,29 +69,41 @@ class Device:
         cache = torch.cuda.get_device_properties(0).L2_cache_size
         return max(2, min(64, -(-4 * cache // size_bytes)))
 
+    def captured(self, call: Callable[[], Any]) -> Callable[[], Any]:
+        """The call as a CUDA graph, made after one that warms up."""
+        if self.rehearses:
+            return call
+        torch.cuda.synchronize()  # another stream does not wait for what makes the operands
+        with torch.cuda.stream(torch.cuda.Stream()):
+            call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        return graph.replay
+
+    def seconds(self, call: Callable[[], Any]) -> float:
+        """By the clock on the wall, from an idle device to an idle device."""
+        self.synchronize()
+        begin = time.perf_counter()
+        call()
+        self.synchronize()
+        return time.perf_counter() - begin
+
+    def synchronize(self) -> None:
+        if not self.rehearses:
+            torch.cuda.synchronize()
+
     def measure(self, calls: list[Callable[[], Any]], graph: bool = True, samples: int = 30) -> dict[str, float]:
         """Milliseconds of one call, all called in turn: as a CUDA graph, or one launch after another."""
-        if self.rehearses:
-            begin = time.perf_counter()
-            for call in calls:
-                call()
-            return summary([(time.perf_counter() - begin) * 1e3 / len(calls)])
 
         def run_all() -> None:
             for call in calls:
                 call()
 
-        torch.cuda.synchronize()  # another stream does not wait for what makes the operands
-        side = torch.cuda.Stream()
-        with torch.cuda.stream(side):
-            run_all()
-        torch.cuda.synchronize()
-        replay: Callable[[], Any] = run_all
-        if graph:
-            captured = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(captured):
-                run_all()
-            replay = captured.replay
+        if self.rehearses:
+            return summary([self.seconds(run_all) * 1e3 / len(calls)])
+        replay = self.captured(run_all) if graph else run_all
         for _ in range(3):
             replay()
         times = []

@@ -32,12 +32,19 @@ class Layer:
 
 
 class DecodeStep:
-    """One sequence at a context of `past` tokens: embedding, layers, head and the choice of the next token."""
+    """One sequence at a context of `past` tokens: embedding, layers, head and the choice of the next token.
 
-    def __init__(self, device: Device, decoder: Decoder, rank: int, storage: str, past: int) -> None:
+    With `new_tokens` every run lengthens the context, for which there is so much room; without, all runs are alike.
+    """
+
+    def __init__(
+        self, device: Device, decoder: Decoder, rank: int, storage: str, past: int, new_tokens: int = 0
+    ) -> None:
         self.device, self.decoder, self.storage = device, decoder, storage
+        self.start, self.grows = past, new_tokens > 0
+        capacity = past + 64 + new_tokens
         hidden, size = decoder.hidden, decoder.head_size
-        cache = (1, decoder.kv_heads, past + 64, size)
+        cache = (1, decoder.kv_heads, capacity, size)
         half = torch.float16
         self.layers = [
             Layer(
@@ -94,7 +101,8 @@ class DecodeStep:
         kernels.hlora_linear(
             x=self.hidden, weight=self.head.kernel, y=self.logits, workspace=self.memory, epsilon=EPSILON, stream=stream
         )
-        kernels.token_selection(self.logits, self.step, self.ids, self.token, stream=stream)
+        past = self.past if self.grows else None
+        kernels.token_selection(self.logits, self.step, self.ids, self.token, past_length=past, stream=stream)
 
     def expected(self, token: int) -> torch.Tensor:
         """The logits by PyTorch in float32, from a token and the caches as they are."""
@@ -143,7 +151,7 @@ class OriginalStep:
 
     def run(self) -> torch.Tensor:
         step, decoder = self.step, self.step.decoder
-        past = step.layers[0].keys.shape[2] - 64
+        past = step.start
         hidden = functional.embedding(step.token, step.table)
         cosine, sine = (one[0].half() for one in (step.cosine, step.sine))
         for layer, (qkv, o, gate_up, down) in zip(step.layers, self.layers, strict=True):
