@@ -3,7 +3,7 @@
 # GPU, lets compute-sanitizer look on, and times them. Needs nvcc, CMake, ninja, pybind11, PyTorch, onnx and pytest in the
 # Python that is found, and nothing from the network.
 #
-#   benchmarks/gpu.sh [FOLDER]             results and logs go to FOLDER, benchmarks/results by default
+#   benchmarks/gpu.sh [FOLDER]             gpu.json, gpu.md and gpu.log go to FOLDER, benchmarks/results by default
 #   benchmarks/gpu.sh --rehearse [FOLDER]  without a GPU: all steps on the host's fibers, at small sizes
 #
 # Ends with 0 only if all was right. What came before a failure stays in FOLDER.
@@ -17,24 +17,30 @@ fi
 results=$(mkdir -p "${1:-benchmarks/results}" && cd "${1:-benchmarks/results}" && pwd)
 python=${PYTHON:-python3}
 begin=$SECONDS
+name=gpu
+[[ $rehearse == yes ]] && name=gpu-rehearsal
+log=$results/$name.log
+: >"$log"
+trap 'rm -f "$log.part"' EXIT
 limit=${GPU_SECONDS:-520}
 failed=()
 
-step() { # step NAME SECONDS COMMAND...: its log is gpu-NAME.log
+step() { # step NAME SECONDS COMMAND...
   local name=$1 seconds=$2
   shift 2
   local left=$((limit - (SECONDS - begin)))
   if ((left < 5)); then
-    echo "== $name: no time left"
+    echo "== $name: no time left" | tee -a "$log"
     failed+=("$name")
     return 1
   fi
-  echo "== $name"
+  echo "== $name" | tee -a "$log"
   local start=$SECONDS
-  timeout $((seconds < left ? seconds : left)) "$@" >"$results/gpu-$name.log" 2>&1
+  timeout $((seconds < left ? seconds : left)) "$@" >"$log.part" 2>&1
   local code=$?
-  tail -n 12 "$results/gpu-$name.log"
-  echo "== $name: exit code $code, $((SECONDS - start)) s"
+  cat "$log.part" >>"$log"
+  tail -n 12 "$log.part"
+  echo "== $name: exit code $code, $((SECONDS - start)) s" | tee -a "$log"
   ((code == 0)) || failed+=("$name")
   return $code
 }
@@ -49,7 +55,7 @@ if [[ $rehearse == yes ]]; then
 else
   capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
   options+=("-DCMAKE_CUDA_ARCHITECTURES=${capability:?nvidia-smi names no GPU}")
-  nvidia-smi >"$results/gpu-machine.log"
+  nvidia-smi >>"$log"
 fi
 step configure 60 cmake -S . -B "$build" -G Ninja "${options[@]}" -DPython_EXECUTABLE="$(command -v "$python")" \
   -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" || exit 1
@@ -65,14 +71,12 @@ if [[ $rehearse == no ]]; then
     if command -v compute-sanitizer >/dev/null; then
       step "$tool" 80 compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" "${calls[@]}"
     else
-      echo "== $tool: compute-sanitizer is not here" | tee "$results/gpu-$tool.log"
+      echo "== $tool: compute-sanitizer is not here" | tee -a "$log"
     fi
   done
 fi
-name=gpu
-[[ $rehearse == yes ]] && name=gpu-rehearsal
 seconds=$((limit - (SECONDS - begin) - 20))
-step "$name" "$((seconds + 15))" "$python" -m benchmarks.gpu "$module" --out "$results/$name.json" --seconds "$seconds"
+step times "$((seconds + 15))" "$python" -m benchmarks.gpu "$module" --out "$results/$name.json" --seconds "$seconds"
 
 if ((${#failed[@]})); then
   echo "FAILED: ${failed[*]}"

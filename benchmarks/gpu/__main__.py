@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -189,7 +190,9 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     end = time.monotonic() + arguments.seconds
     device = Device(arguments.module)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    commit = ""  # a copy of the tree on a bare machine may have neither git nor its history
+    if shutil.which("git"):
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     todo = parts(device)
     results: dict[str, Any] = {"machine": device.description(), "commit": commit or None}
     results |= {"not_reached": [], "failed": {}} | {name: [] for name in todo}
