@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 BENCH_WORK ?= bench-work
 BENCH_OPTIONS ?= --picture
-NATIVE := $(shell find csrc tests/csrc -name '*.cc' -o -name '*.h')
+NATIVE := $(shell find csrc tests/csrc -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: setup demo test bench peers neon lint format clean
 

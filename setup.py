@@ -1,5 +1,9 @@
-"""Metadata is in pyproject.toml; this file only drives CMake for the kernels (csrc/)."""
+"""Metadata is in pyproject.toml; this file only drives CMake for the kernels (csrc/).
 
+HEALTHGPT_CUDA=1 builds the CUDA kernels as well, which takes nvcc and some minutes.
+"""
+
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +14,7 @@ from setuptools.command.build_ext import build_ext
 
 # The module for Python, and the library that ONNX Runtime opens by its path: no module, so without the tag in its name.
 MODULE, LIBRARY = "_kernels", "healthgpt_onnxruntime"
+CUDA = os.environ.get("HEALTHGPT_CUDA") == "1"
 
 
 class CMakeBuild(build_ext):
@@ -32,6 +37,7 @@ class CMakeBuild(build_ext):
             "-G",
             "Ninja",
             f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DCUDA={'ON' if CUDA else 'OFF'}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={Path(self.get_ext_fullpath(extension.name)).resolve().parent}",
         ]
@@ -40,6 +46,6 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    ext_modules=[Extension(f"healthgpt_edge.{name}", sources=[]) for name in (MODULE, LIBRARY)],
+    ext_modules=[Extension(f"healthgpt_edge.{name}", sources=[]) for name in (MODULE, LIBRARY, *["_cuda"] * CUDA)],
     cmdclass={"build_ext": CMakeBuild},
 )

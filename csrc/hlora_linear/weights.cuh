@@ -1,0 +1,144 @@
+// From stored weights to operands of the tensor cores, in registers: no weight passes through shared memory.
+//
+// A warp reads 16 channels of kLaneOutputs * 8 outputs at a time. Lane 4 g + t reads channels 4 t to 4 t + 3 of the
+// outputs from g * kLaneOutputs on: as many adjacent bytes of four rows of the matrix, and just what it has to bring to
+// the products itself. (Which channel stands at which column of a product is free, as long as x stands likewise.)
+#pragma once
+
+#include "cuda/tensor_cores.cuh"
+#include "hlora_linear/cuda.h"
+
+namespace healthgpt::cuda {
+
+constexpr int kStepChannels = 16;
+
+// A matrix as a kernel gets it.
+struct Weights {
+  const void* values = nullptr;
+  const float* scales = nullptr;
+  int64_t channels = 0;
+  int64_t outputs = 0;
+  int64_t stride = 0;
+  int block_size = 0;
+  bool is_aligned = false;  // every row begins where a lane's load may
+};
+
+template <Storage storage>
+struct Format;
+
+template <class Type>
+struct FloatFormat {
+  using Number = Type;  // of the products
+  using Word = uint4;   // a lane's load
+  static constexpr int kLaneOutputs = 8;
+  static constexpr bool kIsInteger = false;
+
+  __device__ static uint32_t Element(const void* values, int64_t at) {
+    return static_cast<const uint16_t*>(values)[at];
+  }
+  static constexpr int kElementBits = 16;
+
+  // Each unpacking gives the left operands of kUnpacked products, in the order of their outputs: two to a product.
+  static constexpr int kUnpacked = 1;
+  __device__ static void Unpack(const uint32_t (&words)[4][4], int j, Left (&left)[1]) {
+    left[0] = {Permute(words[0][j], words[1][j], 0x5410), Permute(words[0][j], words[1][j], 0x7632),
+               Permute(words[2][j], words[3][j], 0x5410), Permute(words[2][j], words[3][j], 0x7632)};
+  }
+};
+template <>
+struct Format<Storage::kFloat16> : FloatFormat<Half> {};
+template <>
+struct Format<Storage::kBFloat16> : FloatFormat<BFloat16> {};
+
+// Integers become float16, which holds them exactly: put into the last places of 1024 they are 1024 more.
+template <>
+struct Format<Storage::kInt8> {
+  using Number = Half;
+  using Word = uint4;
+  static constexpr int kLaneOutputs = 16;
+  static constexpr bool kIsInteger = true;
+  static constexpr int kElementBits = 8;
+
+  __device__ static uint32_t Element(const void* values, int64_t at) { return static_cast<const uint8_t*>(values)[at]; }
+
+  // Outputs 4 q to 4 q + 3 at two channels.
+  __device__ static void Pair(uint32_t first, uint32_t second, uint32_t (&halves)[4]) {
+    first ^= 0x80808080u;  // 128 more, and no sign
+    second ^= 0x80808080u;
+    const uint32_t low = Permute(first, second, 0x5140), high = Permute(first, second, 0x7362);
+    const uint32_t raised[4] = {Permute(low, 0x64646464u, 0x4140), Permute(low, 0x64646464u, 0x4342),
+                                Permute(high, 0x64646464u, 0x4140), Permute(high, 0x64646464u, 0x4342)};
+    for (int i = 0; i < 4; ++i) halves[i] = SubtractHalves(raised[i], 0x64806480u);  // 1024 + 128
+  }
+  static constexpr int kUnpacked = 2;
+  __device__ static void Unpack(const uint32_t (&words)[4][4], int q, Left (&left)[2]) {
+    uint32_t low[4], high[4];
+    Pair(words[0][q], words[1][q], low);
+    Pair(words[2][q], words[3][q], high);
+    left[0] = {low[0], low[1], high[0], high[1]};
+    left[1] = {low[2], low[3], high[2], high[3]};
+  }
+};
+
+template <>
+struct Format<Storage::kInt4> {
+  using Number = Half;
+  using Word = uint2;
+  static constexpr int kLaneOutputs = 16;
+  static constexpr bool kIsInteger = true;
+  static constexpr int kElementBits = 4;
+
+  __device__ static uint32_t Element(const void* values, int64_t at) {
+    return static_cast<const uint8_t*>(values)[at / 2] >> (at % 2 * 4) & 15u;
+  }
+
+  // Four outputs at two channels, from their nibbles in the two halves of `nibbles`.
+  __device__ static void Quad(uint32_t nibbles, uint32_t (&halves)[4]) {
+    for (int i = 0; i < 4; i += 2, nibbles >>= 8) {
+      halves[i] = SubtractHalves((nibbles & 0x000F000Fu) | 0x64006400u, 0x64086408u);  // 1024 + 8
+      // 16 times as much, where the nibble stands: times 1/16, less 64 + 8.
+      halves[i + 1] = MultiplyAddHalves((nibbles & 0x00F000F0u) | 0x64006400u, 0x2C002C00u, 0xD480D480u);
+    }
+  }
+  static constexpr int kUnpacked = 2;
+  __device__ static void Unpack(const uint32_t (&words)[4][2], int q, Left (&left)[2]) {
+    constexpr uint32_t kSigns = 0x88888888u;  // flipped: 8 more, and no sign
+    const uint32_t selector = q % 2 == 0 ? 0x5410 : 0x7632;
+    uint32_t low[4], high[4];
+    Quad(Permute(words[0][q / 2] ^ kSigns, words[1][q / 2] ^ kSigns, selector), low);
+    Quad(Permute(words[2][q / 2] ^ kSigns, words[3][q / 2] ^ kSigns, selector), high);
+    left[0] = {low[0], low[1], high[0], high[1]};
+    left[1] = {low[2], low[3], high[2], high[3]};
+  }
+};
+
+// A lane's words of one channel; zeros, which count for nothing, outside the matrix.
+template <class Format, int kWords>
+__device__ inline void LoadChannel(const Weights& weights, int64_t channel, int64_t output, uint32_t (&words)[kWords]) {
+  for (int i = 0; i < kWords; ++i) words[i] = 0;
+  if (channel >= weights.channels || output >= weights.outputs) return;
+  const int64_t at = channel * weights.stride + output;
+  if (weights.is_aligned) {
+    const auto word =
+        LoadOnce<typename Format::Word>(static_cast<const char*>(weights.values) + at * Format::kElementBits / 8);
+    words[0] = word.x;
+    words[1] = word.y;
+    if constexpr (kWords == 4) {
+      words[2] = word.z;
+      words[3] = word.w;
+    }
+    return;
+  }
+  constexpr int kPerWord = 32 / Format::kElementBits;
+  const int count = static_cast<int>(Min(Format::kLaneOutputs, weights.outputs - output));
+#pragma unroll
+  for (int word = 0; word < kWords; ++word) {
+    const int here = count - word * kPerWord < kPerWord ? count - word * kPerWord : kPerWord;
+#pragma unroll 1  // rarely taken: it must not cost the others registers
+    for (int i = 0; i < here; ++i) {
+      words[word] |= Format::Element(weights.values, at + word * kPerWord + i) << (i * Format::kElementBits);
+    }
+  }
+}
+
+}  // namespace healthgpt::cuda

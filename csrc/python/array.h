@@ -1,0 +1,93 @@
+// Arrays from Python by DLPack, the exchange that NumPy, PyTorch, CuPy and JAX share: where they lie, what they hold.
+//
+// The structures are those of dlpack.h 0.8, which its authors keep as they are; declared here, so that building needs
+// no download. An array is borrowed for a call: its owner stays alive in the capsule.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace healthgpt {
+
+struct DLTensor {
+  void* data;
+  int32_t device_type;
+  int32_t device_id;
+  int32_t dimensions;
+  uint8_t type_code;
+  uint8_t type_bits;
+  uint16_t type_lanes;
+  int64_t* shape;
+  int64_t* strides;  // null for an array without gaps, row by row
+  uint64_t byte_offset;
+};
+
+class Array {
+ public:
+  enum Code : uint8_t { kInt = 0, kUnsigned = 1, kFloat = 2, kBFloat = 4 };
+  static constexpr int32_t kCpu = 1, kCuda = 2;
+
+  // Throws ValueError unless it lies on `device` without gaps.
+  Array(const char* name, const pybind11::handle& object, int32_t device) : name_(name) {
+    namespace py = pybind11;
+    if (!py::hasattr(object, "__dlpack__")) throw py::value_error(Text("must be an array with __dlpack__"));
+    const auto found = object.attr("__dlpack_device__")().cast<py::tuple>()[0].cast<int>();
+    if (found != device) throw py::value_error(Text(device == kCuda ? "must lie on the GPU" : "must lie on the CPU"));
+    // -1: the caller orders the work on it, by the stream that he gives.
+    capsule_ = device == kCuda ? object.attr("__dlpack__")(py::arg("stream") = -1) : object.attr("__dlpack__")();
+    tensor_ = static_cast<const DLTensor*>(PyCapsule_GetPointer(capsule_.ptr(), "dltensor"));
+    if (tensor_ == nullptr) throw py::error_already_set();
+    int64_t stride = 1;
+    for (int i = tensor_->dimensions - 1; i >= 0; --i) {
+      const bool is_next = tensor_->strides == nullptr || tensor_->strides[i] == stride || tensor_->shape[i] <= 1;
+      if (!is_next) throw py::value_error(Text("must be without gaps, row by row"));
+      stride *= tensor_->shape[i];
+    }
+    elements_ = stride;
+  }
+
+  std::vector<int64_t> shape() const { return {tensor_->shape, tensor_->shape + tensor_->dimensions}; }
+  int64_t elements() const { return elements_; }
+  int64_t bytes() const { return elements_ * tensor_->type_bits / 8; }
+  int bits() const { return tensor_->type_bits; }
+  bool is(Code code, int bits) const { return tensor_->type_code == code && tensor_->type_bits == bits; }
+
+  template <class Type>
+  Type* data() const {
+    return reinterpret_cast<Type*>(static_cast<char*>(tensor_->data) + tensor_->byte_offset);
+  }
+
+  // Throws ValueError unless it has this shape and type.
+  const Array& Expect(const std::vector<int64_t>& expected, Code code, int bits) const {
+    if (shape() != expected)
+      throw pybind11::value_error(Text("must be " + Brackets(expected) + ", got " + Brackets(shape())));
+    if (!is(code, bits)) {
+      static constexpr const char* kNames[] = {"int", "uint", "float", "handle", "bfloat"};
+      throw pybind11::value_error(Text("must hold " + std::string(kNames[code]) + std::to_string(bits) + ", got " +
+                                       kNames[tensor_->type_code > 4 ? 3 : tensor_->type_code] +
+                                       std::to_string(tensor_->type_bits)));
+    }
+    return *this;
+  }
+
+  static std::string Brackets(const std::vector<int64_t>& shape) {
+    std::string text;
+    for (const int64_t size : shape) text += (text.empty() ? "" : ", ") + std::to_string(size);
+    return "[" + text + "]";
+  }
+
+ private:
+  std::string Text(const std::string& what) const { return name_ + " " + what; }
+
+  std::string name_;
+  pybind11::object capsule_;
+  const DLTensor* tensor_;
+  int64_t elements_ = 0;
+};
+
+}  // namespace healthgpt

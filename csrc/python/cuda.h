@@ -1,0 +1,37 @@
+// What the CUDA bindings share: where their arrays lie, and what becomes of a launcher's status.
+#pragma once
+
+#include "cuda/storage.h"
+#include "python/array.h"
+
+namespace healthgpt {
+
+// The module is built twice: for the GPU, and for the host's fibers (csrc/cuda/host), where arrays lie on the CPU.
+#ifdef HEALTHGPT_CUDA_HOST
+constexpr int32_t kDevice = Array::kCpu;
+#else
+constexpr int32_t kDevice = Array::kCuda;
+#endif
+
+inline Array DeviceArray(const char* name, const pybind11::handle& object) { return Array(name, object, kDevice); }
+
+// The memory of a float32 array of this shape.
+inline float* Floats(const char* name, const pybind11::handle& object, const std::vector<int64_t>& shape) {
+  return DeviceArray(name, object).Expect(shape, Array::kFloat, 32).data<float>();
+}
+inline float* OptionalFloats(const char* name, const pybind11::handle& object, const std::vector<int64_t>& shape) {
+  return object.is_none() ? nullptr : Floats(name, object, shape);
+}
+
+inline cuda::Stream StreamOf(uintptr_t stream) { return reinterpret_cast<cuda::Stream>(stream); }
+
+// ValueError for what a launcher refuses, RuntimeError for what CUDA does.
+inline void Raise(cuda::Status status) {
+  if (status == nullptr) return;
+  if (status[0] == '[') throw pybind11::value_error(status);
+  throw std::runtime_error(std::string("CUDA: ") + status);
+}
+
+cuda::Storage StorageOf(const std::string& name);
+
+}  // namespace healthgpt

@@ -1,0 +1,81 @@
+// Decode attention on a GPU as a Python function. Checks shapes, then calls; no arithmetic.
+#include <pybind11/stl.h>
+
+#include "cached_attention/cuda.h"
+#include "python/cuda.h"
+
+namespace py = pybind11;
+
+namespace healthgpt {
+namespace {
+
+int64_t WorkspaceBytes(int64_t batch, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_size,
+                       int64_t capacity) {
+  cuda::CachedAttentionArguments arguments;
+  arguments.batch = batch;
+  arguments.tokens = tokens;
+  arguments.heads = heads;
+  arguments.kv_heads = kv_heads;
+  arguments.head_size = head_size;
+  arguments.capacity = capacity;
+  return cuda::CachedAttentionWorkspaceBytes(arguments);
+}
+
+void CachedAttention(const py::object& packed, const py::object& cosine, const py::object& sine,
+                     const py::object& past_length, const py::object& keys, const py::object& values,
+                     const py::object& output, const py::object& workspace, const std::string& storage, int64_t window,
+                     uintptr_t stream) {
+  const std::vector<int64_t> cache = DeviceArray("keys", keys).shape(), given = DeviceArray("packed", packed).shape();
+  if (given.size() != 3 || cache.size() != 4) throw py::value_error("packed must have 3 dimensions, the caches 4");
+  cuda::CachedAttentionArguments arguments;
+  arguments.batch = given[0];
+  arguments.tokens = given[1];
+  arguments.kv_heads = cache[1];
+  arguments.capacity = cache[2];
+  arguments.head_size = cache[3];
+  arguments.window = window;
+  arguments.cache = StorageOf(storage);
+  const int64_t size = arguments.head_size, kv_size = arguments.kv_heads * size, query_size = given[2] - 2 * kv_size;
+  if (size < 1 || query_size < size || query_size % size != 0) {
+    throw py::value_error("packed must hold the heads of queries, then keys, then values");
+  }
+  arguments.heads = query_size / size;
+  const std::vector<int64_t> cache_shape = {given[0], cache[1], cache[2], cache[3]};
+  arguments.query = Floats("packed", packed, given);
+  arguments.key = arguments.query + query_size;
+  arguments.value = arguments.key + kv_size;
+  arguments.query_stride = arguments.key_stride = arguments.value_stride = given[2];
+  arguments.cosine = Floats("cosine", cosine, {given[0], given[1], size / 2});
+  arguments.sine = Floats("sine", sine, {given[0], given[1], size / 2});
+  arguments.past_length =
+      DeviceArray("past_length", past_length).Expect({given[0]}, Array::kInt, 64).data<const int64_t>();
+  for (const auto& [name, array] : {std::pair("keys", &keys), std::pair("values", &values)}) {
+    const Array one = DeviceArray(name, *array);
+    if (one.shape() != cache_shape || one.bits() != 16) {
+      throw py::value_error(std::string(name) + " must be " + Array::Brackets(cache_shape) + " of 16 bits, got " +
+                            Array::Brackets(one.shape()) + " of " + std::to_string(one.bits()));
+    }
+  }
+  arguments.keys = DeviceArray("keys", keys).data<void>();
+  arguments.values = DeviceArray("values", values).data<void>();
+  arguments.output = Floats("output", output, {given[0], given[1], query_size});
+  const Array memory = DeviceArray("workspace", workspace);
+  arguments.workspace = memory.data<void>();
+  arguments.workspace_bytes = memory.bytes();
+  Raise(cuda::CachedAttention(arguments, StreamOf(stream)));
+}
+
+}  // namespace
+
+void BindAttention(py::module_& module) {
+  module.def("cached_attention_workspace_bytes", &WorkspaceBytes, py::arg("batch"), py::arg("tokens"), py::arg("heads"),
+             py::arg("kv_heads"), py::arg("head_size"), py::arg("capacity"),
+             "Bytes of workspace; zeros before its first use.");
+  module.def("cached_attention", &CachedAttention, py::arg("packed"), py::arg("cosine"), py::arg("sine"),
+             py::arg("past_length"), py::arg("keys"), py::arg("values"), py::arg("output"), py::arg("workspace"),
+             py::arg("storage") = "float16", py::arg("window") = 0, py::arg("stream") = 0,
+             "Attention [B, S, H * D] over caches [B, K, M, D], which take the new keys and values in; packed "
+             "[B, S, (H + 2 K) * D] holds queries, keys and values. Operands as in csrc/cached_attention/cuda.h.");
+}
+
+}  // namespace healthgpt

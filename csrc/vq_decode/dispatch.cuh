@@ -1,0 +1,24 @@
+// From how images are stored to the kernel for it.
+#pragma once
+
+#include "cuda/numbers.cuh"
+#include "cuda/storage.h"
+
+namespace healthgpt::cuda {
+
+// function(Number()) for the storage's number, or a status that says that there is none.
+template <class Function>
+Status ForImages(Storage storage, const Function& function) {
+  switch (storage) {
+    case Storage::kFloat32:
+      return function(float());
+    case Storage::kFloat16:
+      return function(Half());
+    case Storage::kBFloat16:
+      return function(BFloat16());
+    default:
+      return "[vq_decode] images must be float32, float16 or bfloat16";
+  }
+}
+
+}  // namespace healthgpt::cuda

@@ -1,0 +1,80 @@
+"""One call of every kernel on small operands that meet all its barriers, for the tests that plant faults."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+
+def hlora_linear(device: Any) -> list[np.ndarray]:
+    from test_linear import normal, operands, run
+
+    stored, _, bias = operands(device, "int4", (200, 136, 32, 4, 32, 0))
+    x = normal(np.random.default_rng(1), 9, 200)
+    return [run(device, x, stored, 4, bias=bias, epsilon=1e-5, outputs=136)]
+
+
+def hlora_prefill(device: Any) -> list[np.ndarray]:
+    from test_linear import normal, operands
+    from test_prefill import prefill
+
+    stored, _, bias = operands(device, "int4", (31, 33, 8, 4, 32, 0))
+    return [prefill(device, normal(np.random.default_rng(1), 40, 31), stored, 4, 33, bias)]
+
+
+def cached_attention(device: Any) -> list[np.ndarray]:
+    from test_attention import operands, run
+
+    given = operands(1, 8, 4, 2, 36, 230, [200], "float16")
+    output, keys, values = run(device, *given, 0, "float16")
+    return [output, keys[:, :, :208], values[:, :, :208]]
+
+
+def token_selection(device: Any, temperature: float) -> list[np.ndarray]:
+    from test_tokens import Selection
+
+    random = np.random.default_rng(0)
+    uniform = device.put(random.random((1, 2)).astype(np.float32))
+    seen = device.put(np.zeros((2, 900), np.uint8))
+    settings = {"temperature": temperature, "top_p": 0.9, "uniform": uniform, "seen": seen, "penalty": 1.5}
+    selection = Selection(device, 2, 1, **settings)
+    # Few different logits: to the last byte of its key, what a token is found by weighs much.
+    selection.choose(random.integers(0, 3, (2, 900)).astype(np.float32))
+    return [device.get(one) for one in (selection.ids, selection.token, selection.past, seen)]
+
+
+def gather_rows(device: Any) -> list[np.ndarray]:
+    table = np.random.default_rng(0).standard_normal((9, 301)).astype(np.float16)
+    output = device.poisoned(3, 301)
+    device.kernels.gather_rows(device.put(np.array([8, 0, 3])), device.put(table), output, "float16", True)
+    return [device.get(output)]
+
+
+def group_norm(device: Any) -> list[np.ndarray]:
+    x = np.random.default_rng(0).standard_normal((2, 200, 96)).astype(np.float16)
+    row, y = device.put(np.ones(96, np.float32)), device.poisoned(2, 200, 96, dtype=np.float16)
+    workspace = device.workspace(device.kernels.group_norm_workspace_bytes(2), 2)
+    device.kernels.group_norm(device.put(x), row, row, y, workspace)
+    return [device.get(y)]
+
+
+def pixels(device: Any) -> list[np.ndarray]:
+    phases = np.random.default_rng(0).standard_normal((1, 4, 6, 2, 2, 3)).astype(np.float16)
+    image = device.poisoned(1, 6, 10, 3, dtype=np.float16)
+    levels = device.put(np.full((1, 6, 10, 3), 77, np.uint8))
+    device.kernels.phase_interleave(device.put(phases), image)
+    device.kernels.image_levels(image, levels)
+    return [device.get(image), device.get(levels)]
+
+
+OPERATIONS = {
+    "hlora_linear": hlora_linear,
+    "hlora_prefill": hlora_prefill,
+    "attention": cached_attention,
+    "greedy": lambda device: token_selection(device, 0.0),
+    "sampling": lambda device: token_selection(device, 0.8),
+    "gather_rows": gather_rows,
+    "group_norm": group_norm,
+    "pixels": pixels,
+}
