@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from operations import OPERATIONS
 
-SCHEDULES = [("forward", 0), ("reverse", 0), *(("shuffled", seed) for seed in range(100))]
+SCHEDULES = [("forward", 0), ("reverse", 0), *(("shuffled", seed) for seed in range(400))]
 each_operation = pytest.mark.parametrize("name", OPERATIONS)
 
 
