@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import statistics
 from collections import deque
 
 import numpy as np
 
-# The median of the last few times counts, of these at least: one may be far off where others use the machine, too.
+# The least of the last few times counts, of these at least: others on the machine only ever add to one.
 _FEWEST, _MOST = 3, 5
 
 
@@ -30,7 +29,7 @@ class RowCosts:
             return
         self._samples[rows].append(seconds)
         if len(self._samples[rows]) >= _FEWEST:
-            self._known[rows] = statistics.median(list(self._samples[rows]))
+            self._known[rows] = min(self._samples[rows])
 
     @property
     def plain(self) -> float:
