@@ -8,6 +8,8 @@ from .contenders import BODIES, LINEARS, LLAMA, OURS
 from .pooled import Results
 
 COMPREHENSION, GENERATION = "comprehension", "generation"
+# What the goals were set for; other lengths say nothing about them.
+PREFILL, CONTEXT = "pp600", "@700"
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,10 @@ def goals(results: Results) -> list[Goal]:
     """All goals, in the order of the issue."""
     found = []
     for task, over_llama, over_bodies in ((COMPREHENSION, 1.4, 1.8), (GENERATION, 1.5, 2.0)):
-        ours = results.find(OURS, "tg", task)
+        ours = results.find(OURS, "tg", task, CONTEXT)
         share = ours.share if ours else None
-        llama = _ratio(results.median_ms(LLAMA, "tg", task), results.median_ms(OURS, "tg", task))
-        bodies = _ratio(results.median_ms(BODIES, "tg", task), results.median_ms(OURS, "tg", task))
+        llama = _ratio(results.median_ms(LLAMA, "tg", task, CONTEXT), results.median_ms(OURS, "tg", task, CONTEXT))
+        bodies = _ratio(results.median_ms(BODIES, "tg", task, CONTEXT), results.median_ms(OURS, "tg", task, CONTEXT))
         found += [
             Goal(f"decode, {task}: times as fast as {LLAMA} + LoRA", llama, over_llama, True, "x"),
             Goal(f"decode, {task}: times as fast as ONNX Runtime alone", bodies, over_bodies, True, "x"),
@@ -52,7 +54,7 @@ def goals(results: Results) -> list[Goal]:
         added = None if ratio is None else 100 * (ratio - 1)
         found.append(Goal(f"decode, {task}: added by H-LoRA to the base linears", added, most, False, "%"))
     for task in (COMPREHENSION, GENERATION):
-        found.append(Goal(f"prefill, {task}", _seconds(results.median_ms(OURS, "pp", task)), 4.5, False, " s"))
+        found.append(Goal(f"prefill, {task}", _seconds(results.median_ms(OURS, PREFILL, task)), 4.5, False, " s"))
     found.append(Goal("VQ decode", results.median_ms(OURS, "vq", GENERATION), 430, False, " ms"))
     found.append(Goal("vision tower, comprehension", results.median_ms(OURS, "vit", COMPREHENSION), 400, False, " ms"))
     picture = _ratio(results.median_ms(OURS, "img", GENERATION), results.median_ms(LLAMA, "img", GENERATION))

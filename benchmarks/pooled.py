@@ -65,13 +65,15 @@ class Results:
             entries.setdefault(key, Entry(*key)).add(row)
         self.facts.setdefault(name, []).append({key: value for key, value in report.items() if key != "rows"})
 
-    def find(self, name: str, kind: str, task: str) -> Entry | None:
-        """The entry whose row begins with `kind` (pp, tg, img, vq, vit, load)."""
-        entries = self.entries.get(name, {}).values()
-        return next((entry for entry in entries if entry.row.startswith(kind) and entry.task == task), None)
+    def find(self, name: str, kind: str, task: str, end: str = "") -> Entry | None:
+        """The entry whose row begins with `kind` (pp, tg, img, vq, vit, load) and ends with `end`."""
+        for entry in self.entries.get(name, {}).values():
+            if entry.row.startswith(kind) and entry.row.endswith(end) and entry.task == task:
+                return entry
+        return None
 
-    def median_ms(self, name: str, kind: str, task: str) -> float | None:
-        entry = self.find(name, kind, task)
+    def median_ms(self, name: str, kind: str, task: str, end: str = "") -> float | None:
+        entry = self.find(name, kind, task, end)
         return entry.median_ms if entry else None
 
     def to_json(self) -> dict[str, Any]:
