@@ -1,0 +1,68 @@
+"""A bundle's graph as TensorRT wants it: typed bodies, one flat graph, caches of a fixed capacity."""
+
+from __future__ import annotations
+
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, inliner
+
+from ..graph.builder import DOMAIN
+from .bodies import BODIES
+
+CACHES = ("past_key_values.", "present_key_values.")
+
+
+def lower(model: ModelProto, compute: int, capacity: int | None = None) -> ModelProto:
+    """`model` with the named nodes' products in `compute` (an onnx.TensorProto type), as standard operators only.
+
+    capacity: tokens that the caches of a language graph hold, for TensorRT updates none of a length that is open. The
+    model is changed in place, up to what is returned.
+    """
+    _type_bodies(model, compute)
+    flat = inliner.inline_local_functions(model)
+    for node in flat.graph.node:
+        # What a body is made of comes without names, and TensorRT names layers by them.
+        node.name = node.output[0]
+    _shorten_outputs(flat.graph)
+    if capacity is not None:
+        for entry in (*flat.graph.input, *flat.graph.output):
+            if entry.name.startswith(CACHES):
+                entry.type.tensor_type.shape.dim[2].dim_value = capacity
+    return flat
+
+
+def _type_bodies(model: ModelProto, compute: int) -> None:
+    """Give every named node a body for the types it has here; nodes of one name and type share it."""
+    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    types |= {entry.name: entry.type.tensor_type.elem_type for entry in model.graph.input}
+    bodies = {function.name: function for function in model.functions if function.name not in BODIES}
+    inputs = {function.name: list(function.input) for function in model.functions}
+    for node in model.graph.node:
+        if node.domain != DOMAIN or node.op_type not in BODIES:
+            continue
+        names = BODIES[node.op_type]({name: 1 for name in inputs[node.op_type]}, compute).input
+        found = {name: types.get(value, TensorProto.FLOAT) for name, value in zip(names, node.input) if value}
+        body = BODIES[node.op_type](found, compute)
+        body.name = f"{body.name}_{'_'.join(str(found.get(name, 0)) for name in names)}"
+        node.op_type = body.name
+        bodies[body.name] = body
+    del model.functions[:]
+    model.functions.extend(bodies.values())
+
+
+def _shorten_outputs(graph: GraphProto) -> None:
+    """Let the node that computes an output give it its name: TensorRT knows uint8 as the type of an output alone."""
+    producer: dict[str, NodeProto] = {name: node for node in graph.node for name in node.output}
+    uses: dict[str, int] = {}
+    for node in graph.node:
+        for name in node.input:
+            uses[name] = uses.get(name, 0) + 1
+    kept = []
+    results = {entry.name for entry in graph.output}
+    for node in graph.node:
+        source = node.input[0] if node.input else ""
+        if node.op_type == "Identity" and node.output[0] in results and source in producer and uses[source] == 1:
+            maker = producer[source]
+            maker.output[list(maker.output).index(source)] = node.output[0]
+        else:
+            kept.append(node)
+    del graph.node[:]
+    graph.node.extend(kept)

@@ -1,0 +1,262 @@
+"""One language graph for all tasks of a bundle, so that an engine holds the base matrices once.
+
+The tasks' graphs are the same up to their weights. Values that are computed from the same inputs in the same way are
+one value; where the tasks differ,
+
+* `HLoraLinear` gets the plugins of all tasks side by side, as one router of all their experts. `silence` takes the
+  experts of the other tasks out of the softmax, exactly: their gates are 0. A token then reads the other plugin's
+  bytes, too, which at int4 is 3% (generation) to 10% (comprehension) of M3's token; a second engine would double the
+  memory of the base, and adapters as inputs would have to be float16, 40% more bytes for each token of a picture.
+* a gather from another embedding is made from both and one is selected;
+* the heads stay apart, and a task's positions (`last_positions.<task>`) are 0 while another task runs.
+
+The input `task` int64 [1] says which task runs. A bundle of one task keeps its graph, with its plugin padded to whole
+blocks, which TensorRT asks for.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from ..graph.builder import DOMAIN
+from ..weights import WeightFile
+from .graphs import attribute, input_at, is_named, location_of, values_of
+
+# Added to the choices of silent experts: exp() of it is 0, and no sum with a choice overflows.
+SILENCE = -1e30
+PER_TASK_INPUTS = ("last_positions",)
+SHARED_OUTPUTS = "present_"
+# Positions of HLoraLinear's inputs.
+_BASE, _ADAPTER_IN, _ADAPTER_OUT = slice(0, 4), 4, 6
+
+
+def merge(models: dict[str, ModelProto], folder: Path, stacked: WeightFile) -> ModelProto:
+    """The language graph of all tasks; `models` by task, from the bundle in `folder`.
+
+    Stacked adapters go to `stacked`. Inputs and outputs are those of the tasks' graphs, `last_positions`, `logits` and
+    `hidden` with the task's name behind, and `task` where there is more than one.
+    """
+    merged = _Merged(folder, stacked)
+    for task, model in models.items():
+        merged.add(task, model.graph)
+    return merged.model(next(iter(models.values())))
+
+
+class _Plugin:
+    """The adapters of one task at one linear."""
+
+    def __init__(self, node: NodeProto, initializers: dict[str, TensorProto], folder: Path) -> None:
+        def read(index: int) -> np.ndarray | None:
+            name = input_at(node, index)
+            return values_of(initializers[name], folder) if name else None
+
+        self.experts = attribute(node, "experts")
+        self.block_size = attribute(node, "block_size")
+        self.types = tuple(initializers[node.input[index]].data_type for index in (_ADAPTER_IN, _ADAPTER_OUT))
+        adapter_in, self.in_scale = read(_ADAPTER_IN), read(_ADAPTER_IN + 1)
+        adapter_out, self.out_scale = read(_ADAPTER_OUT), read(_ADAPTER_OUT + 1)
+        assert adapter_in is not None and adapter_out is not None  # the contract of the node
+        self.rank = adapter_out.shape[0]
+        # Ranks fill whole blocks, so that the next plugin's rows start one of their own.
+        self.padding = -self.rank % self.block_size if self.out_scale is not None else 0
+        self.reduce = np.pad(adapter_in[:, : self.rank], ((0, 0), (0, self.padding)))
+        self.router = adapter_in[:, self.rank :]
+        self.expand = np.pad(adapter_out, ((0, self.padding), (0, 0)))
+
+    def scales_in(self) -> tuple[np.ndarray, np.ndarray]:
+        """Scales of `reduce` and of `router`; where `reduce` is padded its scale is 1."""
+        assert self.in_scale is not None
+        reduce = np.pad(self.in_scale[:, : self.rank], ((0, 0), (0, self.padding)), constant_values=1)
+        return reduce, self.in_scale[:, self.rank :]
+
+    def expert_of(self, first: int) -> np.ndarray:
+        """The expert of each column of `reduce`, counted from `first`."""
+        columns = np.repeat(np.arange(self.experts), self.rank // self.experts)
+        return first + np.pad(columns, (0, self.padding))
+
+
+class _Merged:
+    """The merged graph as far as it is built."""
+
+    def __init__(self, folder: Path, stacked: WeightFile) -> None:
+        self.folder, self.stacked = folder, stacked
+        self.nodes: list[NodeProto] = []
+        self.inputs: dict[str, object] = {}
+        self.outputs: dict[str, object] = {}
+        self.initializers: dict[str, TensorProto] = {}
+        self._tasks: list[str] = []
+        self._names: set[str] = set()
+        self._known: dict[object, list[str]] = {}  # what a node computes -> the names of its outputs
+        self._plugins: dict[str, list[_Plugin]] = {}  # by the output of the linear
+        self._tables: dict[str, list[str]] = {}  # by the output of the gather: the embedding of each task
+
+    def add(self, task: str, graph: GraphProto) -> None:
+        self._tasks.append(task)
+        initializers = {tensor.name: tensor for tensor in graph.initializer}
+        value: dict[str, str] = {"": ""}
+        for entry in graph.input:
+            name = f"{entry.name}.{task}" if entry.name in PER_TASK_INPUTS else entry.name
+            value[entry.name] = name
+            if name not in self.inputs:
+                self.inputs[name] = helper.make_value_info(name, entry.type)
+                self._names.add(name)
+        results = {entry.name: entry for entry in graph.output}
+        for node in graph.node:
+            for name in node.input:
+                if name not in value:
+                    value[name] = self._initializer(task, initializers[name])
+            for name, merged in zip(node.output, self._node(task, node, value, initializers, results), strict=True):
+                value[name] = merged
+        for name, entry in results.items():
+            self.outputs[value[name]] = helper.make_value_info(value[name], entry.type)
+
+    def _initializer(self, task: str, tensor: TensorProto) -> str:
+        content = tuple(sorted(location_of(tensor).items())) or numpy_helper.to_array(tensor).tobytes()
+        key = (tensor.data_type, tuple(tensor.dims), content)
+        if key not in self._known:
+            copy = TensorProto()
+            copy.CopyFrom(tensor)
+            copy.name = self._unique(tensor.name, task)
+            self.initializers[copy.name] = copy
+            self._known[key] = [copy.name]
+        return self._known[key][0]
+
+    def _node(
+        self,
+        task: str,
+        node: NodeProto,
+        value: dict[str, str],
+        initializers: dict[str, TensorProto],
+        results: dict[str, object],
+    ) -> list[str]:
+        """The merged names of a node's outputs; the node is added unless its like is there."""
+        inputs = [value[name] for name in node.input]
+        attributes = tuple(sorted(entry.SerializeToString() for entry in node.attribute))
+        key: object = (node.domain, node.op_type, attributes, tuple(inputs))
+        plugin = None
+        if is_named(node, "HLoraLinear"):
+            plugin = _Plugin(node, initializers, self.folder)
+            key = ("HLoraLinear", tuple(inputs[_BASE]))
+        elif node.op_type == "Gather" and node.input[0] in initializers:
+            key = ("Gather", attributes, inputs[1], tuple(initializers[node.input[0]].dims[1:]))
+        if key not in self._known:
+            copy = NodeProto()
+            copy.CopyFrom(node)
+            names = [self._output_name(task, name, results) for name in node.output]
+            copy.name = names[0]
+            del copy.input[:], copy.output[:]
+            copy.input.extend(inputs)
+            copy.output.extend(names)
+            self.nodes.append(copy)
+            self._known[key] = names
+        names = self._known[key]
+        if plugin:
+            self._plugins.setdefault(names[0], []).append(plugin)
+        elif key[0] == "Gather" and isinstance(key, tuple):
+            self._tables.setdefault(names[0], []).append(inputs[0])
+        return names
+
+    def _output_name(self, task: str, name: str, results: dict[str, object]) -> str:
+        if name in results and not name.startswith(SHARED_OUTPUTS):
+            name = f"{name}.{task}"
+        return self._unique(name, task)
+
+    def _unique(self, name: str, task: str) -> str:
+        if name in self._names:
+            name = f"{name}.{task}"
+        self._names.add(name)
+        return name
+
+    def model(self, like: ModelProto) -> ModelProto:
+        several = len(self._tasks) > 1
+        if several:
+            self.inputs["task"] = helper.make_tensor_value_info("task", TensorProto.INT64, [1])
+        nodes = []
+        for node in self.nodes:
+            if node.output[0] in self._plugins:
+                nodes += self._stack(node, self._plugins[node.output[0]], several)
+            elif len(set(self._tables.get(node.output[0], ()))) > 1:
+                nodes += self._select(node, self._tables[node.output[0]])
+            else:
+                nodes.append(node)
+        if several:
+            nodes = [*self._silence(), *nodes]
+        graph = helper.make_graph(
+            nodes,
+            "language",
+            list(self.inputs.values()),
+            list(self.outputs.values()),
+            list(self.initializers.values()),
+        )
+        return helper.make_model(
+            graph,
+            opset_imports=like.opset_import,
+            functions=like.functions,
+            ir_version=like.ir_version,
+            producer_name=like.producer_name,
+        )
+
+    def _constant(self, name: str, values: np.ndarray) -> str:
+        self.initializers.setdefault(name, numpy_helper.from_array(values, name))
+        return name
+
+    def _silence(self) -> list[NodeProto]:
+        """silence [1, E] of the task that runs."""
+        counts = [plugin.experts for plugin in next(iter(self._plugins.values()))]
+        owner = np.repeat(np.arange(len(counts)), counts)
+        table = np.where(owner[None] == np.arange(len(counts))[:, None], 0, SILENCE).astype(np.float32)
+        name = self._constant("silence_of_task", table)
+        return [helper.make_node("Gather", [name, "task"], ["silence"], name="silence", axis=0)]
+
+    def _select(self, node: NodeProto, tables: list[str]) -> list[NodeProto]:
+        """The node's gather from the table of the task that runs."""
+        result, (axis,) = node.output[0], node.attribute
+        nodes, selected = [], ""
+        for index, table in enumerate(tables):
+            gathered = f"{result}/{index}"
+            nodes.append(helper.make_node("Gather", [table, node.input[1]], [gathered], name=gathered, axis=axis.i))
+            if not selected:
+                selected = gathered
+                continue
+            is_task, chosen = f"{result}/{index}/is", result if index == len(tables) - 1 else f"{result}/{index}/of"
+            number = self._constant(f"task/{index}", np.array([index], np.int64))
+            nodes.append(helper.make_node("Equal", ["task", number], [is_task], name=is_task))
+            nodes.append(helper.make_node("Where", [is_task, gathered, selected], [chosen], name=chosen))
+            selected = chosen
+        return nodes
+
+    def _stack(self, node: NodeProto, plugins: list[_Plugin], several: bool) -> list[NodeProto]:
+        """The linear with its plugins side by side."""
+        name, (in_type, out_type) = node.output[0], plugins[0].types
+        adapter_in = np.concatenate([*(p.reduce for p in plugins), *(p.router for p in plugins)], axis=1)
+        adapter_out = np.concatenate([p.expand for p in plugins])
+        parts = [self._stored(f"{name}/adapter_in", in_type, adapter_in), ""]
+        if plugins[0].in_scale is not None:
+            reduces, routers = zip(*(plugin.scales_in() for plugin in plugins), strict=True)
+            scales = np.concatenate([*reduces, *routers], axis=1)
+            parts[1] = self._stored(f"{name}/adapter_in_scale", TensorProto.FLOAT, scales)
+        parts += [self._stored(f"{name}/adapter_out", out_type, adapter_out), ""]
+        if plugins[0].out_scale is not None:
+            scales = np.concatenate([p.out_scale for p in plugins if p.out_scale is not None])
+            parts[3] = self._stored(f"{name}/adapter_out_scale", TensorProto.FLOAT, scales)
+        firsts = np.cumsum([0, *(p.experts for p in plugins)])
+        expert_of = np.concatenate([p.expert_of(first) for p, first in zip(plugins, firsts, strict=False)])
+        shape = "x".join(f"{plugin.experts}of{plugin.rank}" for plugin in plugins)
+        parts += [self._constant(f"expert_of/{shape}", expert_of.astype(np.int64)), "silence" if several else ""]
+        stacked = helper.make_node(
+            "HLoraLinear",
+            [*list(node.input)[_BASE], *parts],
+            [name],
+            name=node.name,
+            domain=DOMAIN,
+            block_size=plugins[0].block_size,
+            experts=int(firsts[-1]),
+        )
+        return [stacked]
+
+    def _stored(self, key: str, data_type: int, values: np.ndarray) -> str:
+        self.initializers[key] = self.stacked.put(key, data_type, lambda: values).initializer(key)
+        return key
