@@ -142,7 +142,7 @@ class Manifest:
             raise BundleError(f"bundle.json must name the format {FORMAT!r}")
         if data.get("version") != VERSION:
             raise BundleError(f"bundle format version must be {VERSION}, found {data.get('version')!r}")
-        manifest = _parse(cls, data, "bundle.json")
+        manifest = parse(cls, data, "bundle.json")
         _check(manifest)
         return manifest
 
@@ -221,7 +221,7 @@ def _no_constant(name: str) -> None:
     raise ValueError
 
 
-def _parse(cls: type[T], data: Any, where: str) -> T:
+def parse(cls: type[T], data: Any, where: str) -> T:
     """Build dataclass `cls` from parsed JSON, refusing unknown keys, missing keys and wrong types."""
     if not isinstance(data, dict):
         raise BundleError(f"{where} must be an object, found {type(data).__name__}")
@@ -237,7 +237,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if origin is types.UnionType:
         return None if value is None else _value(arguments[0], value, where)
     if dataclasses.is_dataclass(hint):
-        return _parse(typing.cast(type, hint), value, where)
+        return parse(typing.cast(type, hint), value, where)
     if origin is tuple and isinstance(value, list):
         return tuple(_value(arguments[0], item, where) for item in value)
     if origin is dict and isinstance(value, dict):

@@ -1,0 +1,277 @@
+"""TensorRT engines of a bundle: graphs rewritten, compiled, and written beside it with a record of what they are of.
+
+TensorRT-RTX compiles ahead of time for GPUs that need not be there; the full TensorRT times kernels on the GPU at hand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+from onnx import ModelProto, TensorProto
+
+from healthgpt_edge.bundle import ENGINES, Bundle
+from healthgpt_edge.engines import (
+    FORMAT,
+    LANGUAGE,
+    RECORD,
+    VERSION,
+    EngineEntry,
+    EngineRecord,
+    Settings,
+    engine_graphs,
+    folder,
+    import_tensorrt,
+    ingredients,
+)
+from healthgpt_edge.errors import ExecutorError
+from healthgpt_edge.manifest import Manifest
+
+from ..weights import WeightFile
+from .lower import CACHES, lower
+from .merge import merge
+
+RTX = "tensorrt-rtx"
+TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+DEFAULT_CONTEXT_TOKENS, DEFAULT_ROWS, DEFAULT_PREFILL_ROWS = 4096, 64, 1024
+# What TensorRT optimises a prefill for: a picture's features and a short question.
+_TYPICAL_WORDS = 48
+
+Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # smallest, typical, largest
+
+
+def default_settings(
+    manifest: Manifest,
+    compute_capabilities: tuple[str, ...] = (),
+    compute: str | None = None,
+    max_context: int | None = None,
+    max_rows: int = DEFAULT_ROWS,
+) -> Settings:
+    """The settings of a build: products in float16 but for an fp32 bundle, the context as long as the base allows, at
+    most 4096 tokens. Raises ExecutorError."""
+    longest = manifest.language.max_positions
+    context = min(longest, DEFAULT_CONTEXT_TOKENS) if max_context is None else max_context
+    if context > longest:
+        raise ExecutorError(f"max_context must be at most the base's {longest} positions, got {context}")
+    exact = manifest.precision == "fp32"
+    compute = ("fp32" if exact else "fp16") if compute is None else compute
+    if exact != (compute == "fp32"):
+        raise ExecutorError(f"compute of a bundle in {manifest.precision} must {'' if exact else 'not '}be fp32")
+    rows = min(max_rows, context) if max_context is None else max_rows
+    return Settings(compute, compute_capabilities, context, rows, max(rows, min(DEFAULT_PREFILL_ROWS, context)))
+
+
+def build_engines(
+    bundle: Bundle,
+    target: str,
+    settings: Settings,
+    on_step: Callable[[str, int, int], None] = lambda name, done, total: None,
+) -> EngineRecord:
+    """Build every engine of `bundle` for `target` (tensorrt-rtx or tensorrt) into `engines/<target>/`.
+
+    Engines that were there are replaced when all new ones are done, and stay if one fails. `on_step(name, done, total)`
+    reports progress. Raises ExecutorError.
+    """
+    compiler = _Compiler(import_tensorrt(target), target, settings)
+    version = compiler.version
+    graphs = engine_graphs(bundle.manifest)
+    entries = {}
+    with _new_folder(bundle, target) as work:
+        for index, (name, files) in enumerate(graphs.items()):
+            on_step(name, index, len(graphs))
+            begin = time.perf_counter()
+            with WeightFile(work / "stacked.bin", f"{ENGINES}/{work.name}/stacked.bin") as stacked:
+                model = engine_model(bundle, name, files, settings, stacked)
+            plan = compiler.compile(name, model, bundle)
+            (work / f"{name}.engine").write_bytes(plan)
+            entries[name] = EngineEntry(
+                size=len(plan),
+                sha256=hashlib.sha256(plan).hexdigest(),
+                built_from=ingredients(bundle.manifest, name, target, version, settings),
+                seconds=round(time.perf_counter() - begin, 2),
+            )
+            del plan
+        (work / "stacked.bin").unlink()
+        on_step("record", len(graphs), len(graphs))
+        record = EngineRecord(FORMAT, VERSION, target, version, settings, entries)
+        (work / RECORD).write_text(record.to_json())
+    return record
+
+
+def engine_model(
+    bundle: Bundle, name: str, files: tuple[str, ...], settings: Settings, stacked: WeightFile
+) -> ModelProto:
+    """The graph that TensorRT gets for engine `name`, its weights those of the bundle and `stacked`."""
+    models = [onnx.load(bundle.file(file), load_external_data=False) for file in files]
+    if name != LANGUAGE:
+        return lower(models[0], TYPES[settings.compute])
+    tasks = dict(zip(sorted(bundle.manifest.tasks), models, strict=True))
+    return lower(merge(tasks, bundle.path, stacked), TYPES[settings.compute], settings.max_context)
+
+
+@contextmanager
+def _new_folder(bundle: Bundle, target: str) -> Iterator[Path]:
+    """A temporary folder among the engines that takes the target's place on success and is removed on failure."""
+    place = folder(bundle, target)
+    try:
+        place.parent.mkdir(exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{target}.", dir=place.parent))
+    except OSError as error:
+        raise ExecutorError(f"cannot write engines into {bundle.path.name[:100]!r}: {error.strerror}") from error
+    old = work.with_name(f"{work.name}.old")
+    try:
+        yield work
+        work.chmod(0o755)
+        if place.exists():
+            place.rename(old)
+        work.rename(place)
+    except OSError as error:
+        raise ExecutorError(f"cannot write the engines of {target}: {error.strerror}") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Range:
+    """What a dimension that the graph leaves open may be."""
+
+    least: int
+    typical: int
+    most: int
+
+
+class _Compiler:
+    """One TensorRT as a compiler of engines."""
+
+    def __init__(self, trt: Any, target: str, settings: Settings) -> None:
+        self.trt, self.target, self.settings = trt, target, settings
+        self.version = str(trt.__version__)
+        self.log = _log(trt)
+        if target != RTX and settings.compute_capabilities:
+            raise ExecutorError("the full TensorRT builds for the GPU at hand: compute capabilities are tensorrt-rtx's")
+
+    def compile(self, name: str, model: ModelProto, bundle: Bundle) -> bytes:
+        """The serialized engine of `model`, whose weights lie in `bundle`."""
+        trt = self.trt
+        try:
+            builder = trt.Builder(self.log)
+        except (TypeError, RuntimeError) as error:  # what pybind11 makes of a null pointer
+            raise ExecutorError(f"{self.target} {self.version} cannot build here: {self._reason()}") from error
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        parser = trt.OnnxParser(network, self.log)
+        if not parser.parse(model.SerializeToString(), str(bundle.path / f"{name}.onnx")):
+            reasons = [parser.get_error(index).desc() for index in range(parser.num_errors)]
+            raise ExecutorError(f"{self.target} {self.version} cannot read the graph {name}: {' '.join(reasons)[:300]}")
+        if name == LANGUAGE:
+            self._set_attention(network)
+        config = builder.create_builder_config()
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        if self.settings.compute == "fp32":
+            config.clear_flag(trt.BuilderFlag.TF32)
+        self._choose_gpus(config)
+        for shapes in self._profiles(name, network, bundle.manifest):
+            profile = builder.create_optimization_profile()
+            for tensor, (least, typical, most) in shapes.items():
+                if tensor.is_shape_tensor:
+                    profile.set_shape_input(tensor.name, least, typical, most)
+                else:
+                    profile.set_shape(tensor.name, least, typical, most)
+            config.add_optimization_profile(profile)
+        plan = builder.build_serialized_network(network, config)
+        if plan is None:
+            raise ExecutorError(f"{self.target} {self.version} cannot build the engine {name}: {self._reason()}")
+        return bytes(plan)
+
+    def _reason(self) -> str:
+        return self.log.errors[-1][:300] if self.log.errors else "it gave no reason"
+
+    def _choose_gpus(self, config: Any) -> None:
+        capabilities = self.settings.compute_capabilities
+        if not capabilities:
+            return
+        known = {
+            f"{member[2:-1]}.{member[-1]}": value
+            for member, value in self.trt.ComputeCapability.__members__.items()
+            if member.startswith("SM")
+        }
+        config.num_compute_capabilities = len(capabilities)
+        for index, capability in enumerate(capabilities):
+            if capability not in known:
+                raise ExecutorError(
+                    f"{self.target} {self.version} builds for the compute capabilities {', '.join(sorted(known))}, "
+                    f"found {capability}"
+                )
+            config.set_compute_capability(known[capability], index)
+
+    def _set_attention(self, network: Any) -> None:
+        """Let every attention run as single operators where no kernel fits, and tell it how much of the cache is filled.
+
+        The mask alone decides what is seen; the length keeps a kernel from reading what the mask would throw away,
+        where this TensorRT can be told.
+        """
+        trt = self.trt
+        inputs = {network.get_input(index).name: network.get_input(index) for index in range(network.num_inputs)}
+        shape = network.add_cast(network.add_shape(inputs["token_ids"]).get_output(0), trt.int64).get_output(0)
+        rows = network.add_slice(shape, (1,), (1,), (1,)).get_output(0)
+        length = network.add_elementwise(inputs["past_length"], rows, trt.ElementWiseOperation.SUM).get_output(0)
+        length = network.add_cast(length, trt.int32).get_output(0)
+        for index in range(network.num_layers):
+            layer = network.get_layer(index)
+            if layer.type == trt.LayerType.ATTENTION_INPUT:
+                layer.__class__ = trt.IAttentionInputLayer  # how TensorRT's Python is told a layer's own class
+                layer.attention.decomposable = True
+                if hasattr(layer.attention, "key_value_lengths"):
+                    layer.attention.key_value_lengths = length
+
+    def _profiles(self, name: str, network: Any, manifest: Manifest) -> list[dict[Any, Shapes]]:
+        """The shapes of each profile: of `language` decode and prefill, of the others the only one."""
+        inputs = [network.get_input(index) for index in range(network.num_inputs)]
+        if name != LANGUAGE:
+            return [{tensor: _shapes(tensor, {}) for tensor in inputs}]
+        settings, patches = self.settings, manifest.vision.patches
+        typical = min(settings.prefill_rows, patches + _TYPICAL_WORDS)
+        rows = (_Range(1, 1, settings.max_rows), _Range(1, typical, settings.prefill_rows))
+        return [
+            {
+                tensor: ([0], [1], [settings.max_rows])
+                if tensor.is_shape_tensor
+                else _shapes(tensor, {"token_ids": new, "image_features": _Range(1, patches, patches)})
+                for tensor in inputs
+            }
+            for new in rows
+        ]
+
+
+def _shapes(tensor: Any, open_dimensions: dict[str, _Range]) -> Shapes:
+    """One sequence or picture; what is open behind that is as `open_dimensions` says for the input."""
+    shape = tuple(tensor.shape)
+    if tensor.name.startswith(CACHES) or tensor.name not in open_dimensions:
+        shape = tuple(1 if size < 0 else size for size in shape)
+        return shape, shape, shape
+    second = open_dimensions[tensor.name]
+    least, typical, most = ((1, size, *shape[2:]) for size in (second.least, second.typical, second.most))
+    return least, typical, most
+
+
+def _log(trt: Any) -> Any:
+    """A logger that keeps errors for the exception and prints nothing."""
+
+    class Log(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                self.errors.append(" ".join(message.split()))
+
+    return Log()
