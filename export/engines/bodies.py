@@ -187,9 +187,7 @@ BODIES: dict[str, Callable[[dict[str, int], int], FunctionProto]] = {
     "Linear": linear,
     "HLoraLinear": hlora_linear,
     "CachedAttention": cached_attention,
-    "Convolution": _convolution(
-        "Convolution (x, weight, bias)", "picture = Transpose <perm = [0, 3, 1, 2]> (x)"
-    ),
+    "Convolution": _convolution("Convolution (x, weight, bias)", "picture = Transpose <perm = [0, 3, 1, 2]> (x)"),
     "EnlargedConvolution": _convolution("EnlargedConvolution (x, weight, bias)", _ENLARGE),
     "NormSwishConvolution": _convolution(
         "NormSwishConvolution <groups> (x, weight, bias, norm_weight, norm_bias)", _NORM_SWISH

@@ -33,13 +33,13 @@ from healthgpt_edge.engines import (
     ingredients,
 )
 from healthgpt_edge.errors import ExecutorError
+from healthgpt_edge.executors.tensorrt_engine import RTX, Log
 from healthgpt_edge.manifest import Manifest
 
 from ..weights import WeightFile
 from .lower import CACHES, lower
 from .merge import merge
 
-RTX = "tensorrt-rtx"
 TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 DEFAULT_CONTEXT_TOKENS, DEFAULT_ROWS, DEFAULT_PREFILL_ROWS = 4096, 64, 1024
 # What TensorRT optimises a prefill for: a picture's features and a short question.
@@ -91,14 +91,15 @@ def build_engines(
             with WeightFile(work / "stacked.bin", f"{ENGINES}/{work.name}/stacked.bin") as stacked:
                 model = engine_model(bundle, name, files, settings, stacked)
             plan = compiler.compile(name, model, bundle)
-            (work / f"{name}.engine").write_bytes(plan)
+            data = memoryview(plan)
+            (work / f"{name}.engine").write_bytes(data)
             entries[name] = EngineEntry(
-                size=len(plan),
-                sha256=hashlib.sha256(plan).hexdigest(),
+                size=data.nbytes,
+                sha256=hashlib.sha256(data).hexdigest(),
                 built_from=ingredients(bundle.manifest, name, target, version, settings),
                 seconds=round(time.perf_counter() - begin, 2),
             )
-            del plan
+            del plan, data
         (work / "stacked.bin").unlink()
         on_step("record", len(graphs), len(graphs))
         record = EngineRecord(FORMAT, VERSION, target, version, settings, entries)
@@ -155,19 +156,19 @@ class _Compiler:
     def __init__(self, trt: Any, target: str, settings: Settings) -> None:
         self.trt, self.target, self.settings = trt, target, settings
         self.version = str(trt.__version__)
-        self.log = _log(trt)
+        self.log = Log(trt)
         if target != RTX and settings.compute_capabilities:
             raise ExecutorError("the full TensorRT builds for the GPU at hand: compute capabilities are tensorrt-rtx's")
 
-    def compile(self, name: str, model: ModelProto, bundle: Bundle) -> bytes:
-        """The serialized engine of `model`, whose weights lie in `bundle`."""
+    def compile(self, name: str, model: ModelProto, bundle: Bundle) -> Any:
+        """The serialized engine of `model`, a buffer; its weights lie in `bundle`."""
         trt = self.trt
         try:
-            builder = trt.Builder(self.log)
+            builder = trt.Builder(self.log.logger)
         except (TypeError, RuntimeError) as error:  # what pybind11 makes of a null pointer
-            raise ExecutorError(f"{self.target} {self.version} cannot build here: {self._reason()}") from error
+            raise ExecutorError(f"{self.target} {self.version} cannot build here: {self.log.reason}") from error
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-        parser = trt.OnnxParser(network, self.log)
+        parser = trt.OnnxParser(network, self.log.logger)
         if not parser.parse(model.SerializeToString(), str(bundle.path / f"{name}.onnx")):
             reasons = [parser.get_error(index).desc() for index in range(parser.num_errors)]
             raise ExecutorError(f"{self.target} {self.version} cannot read the graph {name}: {' '.join(reasons)[:300]}")
@@ -188,11 +189,8 @@ class _Compiler:
             config.add_optimization_profile(profile)
         plan = builder.build_serialized_network(network, config)
         if plan is None:
-            raise ExecutorError(f"{self.target} {self.version} cannot build the engine {name}: {self._reason()}")
-        return bytes(plan)
-
-    def _reason(self) -> str:
-        return self.log.errors[-1][:300] if self.log.errors else "it gave no reason"
+            raise ExecutorError(f"{self.target} {self.version} cannot build the engine {name}: {self.log.reason}")
+        return plan
 
     def _choose_gpus(self, config: Any) -> None:
         capabilities = self.settings.compute_capabilities
@@ -232,23 +230,22 @@ class _Compiler:
                 if hasattr(layer.attention, "key_value_lengths"):
                     layer.attention.key_value_lengths = length
 
-    def _profiles(self, name: str, network: Any, manifest: Manifest) -> list[dict[Any, Shapes]]:
+    def _profiles(self, name: str, network: Any, manifest: Manifest) -> list[dict[Any, Any]]:
         """The shapes of each profile: of `language` decode and prefill, of the others the only one."""
         inputs = [network.get_input(index) for index in range(network.num_inputs)]
         if name != LANGUAGE:
-            return [{tensor: _shapes(tensor, {}) for tensor in inputs}]
+            rows = {"hidden": _Range(1, 1, self.settings.max_rows)}  # of the vocabulary's
+            return [{tensor: _shapes(tensor, rows) for tensor in inputs}]
         settings, patches = self.settings, manifest.vision.patches
         typical = min(settings.prefill_rows, patches + _TYPICAL_WORDS)
-        rows = (_Range(1, 1, settings.max_rows), _Range(1, typical, settings.prefill_rows))
-        return [
-            {
-                tensor: ([0], [1], [settings.max_rows])
-                if tensor.is_shape_tensor
-                else _shapes(tensor, {"token_ids": new, "image_features": _Range(1, patches, patches)})
-                for tensor in inputs
-            }
-            for new in rows
-        ]
+        features = _Range(1, patches, patches)
+        profiles: list[dict[Any, Any]] = []
+        for new in (_Range(1, 1, settings.max_rows), _Range(1, typical, settings.prefill_rows)):
+            ranges = {"token_ids": new, "image_features": features}
+            shapes = {tensor: _shapes(tensor, ranges) for tensor in inputs if not tensor.is_shape_tensor}
+            positions = {tensor: ([0], [1], [settings.max_rows]) for tensor in inputs if tensor.is_shape_tensor}
+            profiles.append(shapes | positions)
+        return profiles
 
 
 def _shapes(tensor: Any, open_dimensions: dict[str, _Range]) -> Shapes:
@@ -260,18 +257,3 @@ def _shapes(tensor: Any, open_dimensions: dict[str, _Range]) -> Shapes:
     second = open_dimensions[tensor.name]
     least, typical, most = ((1, size, *shape[2:]) for size in (second.least, second.typical, second.most))
     return least, typical, most
-
-
-def _log(trt: Any) -> Any:
-    """A logger that keeps errors for the exception and prints nothing."""
-
-    class Log(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                self.errors.append(" ".join(message.split()))
-
-    return Log()

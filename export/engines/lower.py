@@ -38,7 +38,7 @@ def _type_bodies(model: ModelProto, compute: int) -> None:
     for node in model.graph.node:
         if node.domain != DOMAIN or node.op_type not in BODIES:
             continue
-        names = BODIES[node.op_type]({name: 1 for name in inputs[node.op_type]}, compute).input
+        names = BODIES[node.op_type](dict.fromkeys(inputs[node.op_type], 1), compute).input
         found = {name: types.get(value, TensorProto.FLOAT) for name, value in zip(names, node.input) if value}
         body = BODIES[node.op_type](found, compute)
         body.name = f"{body.name}_{'_'.join(str(found.get(name, 0)) for name in names)}"

@@ -62,7 +62,8 @@ class LanguageGraph:
                 hidden = self._layer(layer, hidden, (cosine, sine, past_length, visible), past)
             on_layer()
         with graph.scope("head"):
-            start = graph.op("Neg", last_positions)
+            # Counted from the front, so that 0 positions are none.
+            start = graph.op("Sub", graph.op("Shape", hidden, start=1, end=2), last_positions)
             end, axis = graph.constant([np.iinfo(np.int64).max], np.int64), graph.constant([1], np.int64)
             hidden = self._norm(graph.op("Slice", hidden, start, end, axis))
             first_row = first_logit_row(self.checkpoint, self.task)

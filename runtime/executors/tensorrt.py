@@ -1,0 +1,284 @@
+"""TensorRT: the executor that drives the engines of a bundle, of either TensorRT.
+
+All that is known about buffers, caches and passes is here, on addresses; what runs a pass is an `Engine` on a `Device`,
+which tests replace by the same graphs in ONNX Runtime on host memory. On a GPU itself it was not run yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from ..bundle import Bundle
+from ..engines import LANGUAGE, MODULES, EngineRecord, Settings, folder, import_tensorrt, read_engine, read_record
+from ..errors import ExecutorError
+from ..manifest import CACHE_TYPES, Manifest
+from .contract import Value, graph_values
+from .cuda import CudaDevice, Device, Memory
+from .tensorrt_engine import Engine, Tensor, TensorRtEngine
+
+DECODE, PREFILL = 0, 1
+# What TensorRT and CUDA ask of addresses at most.
+_ALIGNMENT_BYTES = 256
+_INT64, _FLOAT32 = np.dtype(np.int64), np.dtype(np.float32)
+_RESIDENT = ("vision", "codes")
+
+
+class TensorRtExecutor:
+    """The engines of `tasks`, their workspace and their input and output buffers, all allocated when it is made.
+
+    open_engine gives an engine by its name in the record; raises ExecutorError where one is not what the manifest says.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        tasks: tuple[str, ...],
+        device: Device,
+        settings: Settings,
+        open_engine: Callable[[str], Engine],
+        name: str = "tensorrt",
+    ) -> None:
+        self.name, self.bundle, self.device, self.settings = name, bundle, device, settings
+        self._tasks, self._open = tasks, open_engine
+        self._all_tasks = sorted(bundle.manifest.tasks)
+        self._engines: dict[str, Engine] = {}
+        for engine in (LANGUAGE, *(f"{task}.{role}" for task in tasks for role in _RESIDENT)):
+            if engine == LANGUAGE or engine.split(".")[1] in bundle.manifest.tasks[engine.split(".")[0]].graphs:
+                self.engine(engine)
+        self._workspace = device.allocate(max(engine.workspace_bytes for engine in self._engines.values()))
+        self.language = _LanguageBuffers(bundle.manifest, settings, device)
+
+    @classmethod
+    def open(cls, bundle: Bundle, tasks: tuple[str, ...], target: str | None = None) -> TensorRtExecutor:
+        """The engines of `target` on the first GPU; by default of the target that has some here, TensorRT-RTX first.
+
+        Raises ExecutorError for engines that are missing, stale, damaged or not for this GPU.
+        """
+        if target is None:
+            target = next((one for one in MODULES if folder(bundle, one).is_dir()), next(iter(MODULES)))
+        record = read_record(bundle, target)
+        trt = import_tensorrt(target)
+        device = CudaDevice()
+
+        def open_engine(name: str) -> Engine:
+            data = read_engine(bundle, record, name, str(trt.__version__))
+            jit_cache = folder(bundle, target) / f"{name}.{device.compute_capability}.jit"
+            return TensorRtEngine(trt, target, name, data, device, jit_cache)
+
+        return cls(bundle, tasks, device, record.settings, open_engine, name=_name(record))
+
+    def engine(self, name: str) -> Engine:
+        """The engine called `name`; what is rarely used is opened by who asks for it first."""
+        if name not in self._engines:
+            engine = self._open(name)
+            expected = engine_values(self.bundle.manifest, name, self.settings)
+            for tensor in sorted(engine.values.keys() | expected.keys()):
+                found = engine.values.get(tensor)
+                if found != expected.get(tensor):
+                    raise ExecutorError(
+                        f"engine {name}: {tensor} must be {expected.get(tensor, 'absent')} by the manifest, "
+                        f"found {found or 'none'}"
+                    )
+            self._engines[name] = engine
+        return self._engines[name]
+
+    def run(self, name: str, tensors: dict[str, Tensor], profile: int = DECODE) -> None:
+        """Order a pass of engine `name`."""
+        engine = self.engine(name)
+        if engine.workspace_bytes > self._workspace.size_bytes:
+            self._workspace = self.device.allocate(engine.workspace_bytes)
+        engine.run(profile, tensors, self._workspace)
+
+    def features(self, task: str, pixels: np.ndarray) -> np.ndarray:
+        if task not in self._tasks:
+            raise ExecutorError(f"the executor was opened for {', '.join(self._tasks)}, not for {task}")
+        return self._call(f"{task}.vision", {"pixels": pixels}, "image_features")
+
+    def picture(self, codes: np.ndarray) -> np.ndarray:
+        return self._call("generation.codes", {"codes": codes}, "image")
+
+    def draft(self, pixels: np.ndarray) -> np.ndarray:
+        return self._call("generation.draft", {"pixels": pixels}, "codes")
+
+    def context(self, task: str, image_features: np.ndarray | None) -> TensorRtContext:
+        if task not in self._tasks:
+            raise ExecutorError(f"the executor was opened for {', '.join(self._tasks)}, not for {task}")
+        return TensorRtContext(self, task, image_features)
+
+    def index_of(self, task: str) -> int:
+        """The number of a task in the language engine, which holds all of the bundle's."""
+        return self._all_tasks.index(task)
+
+    def _call(self, name: str, feeds: dict[str, np.ndarray], result: str) -> np.ndarray:
+        """Run an engine of one input and one output on one picture."""
+        tensors, held = {}, []
+        for tensor, values in feeds.items():
+            value = self.engine(name).values[tensor]
+            batch = np.ascontiguousarray(values[None], value.type)
+            held.append(self.device.allocate(batch.nbytes))
+            self.device.upload(batch, held[-1])
+            tensors[tensor] = Tensor(held[-1].address, batch.shape)
+        value = self.engine(name).values[result]
+        shape = (1, *(int(size) for size in value.shape[1:]))
+        dtype = np.dtype(value.type)
+        memory = self.device.allocate(int(np.prod(shape)) * dtype.itemsize)
+        tensors[result] = Tensor(memory.address, shape)
+        self.run(name, tensors)
+        return self.device.download(memory, shape, dtype)[0]
+
+
+class _LanguageBuffers:
+    """Inputs and outputs of the language engine, and the arrangement of one sequence's caches."""
+
+    def __init__(self, manifest: Manifest, settings: Settings, device: Device) -> None:
+        language = manifest.language
+        # past_length, then the new tokens: one copy a pass.
+        self.tokens_at = _ALIGNMENT_BYTES
+        self.inputs = device.allocate(_ALIGNMENT_BYTES + settings.prefill_rows * _INT64.itemsize)
+        self.task_numbers = device.allocate(_ALIGNMENT_BYTES * len(manifest.tasks))
+        for index in range(len(manifest.tasks)):
+            device.upload(np.array([index], np.int64), self.task_numbers, index * _ALIGNMENT_BYTES)
+        self.outputs: dict[str, Memory] = {}
+        self.rows: dict[str, int] = {}
+        for task, entry in manifest.tasks.items():
+            sizes = {"logits": language.vocab - entry.first_logit}
+            if entry.first_logit:
+                sizes["hidden"] = language.hidden
+            for name, size in sizes.items():
+                output = output_name(task, name)
+                self.rows[output] = size
+                self.outputs[output] = device.allocate(settings.max_rows * size * _FLOAT32.itemsize)
+        shape = (1, language.kv_heads, settings.max_context, language.head_dim)
+        self.cache_shape, self.cache_type = shape, np.dtype(CACHE_TYPES[manifest.cache_precision])
+        size = int(np.prod(shape)) * self.cache_type.itemsize
+        stride = -(-size // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        names = [f"key_values.{layer}.{kind}" for layer in range(language.layers) for kind in ("key", "value")]
+        self.cache_offsets = {name: index * stride for index, name in enumerate(names)}
+        self.caches_bytes = stride * len(names)
+
+
+class TensorRtContext:
+    """Caches of one sequence on the device, updated in place by every pass."""
+
+    def __init__(self, executor: TensorRtExecutor, task: str, image_features: np.ndarray | None) -> None:
+        self._executor, self._task, self._buffers = executor, task, executor.language
+        self._manifest = executor.bundle.manifest
+        if image_features is None:
+            image_features = np.zeros((1, self._manifest.language.hidden), np.float32)
+        patches = self._manifest.vision.patches
+        if len(image_features) > patches:
+            raise ExecutorError(f"image_features must have at most {patches} rows, got {len(image_features)}")
+        features = np.ascontiguousarray(image_features[None], np.float32)
+        self._features = executor.device.allocate(features.nbytes)
+        executor.device.upload(features, self._features)
+        self._caches = executor.device.allocate(self._buffers.caches_bytes)
+        self._fixed = {"image_features": Tensor(self._features.address, features.shape)}
+        for name, offset in self._buffers.cache_offsets.items():
+            cache = Tensor(self._caches.address + offset, self._buffers.cache_shape)
+            self._fixed[f"past_{name}"] = self._fixed[f"present_{name}"] = cache
+        if len(self._manifest.tasks) > 1:
+            number = executor.index_of(task) * _ALIGNMENT_BYTES
+            self._fixed["task"] = Tensor(self._buffers.task_numbers.address + number, (1,))
+        self.length = 0
+
+    @property
+    def memory_bytes(self) -> int:
+        return self._caches.size_bytes + self._features.size_bytes
+
+    def forward(self, token_ids: np.ndarray, last_positions: int = 1, full_vocabulary: bool = False) -> np.ndarray:
+        settings, count = self._executor.settings, len(token_ids)
+        if self.length + count > settings.max_context:
+            raise ExecutorError(
+                f"the engines hold {settings.max_context} tokens, found {self.length + count}: build with --max-context"
+            )
+        logits, first, silent = [], 0, count - last_positions
+        while first < count:
+            end = min(first + settings.prefill_rows, count)
+            # Rows of logits that this pass gives, of which there is room for max_rows.
+            rows = max(0, end - max(first, silent))
+            end -= max(0, rows - settings.max_rows)
+            logits.append(self._pass(token_ids[first:end], min(rows, settings.max_rows), full_vocabulary))
+            first = end
+        given = [part for part in logits if len(part)]
+        return np.concatenate(given) if len(given) > 1 else given[0]
+
+    def _pass(self, token_ids: np.ndarray, last_positions: int, full_vocabulary: bool) -> np.ndarray:
+        """One pass over [S] tokens; logits float32 [last_positions, rows]."""
+        executor, buffers, device = self._executor, self._buffers, self._executor.device
+        count = len(token_ids)
+        inputs = np.zeros(buffers.tokens_at // _INT64.itemsize + count, np.int64)
+        inputs[0], inputs[-count:] = self.length, token_ids
+        device.upload(inputs, buffers.inputs)
+        # On the host: they give shapes, and are read when the pass is ordered.
+        tasks = self._manifest.tasks
+        positions = {task: np.array([last_positions if task == self._task else 0], np.int64) for task in tasks}
+        tensors = dict(self._fixed)
+        tensors["past_length"] = Tensor(buffers.inputs.address, (1,))
+        tensors["token_ids"] = Tensor(buffers.inputs.address + buffers.tokens_at, (1, count))
+        for task, values in positions.items():
+            tensors[output_name(task, "last_positions")] = Tensor(values.ctypes.data, (1,))
+        for name, memory in buffers.outputs.items():
+            given = last_positions if name in self._results.values() else 0
+            tensors[name] = Tensor(memory.address, (1, given, buffers.rows[name]))
+        executor.run(LANGUAGE, tensors, DECODE if count <= executor.settings.max_rows else PREFILL)
+        self.length += count
+        if not last_positions:
+            return np.empty((0, 0), np.float32)
+        logits = self._download("logits", last_positions)
+        if full_vocabulary and "hidden" in self._results:
+            logits = np.concatenate([self._other_rows(last_positions), logits], axis=-1)
+        return logits
+
+    @property
+    def _results(self) -> dict[str, str]:
+        """The names of this task's outputs in the engine."""
+        first_logit = self._manifest.tasks[self._task].first_logit
+        names = ("logits", "hidden") if first_logit else ("logits",)
+        return {name: output_name(self._task, name) for name in names}
+
+    def _download(self, result: str, rows: int) -> np.ndarray:
+        name = self._results[result]
+        shape = (rows, self._buffers.rows[name])
+        return self._executor.device.download(self._buffers.outputs[name], shape, _FLOAT32)
+
+    def _other_rows(self, rows: int) -> np.ndarray:
+        """Logits [rows, first_logit] of the head rows that the language engine leaves out."""
+        device, first_logit = self._executor.device, self._manifest.tasks[self._task].first_logit
+        logits = device.allocate(rows * first_logit * _FLOAT32.itemsize)
+        hidden = self._buffers.outputs[self._results["hidden"]]
+        tensors = {
+            "hidden": Tensor(hidden.address, (1, rows, self._manifest.language.hidden)),
+            "logits": Tensor(logits.address, (1, rows, first_logit)),
+        }
+        self._executor.run(f"{self._task}.vocabulary", tensors)
+        return device.download(logits, (rows, first_logit), _FLOAT32)
+
+
+def output_name(task: str, name: str) -> str:
+    """The language engine's name for an input or output that each task has of its own."""
+    return f"{name}.{task}"
+
+
+def engine_values(manifest: Manifest, name: str, settings: Settings) -> dict[str, Value]:
+    """What engine `name` takes and gives by the manifest; "?" for dimensions that a run chooses."""
+    if name != LANGUAGE:
+        task, role = name.split(".")
+        return {tensor: _closed(value) for tensor, value in graph_values(manifest, task, role).items()}
+    values = {"task": Value("int64", [1])} if len(manifest.tasks) > 1 else {}
+    for task in manifest.tasks:
+        for tensor, value in graph_values(manifest, task, LANGUAGE).items():
+            own = tensor in ("last_positions", "logits", "hidden")
+            closed = _closed(value, {"M": settings.max_context})
+            values[output_name(task, tensor) if own else tensor] = closed
+    return values
+
+
+def _closed(value: Value, sizes: dict[str, int] | None = None) -> Value:
+    known = sizes or {}
+    return Value(value.type, [known.get(size, "?") if isinstance(size, str) else size for size in value.shape])
+
+
+def _name(record: EngineRecord) -> str:
+    return f"{record.target}-{record.settings.compute}"

@@ -1,0 +1,115 @@
+"""Engines without a GPU: the graphs that TensorRT gets, run by ONNX Runtime on host memory.
+
+The executor deals in addresses and shapes alone, so these stand in for a GPU and for TensorRT behind it: what is tested
+is the graphs, the arrangement of buffers and caches, and the passes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+
+from healthgpt_edge.bundle import Bundle
+from healthgpt_edge.engines import LANGUAGE, Settings, engine_graphs
+from healthgpt_edge.executors.contract import Value
+from healthgpt_edge.executors.onnx import value_of
+from healthgpt_edge.executors.tensorrt import TensorRtExecutor
+from healthgpt_edge.executors.tensorrt_engine import Tensor
+from healthgpt_edge.export.engines.build import engine_model
+from healthgpt_edge.export.weights import WeightFile
+
+
+class HostMemory:
+    """Bytes of this process; unless they are asked for as zeros they would be anything, so they are not zeros here."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self.size_bytes = size_bytes
+        self.values = np.zeros(size_bytes + 256, np.uint8)
+        self.address = -(-self.values.ctypes.data // 256) * 256
+
+
+class HostDevice:
+    """A device that is the host."""
+
+    name, stream = "host", 0
+
+    def allocate(self, size_bytes: int) -> HostMemory:
+        return HostMemory(size_bytes)
+
+    def upload(self, values: np.ndarray, memory: HostMemory, offset: int = 0) -> None:
+        assert offset + values.nbytes <= memory.size_bytes
+        at(memory.address + offset, values.shape, values.dtype)[...] = values
+
+    def download(self, memory: HostMemory, shape: tuple[int, ...], dtype: np.dtype, offset: int = 0) -> np.ndarray:
+        assert offset + math.prod(shape) * np.dtype(dtype).itemsize <= memory.size_bytes
+        return at(memory.address + offset, shape, dtype).copy()
+
+
+def at(address: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """The array at an address."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    if not size:
+        return np.empty(shape, dtype)
+    buffer = np.ctypeslib.as_array((np.ctypeslib.ctypes.c_uint8 * size).from_address(address))
+    return buffer.view(dtype).reshape(shape)
+
+
+class OrtEngine:
+    """An engine's graph in ONNX Runtime, with outputs copied to where they were asked for."""
+
+    workspace_bytes = 1024
+
+    def __init__(self, path: Path, passes: list[tuple[str, int, int]]) -> None:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        self.session = onnxruntime.InferenceSession(str(path), options)
+        self.name, self.passes = path.stem, passes
+        found = {node.name: value_of(node) for node in [*self.session.get_inputs(), *self.session.get_outputs()]}
+        self.values = {
+            name: Value(value.type, ["?" if not isinstance(size, int) else size for size in value.shape])
+            for name, value in found.items()
+        }
+        self.on_host = frozenset(name for name in self.values if name.startswith("last_positions"))
+
+    def run(self, profile: int, tensors: Mapping[str, Tensor], workspace: HostMemory) -> None:
+        assert set(tensors) == set(self.values), "every input and output needs an address"
+        assert workspace.size_bytes >= self.workspace_bytes
+        arrays = {name: at(one.address, one.shape, self.values[name].type) for name, one in tensors.items()}
+        self.passes.append((self.name, profile, tensors["token_ids"].shape[1] if "token_ids" in tensors else 0))
+        inputs = [node.name for node in self.session.get_inputs()]
+        outputs = [node.name for node in self.session.get_outputs()]
+        results = self.session.run(outputs, {name: arrays[name].copy() for name in inputs})
+        for name, values in zip(outputs, results, strict=True):
+            assert values.shape == arrays[name].shape, f"{name}: {values.shape} is not {arrays[name].shape}"
+            arrays[name][...] = values
+
+
+def host_executor(
+    bundle: Bundle, tasks: tuple[str, ...], settings: Settings, work: Path
+) -> tuple[TensorRtExecutor, list[tuple[str, int, int]]]:
+    """An executor whose engines are doubles, made in `work`, and the passes they will be asked for: engine, profile and
+    new tokens of each."""
+    passes: list[tuple[str, int, int]] = []
+    for file in bundle.manifest.files:
+        if file.startswith("weights/"):
+            (work / file).parent.mkdir(parents=True, exist_ok=True)
+            (work / file).hardlink_to(bundle.path / file)
+    return TensorRtExecutor(bundle, tasks, HostDevice(), settings, _opener(bundle, settings, work, passes)), passes
+
+
+def _opener(
+    bundle: Bundle, settings: Settings, work: Path, passes: list[tuple[str, int, int]]
+) -> Callable[[str], OrtEngine]:
+    def open_engine(name: str) -> OrtEngine:
+        with WeightFile(work / f"{name}.stacked.bin", f"{name}.stacked.bin") as stacked:
+            model = engine_model(bundle, name, engine_graphs(bundle.manifest)[name], settings, stacked)
+        onnx.save(model, work / f"{name}.onnx")
+        return OrtEngine(work / f"{name}.onnx", passes)
+
+    assert LANGUAGE in engine_graphs(bundle.manifest)
+    return open_engine

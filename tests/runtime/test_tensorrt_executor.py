@@ -1,0 +1,144 @@
+"""The TensorRT executor on engines that are doubles: the original's ids through the graphs that TensorRT gets."""
+
+from functools import cache
+
+import numpy as np
+import pytest
+from engine_doubles import host_executor
+from golden_cases import CASES, Case
+from tolerances import IMAGE_LEVELS, IMAGE_SHARE, LOGITS_SAME_ARITHMETIC
+
+from healthgpt_edge.bundle import Bundle
+from healthgpt_edge.errors import ExecutorError
+from healthgpt_edge.executors.onnx import OnnxExecutor
+from healthgpt_edge.executors.tensorrt import DECODE, PREFILL
+from healthgpt_edge.export.engines.build import default_settings
+from healthgpt_edge.prompt import Tokenizer
+from healthgpt_edge.session import Session
+
+MAX_CONTEXT, MAX_ROWS = 1400, 8
+GENERATION = Case("m3_gen_wide")
+
+
+@pytest.fixture(scope="module")
+def opened(golden_bundle, tmp_path_factory):
+    """Gives a golden system's bundle, its executor on doubles, and the passes that it was asked for."""
+
+    @cache
+    def give(system):
+        bundle = Bundle.open(golden_bundle(system))
+        context = min(MAX_CONTEXT, bundle.manifest.language.max_positions)
+        settings = default_settings(bundle.manifest, max_context=context, max_rows=MAX_ROWS)
+        tasks = tuple(sorted(bundle.manifest.tasks))
+        return bundle, *host_executor(bundle, tasks, settings, tmp_path_factory.mktemp(system))
+
+    return give
+
+
+def session_of(bundle, executor):
+    tokenizer = bundle.manifest.tokenizer
+    return Session(bundle, executor, Tokenizer.load(bundle.file(tokenizer.file), tokenizer.options))
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.task == "comprehension"], ids=str)
+def test_answers_have_the_originals_ids(opened, case):
+    bundle, executor, _ = opened(case.system)
+    result = session_of(bundle, executor).answer(case.image, case.question, max_new_tokens=case.max_new_tokens)
+    assert result.token_ids == case.record["output_ids"]
+
+
+def test_a_free_picture_has_the_originals_ids(opened):
+    """Free: with the rows of the vocabulary that the language engine leaves out."""
+    bundle, executor, _ = opened("m3")
+    result = session_of(bundle, executor).generate(
+        GENERATION.image, GENERATION.question, faithful=True, max_new_tokens=GENERATION.max_new_tokens
+    )
+    assert result.token_ids == GENERATION.record["output_ids"]
+    difference = np.abs(result.pixels.astype(int) - GENERATION.arrays["image_uint8"])
+    assert difference.max() <= IMAGE_LEVELS and (difference > 0).mean() <= IMAGE_SHARE
+
+
+def test_a_task_is_deaf_to_the_other_plugin(opened):
+    """Both tasks in turn in one engine, as each alone in ONNX Runtime."""
+    bundle, executor, _ = opened("m3")
+    plain = OnnxExecutor(bundle, tuple(sorted(bundle.manifest.tasks)), threads=1, kernels=False)
+    ids = np.arange(11)
+    for task in ("generation", "comprehension", "generation"):
+        found, expected = (one.context(task, None).forward(ids, 5) for one in (executor, plain))
+        assert np.abs(found - expected).max() <= LOGITS_SAME_ARITHMETIC
+
+
+@pytest.mark.parametrize("count, last_positions", [(1, 1), (8, 8), (9, 1), (30, 1), (30, 21), (30, 30), (17, 8)])
+def test_passes_fit_the_engine_whatever_is_asked(opened, count, last_positions):
+    """Logits of any number of rows, and never more in a pass than the engine was built for."""
+    bundle, executor, passes = opened("m3")
+    ids = np.arange(count) + 5
+    expected = np.concatenate(
+        [
+            row
+            for context in [executor.context("comprehension", None)]
+            for row in (context.forward(ids[place : place + 1]) for place in range(count))
+        ]
+    )[-last_positions:]
+    passes.clear()
+    context = executor.context("comprehension", None)
+    found = context.forward(ids, last_positions)
+    assert context.length == count
+    assert found.shape == expected.shape and np.abs(found - expected).max() <= LOGITS_SAME_ARITHMETIC
+    assert sum(rows for _, _, rows in passes) == count
+    for _, profile, rows in passes:
+        assert profile == (DECODE if rows <= MAX_ROWS else PREFILL)
+    assert len(passes) == max(1, -(-last_positions // MAX_ROWS))
+
+
+def test_a_prefill_longer_than_a_pass_is_cut(opened, tmp_path):
+    bundle, executor, passes = opened("m3")
+    ids = np.arange(executor.settings.prefill_rows + 30) % 50
+    passes.clear()
+    context = executor.context("generation", None)
+    found = context.forward(ids)
+    assert [rows for _, _, rows in passes] == [executor.settings.prefill_rows, 30]
+    plain = OnnxExecutor(bundle, ("generation",), threads=1, kernels=False).context("generation", None)
+    assert np.abs(found - plain.forward(ids)).max() <= LOGITS_SAME_ARITHMETIC
+
+
+def test_forgotten_tokens_leave_no_trace(opened):
+    """A context that is set back, as after a wrong draft, and one whose caches were another's before."""
+    _, executor, _ = opened("m3")
+    ids = np.arange(12)
+    expected = executor.context("comprehension", None).forward(ids)
+    context = executor.context("comprehension", None)
+    context.forward(ids[:6])
+    context.forward(np.arange(40, 45))
+    context.length = 6
+    assert np.abs(context.forward(ids[6:]) - expected).max() <= LOGITS_SAME_ARITHMETIC
+
+
+def test_a_context_that_is_too_long_is_refused_before_it_is_written(opened):
+    _, executor, _ = opened("m3")
+    context = executor.context("comprehension", None)
+    context.length = MAX_CONTEXT - 1
+    with pytest.raises(ExecutorError, match=rf"engines hold {MAX_CONTEXT} tokens, found {MAX_CONTEXT + 1}: build with"):
+        context.forward(np.arange(2))
+
+
+def test_a_task_that_was_not_opened_is_refused(opened, golden_bundle, tmp_path):
+    bundle = Bundle.open(golden_bundle("m3"))
+    executor, _ = host_executor(bundle, ("generation",), opened("m3")[1].settings, tmp_path)
+    for call in (
+        lambda: executor.features("comprehension", np.zeros(1)),
+        lambda: executor.context("comprehension", None),
+    ):
+        with pytest.raises(ExecutorError, match="opened for generation, not for comprehension"):
+            call()
+
+
+def test_an_engine_that_is_not_of_this_bundle_is_refused(opened, golden_bundle, tmp_path):
+    """The engine of one system under the manifest of another."""
+    bundle, executor, _ = opened("m3")
+    foreign = opened("phi4")[1].engine("language")
+    executor = type(executor)(bundle, ("comprehension",), executor.device, executor.settings, executor._open)
+    executor._engines.clear()
+    executor._open = lambda name: foreign
+    with pytest.raises(ExecutorError, match="engine language: .* must be .* by the manifest, found"):
+        executor.engine("language")
