@@ -105,6 +105,8 @@ def run(
     path: Path,
     rows: list[Row],
     *,
+    executor: str = "onnx",
+    device: str | None = None,
     threads: int | None = None,
     kernels: bool = True,
     repeat: int = 5,
@@ -113,19 +115,20 @@ def run(
 ) -> dict[str, Any]:
     """Time `rows` of the bundle at `path`, `repeat` times each, and return the report that `bench --json` prints.
 
-    Each task must decode to what it prefills to, and with `check` the kernels must give what the graphs' standard
-    bodies give. Raises BenchmarkError where they do not, before anything is timed.
+    Each task must decode to what it prefills to, and with `check` the kernels or engines must give what the graphs'
+    standard bodies give on the CPU. Raises BenchmarkError where they do not, before anything is timed.
     """
     manifest = Bundle.open(path, verify=False).manifest
     _check_fit(manifest, rows)
 
-    def open_session(kernels: bool = kernels) -> Session:
-        return load(path, threads=threads, verify=False, kernels=kernels)
+    def open_session() -> Session:
+        return load(path, executor=executor, device=device, threads=threads, verify=False, kernels=kernels)
 
     expected = None
-    if kernels and check:
+    plain = executor == "onnx" and device in (None, "cpu") and not kernels
+    if check and not plain:
         on_step("standard bodies")
-        expected = outputs(open_session(kernels=False))
+        expected = outputs(load(path, threads=threads, verify=False, kernels=False))
     on_step("load")
     loading = Timing("load", "all")
     session = _time_loads(open_session, repeat, loading) if Row("load") in rows else open_session()
@@ -184,14 +187,18 @@ class _Bench:
             method[row.kind](row, timing)
         return timings
 
+    def _ceiling(self, measure: Callable[..., float | None], *arguments: Any) -> float | None:
+        """What the processor gives at most; None where a GPU computes (benchmarks/gpu measures those)."""
+        return measure(*arguments) if self.session.executor.name.startswith("onnx-cpu") else None
+
     def _prefill(self, row: Row, timing: Timing) -> None:
         kind = "int8" if self.manifest.precision.startswith("int") else "float32"
         timing.cost = costs.prefill_operations(self.manifest, timing.task, row.tokens)
         timing.cost_unit = f"{kind} op"
         ids = self._ids(row.tokens)
-        timing.ceiling_before = machine.arithmetic_rate(kind, self.threads)
+        timing.ceiling_before = self._ceiling(machine.arithmetic_rate, kind, self.threads)
         timing.samples_ms = _times(lambda: self.session.executor.context(timing.task, None).forward(ids), self.repeat)
-        timing.ceiling_after = machine.arithmetic_rate(kind, self.threads)
+        timing.ceiling_after = self._ceiling(machine.arithmetic_rate, kind, self.threads)
 
     def _decode(self, row: Row, timing: Timing) -> None:
         # The caches grow with the context; this is the middle of the row.
@@ -199,11 +206,11 @@ class _Bench:
         timing.cost_unit = "bytes"
         context = self.session.executor.context(timing.task, None)
         logits = context.forward(self._ids(row.context))
-        timing.ceiling_before = machine.read_bandwidth(self.threads)
+        timing.ceiling_before = self._ceiling(machine.read_bandwidth, self.threads)
         for _ in range(self.repeat):
             context.length = row.context
             timing.samples_ms += self._token_times(context, logits, timing.task, row.tokens)
-        timing.ceiling_after = machine.read_bandwidth(self.threads)
+        timing.ceiling_after = self._ceiling(machine.read_bandwidth, self.threads)
 
     def _token_times(self, context: Context, logits: np.ndarray, task: str, count: int) -> list[float]:
         """Milliseconds of each of `count` tokens in the loop that users get, selection and all."""

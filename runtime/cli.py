@@ -34,7 +34,10 @@ _ONE_PICTURE_BYTES = 1 << 30
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A directory written by `export`.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, max=1024, help="Threads to compute with.")]
-Device = Annotated[str, typer.Option("--device", help="cpu, or cuda where ONNX Runtime has it.")]
+ExecutorName = Annotated[str, typer.Option("--executor", help="onnx, or tensorrt with the engines of `build`.")]
+Device = Annotated[
+    str | None, typer.Option("--device", help="cpu or cuda; onnx runs on the CPU by default.", show_default=False)
+]
 Temperature = Annotated[float, typer.Option("--temperature", help="0 is greedy.")]
 TopP = Annotated[float, typer.Option("--top-p", help="Sample from this share of the probability.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the sampling.")]
@@ -126,8 +129,58 @@ def inspect(bundle: BundlePath, as_json: Json = False) -> None:
 
 
 @app.command()
-def verify(bundle: BundlePath, as_json: Json = False) -> None:
-    """Check every byte of a bundle against its manifest."""
+def build(
+    bundle: BundlePath,
+    target: Annotated[str, typer.Option(help="tensorrt-rtx (needs no GPU), or tensorrt for the GPU at hand.")],
+    compute_capability: Annotated[
+        str | None, typer.Option(metavar="8.6,8.9,...", help="GPUs to build for; all of TensorRT-RTX's when left out.")
+    ] = None,
+    compute: Annotated[str | None, typer.Option(help="fp16 or bf16; fp32 for an fp32 bundle.")] = None,
+    max_context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens the caches hold; at most 4096 by default.")
+    ] = None,
+    max_rows: Annotated[int, typer.Option(min=1, help="New tokens of a decode pass, as drafts need.")] = 64,
+    as_json: Json = False,
+) -> None:
+    """Build a bundle's TensorRT engines into it, in place of older ones of the same target."""
+    from .bundle import Bundle
+
+    try:
+        from .export.engines.build import build_engines, default_settings
+    except ModuleNotFoundError as error:
+        raise HealthGPTError(f"build needs {error.name}: pip install 'healthgpt-edge[engines]'") from error
+    opened = Bundle.open(bundle)
+    capabilities = tuple(compute_capability.split(",")) if compute_capability else ()
+    settings = default_settings(opened.manifest, capabilities, compute, max_context, max_rows)
+    with _progress() as progress:
+        bar = progress.add_task("build", total=None)
+        record = build_engines(
+            opened,
+            target,
+            settings,
+            on_step=lambda name, done, total: progress.update(bar, description=name, completed=done, total=total),
+        )
+    if as_json:
+        _print_json({"bundle": str(bundle), **dataclasses.asdict(record)})
+        return
+    table = Table("engine", "bytes", "seconds", title=f"{bundle}: {target} {record.tensorrt}, {settings.compute}")
+    for name, entry in record.engines.items():
+        table.add_row(name, f"{entry.size:,}", f"{entry.seconds:.1f}")
+    _print_table(table)
+
+
+@app.command()
+def verify(
+    bundle: BundlePath,
+    executor: Annotated[
+        str | None, typer.Option(help="Compare what this executor computes, too: onnx or tensorrt.", show_default=False)
+    ] = None,
+    against: Annotated[str, typer.Option(help="The executor it is compared with.")] = "onnx",
+    device: Device = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Check every byte of a bundle against its manifest, and with --executor what a machine computes from it."""
     from .bundle import Bundle
 
     opened = Bundle.open(bundle, verify=False)
@@ -135,8 +188,27 @@ def verify(bundle: BundlePath, as_json: Json = False) -> None:
     with _progress() as progress:
         bar = progress.add_task("verify", total=total)
         checked = opened.verify(on_bytes=lambda count: progress.advance(bar, count))
-    result = {"ok": True, "files": len(opened.manifest.files), "bytes": checked}
-    _print_json(result) if as_json else print(f"ok: {result['files']} files, {checked:,} bytes")
+    result: dict[str, Any] = {"ok": True, "files": len(opened.manifest.files), "bytes": checked}
+    if executor is not None:
+        from .acceptance import compare
+
+        found = _load(bundle, executor=executor, device=device, threads=threads, kernels=True, verify=False)
+        expected = _load(bundle, executor=against, device=None, threads=threads, kernels=True, verify=False)
+        with _progress() as progress:
+            bar = progress.add_task("compare", total=None)
+            report = compare(found, expected, on_step=lambda name: progress.update(bar, description=name))
+        result |= {"ok": report.passed, **report.to_json()}
+        if not as_json:
+            table = Table("what", "found", "must be", "", title=f"{report.executor} against {report.against}")
+            for check in report.checks:
+                table.add_row(check.name, f"{check.found:.5g}", check.bound, "ok" if check.passed else "FAILED")
+            _print_table(table)
+    if as_json:
+        _print_json(result)
+    elif result["ok"]:
+        print(f"ok: {result['files']} files, {checked:,} bytes")
+    if not result["ok"]:
+        raise HealthGPTError(f"{executor} must compute what {against} does: {report.first_failure}")
 
 
 @app.command()
@@ -152,7 +224,8 @@ def answer(
     window: Window = None,
     draft: Annotated[str, typer.Option(help="Guess ahead: auto, lookup (in the words so far) or none.")] = "auto",
     certify: Certify = False,
-    device: Device = "cpu",
+    executor: ExecutorName = "onnx",
+    device: Device = None,
     threads: Threads = None,
     kernels: Kernels = True,
     verify: Verify = True,
@@ -167,6 +240,7 @@ def answer(
     session = _load(
         bundle,
         tasks=(COMPREHENSION,),
+        executor=executor,
         device=device,
         threads=threads,
         verify=verify,
@@ -217,7 +291,8 @@ def generate(
     show_progress: Annotated[
         bool, typer.Option("--progress", help="Meanwhile write the picture so far to NAME.partial.png.")
     ] = False,
-    device: Device = "cpu",
+    executor: ExecutorName = "onnx",
+    device: Device = None,
     threads: Threads = None,
     kernels: Kernels = True,
     verify: Verify = True,
@@ -237,7 +312,15 @@ def generate(
         raise HealthGPTError(f"--out must be a .png file, {out.name!r} is a folder")
     sampling = Sampling(temperature, top_p, seed)
     chosen_window = _window(window)
-    session = _load(bundle, tasks=(GENERATION,), device=device, threads=threads, verify=verify, kernels=kernels)
+    session = _load(
+        bundle,
+        tasks=(GENERATION,),
+        executor=executor,
+        device=device,
+        threads=threads,
+        verify=verify,
+        kernels=kernels,
+    )
     partial = out.with_suffix(".partial.png")
     try:
         with _progress() as progress:
@@ -274,7 +357,8 @@ def evaluate(
     bundle: BundlePath,
     answer_phantoms: Annotated[int, typer.Option(min=0, max=10_000, help="Phantoms to ask about.")] = 100,
     picture_phantoms: Annotated[int, typer.Option(min=0, max=10_000, help="Phantoms to make pictures of.")] = 10,
-    device: Device = "cpu",
+    executor: ExecutorName = "onnx",
+    device: Device = None,
     threads: Threads = None,
     kernels: Kernels = True,
     as_json: Json = False,
@@ -282,7 +366,7 @@ def evaluate(
     """Score a bundle of the phantom model on slices it has never seen."""
     from .evaluate import evaluate as run
 
-    session = _load(bundle, device=device, threads=threads, kernels=kernels)
+    session = _load(bundle, executor=executor, device=device, threads=threads, kernels=kernels)
     with _progress() as progress:
         bar = progress.add_task("evaluate", total=None)
         result = run(
@@ -319,6 +403,8 @@ def bench(
     ),
     repeat: Annotated[int, typer.Option(min=1, max=1000, help="Times each; a whole picture a fifth of it.")] = 5,
     check: Annotated[bool, typer.Option("--check/--no-check", help="Compare with the standard bodies first.")] = True,
+    executor: ExecutorName = "onnx",
+    device: Device = None,
     kernels: Kernels = True,
     threads: Threads = None,
     as_json: Json = False,
@@ -333,6 +419,8 @@ def bench(
         report = run_bench(
             bundle,
             parsed,
+            executor=executor,
+            device=device,
             threads=threads,
             kernels=kernels,
             repeat=repeat,
@@ -370,12 +458,12 @@ def demo(
         result.print_tables(Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 110))
 
 
-def _load(bundle: Path, *, device: str, kernels: bool, **options: Any) -> Session:
+def _load(bundle: Path, *, executor: str, device: str | None, kernels: bool, **options: Any) -> Session:
     """A session; where the kernels are wanted but not built, one line says so, for answers then come slower."""
     from .session import load
 
-    session = load(bundle, device=device, kernels=kernels, **options)
-    if kernels and device == "cpu" and not session.executor.name.endswith("+kernels"):
+    session = load(bundle, executor=executor, device=device, kernels=kernels, **options)
+    if kernels and session.executor.name == "onnx-cpu":
         text = "note: the native kernels are not built; ONNX Runtime's own nodes run in their place, slower"
         notes.print(text, soft_wrap=True)
     return session

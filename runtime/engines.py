@@ -184,9 +184,9 @@ def read_engine(bundle: Bundle, record: EngineRecord, name: str, tensorrt: str) 
     with path.open("rb", buffering=0) as file:
         for first in range(0, size, _CHUNK_BYTES):
             chunk = data[first : first + _CHUNK_BYTES]
-            if file.readinto(chunk) != len(chunk):
+            if file.readinto(chunk.data) != len(chunk):
                 raise ExecutorError(f"engine {name} is damaged: it ended while it was read; build again")
-            digest.update(chunk)
+            digest.update(chunk.data)
     if digest.hexdigest() != entry.sha256:
         raise ExecutorError(
             f"engine {name} is damaged: SHA-256 must be {entry.sha256[:16]}..., found {digest.hexdigest()[:16]}...; "

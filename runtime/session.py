@@ -319,7 +319,7 @@ def load(
     *,
     tasks: tuple[str, ...] | None = None,
     executor: str = "onnx",
-    device: str = "cpu",
+    device: str | None = None,
     threads: int | None = None,
     verify: bool = True,
     kernels: bool = True,
@@ -328,6 +328,7 @@ def load(
     """Open the bundle at `path` for `tasks` (all of them by default).
 
     `verify=False` skips the hashes of the weight files, which take most of the time of a cold start.
+    `executor` is onnx, on the `device` cpu or cuda, or tensorrt, on the engines that `healthgpt-edge build` made.
     `kernels=False` computes everything by ONNX Runtime's own nodes. With `prefix_cache_bytes` the session keeps the
     caches of pictures it was asked about, the last ones in so many bytes, and a request with the very same picture
     starts after it; by default nothing outlives its request. Raises BundleError, ExecutorError, GenerationError.

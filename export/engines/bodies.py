@@ -97,10 +97,8 @@ def hlora_linear(types: dict[str, int], compute: int) -> FunctionProto:
 
 
 def cached_attention(types: dict[str, int], compute: int) -> FunctionProto:
-    """`CachedAttention`: rotary positions in float32, then cache append and masked attention in `compute`."""
-    cache = types["past_key"]
-    to_keys, keys = _matrix("present_key", cache, compute)
-    to_values, values = _matrix("present_value", cache, compute)
+    """`CachedAttention`: rotary positions in float32, then cache append and masked attention in `compute`, with caches of
+    that type. The mask is added, for TensorRT-RTX 1.7 cannot compile a boolean one that several layers share."""
     return parser.parse_function(f"""
         {_HEADER}
         CachedAttention <heads, kv_heads, window> (
@@ -123,17 +121,15 @@ def cached_attention(types: dict[str, int], compute: int) -> FunctionProto:
             query_rotated = RotaryEmbedding (query_heads, cosine, sine)
             key_rotated = RotaryEmbedding (key_heads, cosine, sine)
             query_rows = Cast <to = {compute}> (query_rotated)
-            key_rows = Cast <to = {cache}> (key_rotated)
-            value_rows = Cast <to = {cache}> (value_heads)
+            key_rows = Cast <to = {compute}> (key_rotated)
+            value_rows = Cast <to = {compute}> (value_heads)
             present_key = TensorScatter <axis = 2> (past_key, key_rows, past_length)
             present_value = TensorScatter <axis = 2> (past_value, value_rows, past_length)
-            {to_keys}
-            {to_values}
             seen = Constant <value_float = 0.0> ()
             unseen = Constant <value_float = -30000.0> ()
             bias_wide = Where (visible, seen, unseen)
             bias = Cast <to = {compute}> (bias_wide)
-            attended = Attention (query_rows, {keys}, {values}, bias)
+            attended = Attention (query_rows, present_key, present_value, bias)
             attended_rows = Transpose <perm = [0, 2, 1, 3]> (attended)
             merge = Constant <value_ints = [0, 0, -1]> ()
             merged = Reshape (attended_rows, merge)

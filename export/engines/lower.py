@@ -6,8 +6,11 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, inliner
 
 from ..graph.builder import DOMAIN
 from .bodies import BODIES
+from .graphs import is_named
 
 CACHES = ("past_key_values.", "present_key_values.")
+# CachedAttention's inputs up to past_value and outputs up to present_value; behind them are the scales of int8 caches.
+_CACHED_INPUTS, _CACHED_OUTPUTS = 9, 3
 
 
 def lower(model: ModelProto, compute: int, capacity: int | None = None) -> ModelProto:
@@ -16,6 +19,7 @@ def lower(model: ModelProto, compute: int, capacity: int | None = None) -> Model
     capacity: tokens that the caches of a language graph hold, for TensorRT updates none of a length that is open. The
     model is changed in place, up to what is returned.
     """
+    _type_caches(model.graph, compute)
     _type_bodies(model, compute)
     flat = inliner.inline_local_functions(model)
     for node in flat.graph.node:
@@ -29,6 +33,20 @@ def lower(model: ModelProto, compute: int, capacity: int | None = None) -> Model
     return flat
 
 
+def _type_caches(graph: GraphProto, compute: int) -> None:
+    """Keep keys and values in the type of the products: TensorRT updates caches of floats alone, without scales."""
+    for node in graph.node:
+        if is_named(node, "CachedAttention"):
+            del node.input[_CACHED_INPUTS:], node.output[_CACHED_OUTPUTS:]
+    for entries in (graph.input, graph.output):
+        kept = [entry for entry in entries if not (entry.name.startswith(CACHES) and entry.name.endswith("_scale"))]
+        for entry in kept:
+            if entry.name.startswith(CACHES):
+                entry.type.tensor_type.elem_type = compute
+        del entries[:]
+        entries.extend(kept)
+
+
 def _type_bodies(model: ModelProto, compute: int) -> None:
     """Give every named node a body for the types it has here; nodes of one name and type share it."""
     types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
@@ -39,7 +57,8 @@ def _type_bodies(model: ModelProto, compute: int) -> None:
         if node.domain != DOMAIN or node.op_type not in BODIES:
             continue
         names = BODIES[node.op_type](dict.fromkeys(inputs[node.op_type], 1), compute).input
-        found = {name: types.get(value, TensorProto.FLOAT) for name, value in zip(names, node.input) if value}
+        given = [(name, value) for name, value in zip(names, node.input, strict=False) if value]
+        found = {name: types.get(value, TensorProto.FLOAT) for name, value in given}
         body = BODIES[node.op_type](found, compute)
         body.name = f"{body.name}_{'_'.join(str(found.get(name, 0)) for name in names)}"
         node.op_type = body.name

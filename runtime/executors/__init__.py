@@ -51,11 +51,25 @@ class Executor(Protocol):
 
 
 def open_executor(
-    bundle: Bundle, tasks: tuple[str, ...], name: str, device: str, threads: int | None, kernels: bool
+    bundle: Bundle,
+    tasks: tuple[str, ...],
+    name: str = "onnx",
+    device: str | None = None,
+    threads: int | None = None,
+    kernels: bool = True,
 ) -> Executor:
-    """Open the executor called `name` (onnx) for `tasks`; raises ExecutorError."""
+    """Open the executor called `name`, onnx or tensorrt, for `tasks` on cpu or cuda (None: where it runs by default).
+
+    threads and kernels are for the CPU. Raises ExecutorError.
+    """
     if name == "onnx":
         from .onnx import OnnxExecutor
 
-        return OnnxExecutor(bundle, tasks, device=device, threads=threads, kernels=kernels)
-    raise ExecutorError(f"executor must be onnx, found {name!r}")
+        return OnnxExecutor(bundle, tasks, device=device or "cpu", threads=threads, kernels=kernels)
+    if name == "tensorrt":
+        from .tensorrt import TensorRtExecutor
+
+        if device not in (None, "cuda"):
+            raise ExecutorError(f"executor tensorrt runs on device cuda, found {device!r:.40}")
+        return TensorRtExecutor.open(bundle, tasks)
+    raise ExecutorError(f"executor must be onnx or tensorrt, found {name!r:.40}")

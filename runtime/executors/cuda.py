@@ -50,7 +50,10 @@ class CudaMemory:
 
 
 class CudaDevice:
-    """The first GPU that CUDA_VISIBLE_DEVICES leaves; raises ExecutorError where there is none. Not run on a GPU yet."""
+    """The first GPU that CUDA_VISIBLE_DEVICES leaves; raises ExecutorError where there is none.
+
+    Not run on a GPU yet.
+    """
 
     def __init__(self) -> None:
         try:

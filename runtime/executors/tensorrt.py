@@ -6,14 +6,25 @@ which tests replace by the same graphs in ONNX Runtime on host memory. On a GPU 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
 
 from ..bundle import Bundle
-from ..engines import LANGUAGE, MODULES, EngineRecord, Settings, folder, import_tensorrt, read_engine, read_record
+from ..engines import (
+    COMPUTE_TYPES,
+    LANGUAGE,
+    MODULES,
+    EngineRecord,
+    Settings,
+    folder,
+    import_tensorrt,
+    read_engine,
+    read_record,
+)
 from ..errors import ExecutorError
-from ..manifest import CACHE_TYPES, Manifest
+from ..manifest import Manifest
 from .contract import Value, graph_values
 from .cuda import CudaDevice, Device, Memory
 from .tensorrt_engine import Engine, Tensor, TensorRtEngine
@@ -23,6 +34,7 @@ DECODE, PREFILL = 0, 1
 _ALIGNMENT_BYTES = 256
 _INT64, _FLOAT32 = np.dtype(np.int64), np.dtype(np.float32)
 _RESIDENT = ("vision", "codes")
+_CACHE_TYPES = {"fp32": "float32", "fp16": "float16", "bf16": "uint16"}
 
 
 class TensorRtExecutor:
@@ -123,10 +135,11 @@ class TensorRtExecutor:
         value = self.engine(name).values[result]
         shape = (1, *(int(size) for size in value.shape[1:]))
         dtype = np.dtype(value.type)
-        memory = self.device.allocate(int(np.prod(shape)) * dtype.itemsize)
+        memory = self.device.allocate(math.prod(shape) * dtype.itemsize)
         tensors[result] = Tensor(memory.address, shape)
         self.run(name, tensors)
-        return self.device.download(memory, shape, dtype)[0]
+        (values,) = self.device.download(memory, shape, dtype)
+        return np.asarray(values)
 
 
 class _LanguageBuffers:
@@ -151,8 +164,9 @@ class _LanguageBuffers:
                 self.rows[output] = size
                 self.outputs[output] = device.allocate(settings.max_rows * size * _FLOAT32.itemsize)
         shape = (1, language.kv_heads, settings.max_context, language.head_dim)
-        self.cache_shape, self.cache_type = shape, np.dtype(CACHE_TYPES[manifest.cache_precision])
-        size = int(np.prod(shape)) * self.cache_type.itemsize
+        # bfloat16 as the bytes it has.
+        self.cache_shape, self.cache_type = shape, np.dtype(_CACHE_TYPES[settings.compute])
+        size = math.prod(shape) * self.cache_type.itemsize
         stride = -(-size // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
         names = [f"key_values.{layer}.{kind}" for layer in range(language.layers) for kind in ("key", "value")]
         self.cache_offsets = {name: index * stride for index, name in enumerate(names)}
@@ -203,6 +217,29 @@ class TensorRtContext:
             first = end
         given = [part for part in logits if len(part)]
         return np.concatenate(given) if len(given) > 1 else given[0]
+
+    def caches(self, length: int) -> dict[str, np.ndarray]:
+        kept = {}
+        for name, offset in self._buffers.cache_offsets.items():
+            # Whole rows of all heads are far apart, so a cache comes as it is and is cut here.
+            whole = self._executor.device.download(
+                self._caches, self._buffers.cache_shape, self._buffers.cache_type, offset
+            )
+            kept[name] = whole[:, :, :length] if self._exact else _widened(whole[:, :, :length])
+        return kept
+
+    def restore(self, caches: dict[str, np.ndarray]) -> None:
+        length = next(iter(caches.values())).shape[2]
+        for name, offset in self._buffers.cache_offsets.items():
+            whole = np.zeros(self._buffers.cache_shape, self._buffers.cache_type)
+            whole[:, :, :length] = caches[name] if self._exact else _narrowed(caches[name])
+            self._executor.device.upload(whole, self._caches, offset)
+        self.length = length
+
+    @property
+    def _exact(self) -> bool:
+        """Whether numpy knows the caches' type; it does not know bfloat16, which is given as float32."""
+        return self._executor.settings.compute != "bf16"
 
     def _pass(self, token_ids: np.ndarray, last_positions: int, full_vocabulary: bool) -> np.ndarray:
         """One pass over [S] tokens; logits float32 [last_positions, rows]."""
@@ -256,6 +293,16 @@ class TensorRtContext:
         return device.download(logits, (rows, first_logit), _FLOAT32)
 
 
+def _widened(values: np.ndarray) -> np.ndarray:
+    """The bytes of bfloat16 values as float32: their upper half."""
+    return (values.astype(np.uint32) << 16).view(np.float32)
+
+
+def _narrowed(values: np.ndarray) -> np.ndarray:
+    """Float32 values that bfloat16 holds, as its bytes."""
+    return (np.ascontiguousarray(values).view(np.uint32) >> 16).astype(np.uint16)
+
+
 def output_name(task: str, name: str) -> str:
     """The language engine's name for an input or output that each task has of its own."""
     return f"{name}.{task}"
@@ -269,8 +316,12 @@ def engine_values(manifest: Manifest, name: str, settings: Settings) -> dict[str
     values = {"task": Value("int64", [1])} if len(manifest.tasks) > 1 else {}
     for task in manifest.tasks:
         for tensor, value in graph_values(manifest, task, LANGUAGE).items():
+            if tensor.endswith("_scale"):
+                continue  # of int8 caches, which engines keep as floats
             own = tensor in ("last_positions", "logits", "hidden")
             closed = _closed(value, {"M": settings.max_context})
+            if tensor.startswith(("past_key", "present_key")):
+                closed = closed._replace(type=COMPUTE_TYPES[settings.compute])
             values[output_name(task, tensor) if own else tensor] = closed
     return values
 

@@ -52,7 +52,7 @@ class Log:
     def __init__(self, trt: Any) -> None:
         kept: list[str] = []
 
-        class Logger(trt.ILogger):  # type: ignore[misc,name-defined]
+        class Logger(trt.ILogger):  # type: ignore[misc]
             def log(self, severity: Any, message: str) -> None:
                 if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
                     kept.append(" ".join(message.split()))
@@ -111,8 +111,7 @@ class TensorRtEngine:
         self._replay(context, (profile, *tensors.items()))
 
     def _replay(self, context: Any, key: object) -> None:
-        """Run by the CUDA graph of these shapes and addresses: the first time plainly, which sets up kernels, the second
-        time captured."""
+        """Run by the CUDA graph of these shapes and addresses; the first time without, which sets up the kernels."""
         call, stream = self._device.call, self._device.stream
         known = self._graphs.get(key)
         if known is None:
@@ -161,7 +160,7 @@ class TensorRtEngine:
             )
 
 
-_TYPES = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64", "INT32": "int32", "UINT8": "uint8"}
+_TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64", "UINT8": "uint8"}
 
 
 class _JitCache:

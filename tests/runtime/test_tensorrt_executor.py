@@ -71,7 +71,7 @@ def test_a_task_is_deaf_to_the_other_plugin(opened):
 @pytest.mark.parametrize("count, last_positions", [(1, 1), (8, 8), (9, 1), (30, 1), (30, 21), (30, 30), (17, 8)])
 def test_passes_fit_the_engine_whatever_is_asked(opened, count, last_positions):
     """Logits of any number of rows, and never more in a pass than the engine was built for."""
-    bundle, executor, passes = opened("m3")
+    _, executor, passes = opened("m3")
     ids = np.arange(count) + 5
     expected = np.concatenate(
         [
@@ -140,5 +140,5 @@ def test_an_engine_that_is_not_of_this_bundle_is_refused(opened, golden_bundle, 
     executor = type(executor)(bundle, ("comprehension",), executor.device, executor.settings, executor._open)
     executor._engines.clear()
     executor._open = lambda name: foreign
-    with pytest.raises(ExecutorError, match="engine language: .* must be .* by the manifest, found"):
+    with pytest.raises(ExecutorError, match=r"engine language: .* must be .* by the manifest, found"):
         executor.engine("language")
