@@ -191,7 +191,19 @@ class OnnxContext:
         if full_vocabulary and bound.hidden is not None:
             (other,) = self._executor.run(self._task, "vocabulary", {"hidden": bound.hidden})
             return np.concatenate([other[0], bound.logits[0]], axis=-1)
-        return bound.logits[0].copy()
+        return np.array(bound.logits[0])  # of its own: the next pass writes there again
+
+    def caches(self, length: int) -> dict[str, np.ndarray]:
+        return {f"key_values.{name}": self._caches[name].numpy()[:, :, :length] for name in self._names}
+
+    def restore(self, caches: dict[str, np.ndarray]) -> None:
+        length = next(iter(caches.values())).shape[2]
+        self._reserve(length)
+        for name in self._names:
+            whole = self._caches[name].numpy()
+            whole[:, :, :length] = caches[f"key_values.{name}"]
+            self._caches[name].update_inplace(whole)
+        self.length = length
 
     def _bind(self, tokens: int, last_positions: int) -> _Bound:
         """Bind everything for passes of this size: at decode steps of a small model that takes a tenth of the time."""
