@@ -224,6 +224,9 @@ def answer(
     window: Window = None,
     draft: Annotated[str, typer.Option(help="Guess ahead: auto, lookup (in the words so far) or none.")] = "auto",
     certify: Certify = False,
+    keep: Annotated[
+        Path | None, typer.Option(help="Keep what was read of pictures in this file, for questions to come.")
+    ] = None,
     executor: ExecutorName = "onnx",
     device: Device = None,
     threads: Threads = None,
@@ -235,6 +238,10 @@ def answer(
     from .decoding import Sampling
     from .session import COMPREHENSION
 
+    if keep and not image:
+        raise HealthGPTError("--keep needs a picture: give --image")
+    if keep and not keep.parent.is_dir():
+        raise HealthGPTError(f"the folder to hold {keep.name!r} does not exist")
     sampling = Sampling(temperature, top_p, seed)
     chosen_window = _window(window)
     session = _load(
@@ -245,8 +252,10 @@ def answer(
         threads=threads,
         verify=verify,
         kernels=kernels,
-        prefix_cache_bytes=_ONE_PICTURE_BYTES if len(question) > 1 else 0,
+        prefix_cache_bytes=_ONE_PICTURE_BYTES if len(question) > 1 or keep else 0,
     )
+    if keep and keep.exists():
+        session.restore_pictures(keep)
 
     def write(piece: str) -> None:
         sys.stdout.write(piece)
@@ -269,6 +278,8 @@ def answer(
         results.append(dataclasses.asdict(result))
         if not as_json:
             print()
+    if keep and not all(result["reused_tokens"] for result in results):
+        session.save_pictures(keep)
     if as_json:
         _print_json(results[0] if len(results) == 1 else {"answers": results})
 

@@ -32,5 +32,9 @@ class GenerationError(HealthGPTError):
     """The model's output is unusable: not finite, or not the codes of one image."""
 
 
+class KeptError(HealthGPTError):
+    """A file of kept pictures is damaged, of another bundle or executor, or too large."""
+
+
 class BenchmarkError(HealthGPTError):
     """A row is unknown or does not fit the bundle, or what was to be timed computes something else."""

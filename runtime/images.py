@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import secrets
 import stat
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from .errors import ImageError
+from .files import written_whole
 from .limits import MAX_FILE_BYTES, MAX_PIXELS, check_size, check_window, guarded
 
 Pixels = NDArray[np.uint8]
@@ -82,19 +82,12 @@ def write_image(path: str | os.PathLike[str], pixels: Pixels) -> None:
         raise ImageError(f"{name}: pictures are written as PNG, expected a name that ends in .png")
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.size == 0:
         raise ImageError(f"{name}: expected pixels uint8 [H, W, 3], got {pixels.dtype} {list(pixels.shape)}")
-    # In the same folder: a rename is atomic only within one file system.
-    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
-        with temporary.open("xb") as file:
+        with written_whole(target) as file:
             Image.fromarray(pixels).save(file, "PNG")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not a usable path"
         raise ImageError(f"{name}: cannot be written: {reason}") from None
-    finally:
-        _remove(temporary)
 
 
 def _read_file(
@@ -176,11 +169,3 @@ def _printable(path: Any) -> str:
     """The base name, in one line."""
     name = os.fsdecode(path).rstrip("/").rsplit("/", 1)[-1]
     return name if name and name.isprintable() else ascii(name)
-
-
-def _remove(path: Path) -> None:
-    """After the rename there is nothing left to remove; after a failure there may be."""
-    try:
-        path.unlink(missing_ok=True)
-    except (OSError, ValueError):
-        return

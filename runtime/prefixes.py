@@ -5,11 +5,27 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
+from typing import NamedTuple
 
 import numpy as np
 
 from .errors import GenerationError
 from .executors import Context
+
+
+class Prefix(NamedTuple):
+    """What a sequence begins with: the task, the SHA-256 of picture and tokens, and how many tokens these are."""
+
+    task: str
+    pixels: str
+    tokens: str
+    length: int
+
+    @classmethod
+    def of(cls, task: str, pixels: np.ndarray, token_ids: np.ndarray) -> Prefix:
+        """That of a picture, uint8 [H, W, 3], and the tokens up to its last patch, int64 [S]."""
+        shape = f"{pixels.shape} ".encode()
+        return cls(task, _sha256(shape + pixels.tobytes()), _sha256(token_ids.tobytes()), len(token_ids))
 
 
 class Prefixes:
@@ -22,36 +38,38 @@ class Prefixes:
     def __init__(self, limit_bytes: int) -> None:
         if limit_bytes < 0:
             raise GenerationError(f"prefix_cache_bytes must be 0 or above, got {limit_bytes}")
-        self._limit_bytes = limit_bytes
-        self._contexts: OrderedDict[str, Context] = OrderedDict()
+        self.limit_bytes = limit_bytes
+        self._contexts: OrderedDict[Prefix, Context] = OrderedDict()
         self._lock = threading.Lock()
 
     def __bool__(self) -> bool:
         """Whether anything is to be kept at all."""
-        return self._limit_bytes > 0
+        return self.limit_bytes > 0
 
-    @staticmethod
-    def key(task: str, pixels: np.ndarray, token_ids: np.ndarray) -> str:
-        """The SHA-256 of a task's picture, uint8 [H, W, 3], and the tokens up to its last patch, int64 [S]."""
-        digest = hashlib.sha256(f"{task} {pixels.shape} {len(token_ids)} ".encode())
-        digest.update(pixels.tobytes())
-        digest.update(token_ids.tobytes())
-        return digest.hexdigest()
-
-    def take(self, key: str) -> Context | None:
-        """The context of `key`, now the caller's alone; None if there is none."""
+    def take(self, prefix: Prefix) -> Context | None:
+        """The context of `prefix`, now the caller's alone; None if there is none."""
         with self._lock:
-            return self._contexts.pop(key, None)
+            return self._contexts.pop(prefix, None)
 
-    def keep(self, key: str, context: Context, length: int) -> None:
-        """Keep the first `length` tokens of `context` for `key`."""
-        context.length = length
+    def keep(self, prefix: Prefix, context: Context) -> None:
+        """Keep what `context` holds of `prefix`."""
+        context.length = prefix.length
         with self._lock:
-            self._contexts[key] = context
-            while sum(one.memory_bytes for one in self._contexts.values()) > self._limit_bytes:
+            self._contexts[prefix] = context
+            self._contexts.move_to_end(prefix)
+            while sum(one.memory_bytes for one in self._contexts.values()) > self.limit_bytes:
                 self._contexts.popitem(last=False)
+
+    def kept(self) -> list[tuple[Prefix, Context]]:
+        """All that is kept and not in use, the least recently used first."""
+        with self._lock:
+            return list(self._contexts.items())
 
     def clear(self) -> None:
         """Drop everything."""
         with self._lock:
             self._contexts.clear()
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -18,8 +18,9 @@ from .drafting import Drafter, Drafts
 from .errors import BundleError, GenerationError, ImageError, PromptError
 from .executors import Executor, open_executor
 from .images import prepare, read_image
+from .kept import read_kept, write_kept
 from .manifest import Codes
-from .prefixes import Prefixes
+from .prefixes import Prefix, Prefixes
 from .previews import Previews
 from .prompt import IMAGE, TEMPLATES, Tokenizer, prompt_ids
 from .results import Answer, Clock, Picture
@@ -55,13 +56,6 @@ class _Run(NamedTuple):
     by_pass: list[int]
     certified: bool
     reused_tokens: int
-
-
-class _Prefix(NamedTuple):
-    """The system prompt and a picture: what it is found by, and its length in tokens."""
-
-    key: str
-    length: int
 
 
 class Session:
@@ -202,7 +196,7 @@ class Session:
             drafter = self._drafter(request, ids, picture)
         pixels = prepare(picture, manifest.vision.image_size, manifest.vision.background) if picture else None
         prefix = self._prefix(task, spliced, pixels)
-        context = self._prefixes.take(prefix.key) if prefix else None
+        context = self._prefixes.take(prefix) if prefix else None
         reused_tokens = context.length if context else 0
         if context is None:
             features = None
@@ -240,19 +234,40 @@ class Session:
         compared = not drafted or request.certify
         certified = (compared and not prefix) or self.drafts.agree(task)
         if prefix:
-            self._prefixes.keep(prefix.key, context, prefix.length)
+            self._prefixes.keep(prefix, context)
         return _Run(ids, new_ids, drafter.name if drafter and drafted else "none", by_pass, certified, reused_tokens)
 
     def forget_pictures(self) -> None:
         """Drop what was kept of pictures for the next question (`prefix_cache_bytes` of `load`)."""
         self._prefixes.clear()
 
-    def _prefix(self, task: str, spliced: np.ndarray, pixels: np.ndarray | None) -> _Prefix | None:
+    def save_pictures(self, path: str | os.PathLike[str]) -> None:
+        """Write what is kept of pictures to a file, for another session of the same bundle and executor.
+
+        It is a patient's data, readable by the file's owner alone. Raises KeptError.
+        """
+        pictures = [(prefix, context.caches(prefix.length)) for prefix, context in self._prefixes.kept()]
+        write_kept(Path(path), self.bundle.manifest, self.executor.name, pictures)
+
+    def restore_pictures(self, path: str | os.PathLike[str]) -> None:
+        """Keep what `save_pictures` wrote, too, so that questions about its pictures start after them.
+
+        Raises KeptError.
+        """
+        limit_bytes = self._prefixes.limit_bytes
+        restored = []
+        for prefix, caches in read_kept(Path(path), self.bundle.manifest, self.executor.name, limit_bytes):
+            restored.append((prefix, self.executor.context(prefix.task, None)))
+            restored[-1][1].restore(caches)
+        for prefix, context in restored:
+            self._prefixes.keep(prefix, context)
+
+    def _prefix(self, task: str, spliced: np.ndarray, pixels: np.ndarray | None) -> Prefix | None:
         """What the prompt of every question about a picture begins with, if that is to be kept."""
         if pixels is None or not self._prefixes:
             return None
         length = int(np.flatnonzero(spliced >= self.bundle.manifest.language.vocab)[-1]) + 1
-        return _Prefix(self._prefixes.key(task, pixels, spliced[:length]), length)
+        return Prefix.of(task, pixels, spliced[:length])
 
     def _drafter(self, request: _Request, ids: list[int], picture: Image.Image | None) -> Drafter | None:
         if request.task == GENERATION:

@@ -588,6 +588,15 @@ REQUESTS = {
         image(bytes(128) + b"DICM", name="scan.dcm"),
         "scan.dcm: expected a transfer syntax in the file meta group, found none",
     ),
+    "keep: no picture": Bad(answer("--keep", in_folder("kept")), "--keep needs a picture: give --image"),
+    "keep: no folder": Bad(
+        answer("--image", PICTURE, "--keep", in_folder("none/kept")), "the folder to hold 'kept' does not exist"
+    ),
+    "keep: another file": Bad(
+        answer("--image", PICTURE, "--keep", picture_file(partial(encoded, "PNG"), "kept")),
+        "'kept' must begin with 'healthgpt-edge kept pictures 1'",
+    ),
+    "keep: a folder": Bad(answer("--image", PICTURE, "--keep", make("kept")), "'kept' cannot be read: Is a directory"),
     "image: window in words": Bad(
         answer("--image", PICTURE, "--window", "lung"), "--window must be CENTRE,WIDTH, two numbers, got 'lung'"
     ),

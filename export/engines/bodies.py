@@ -97,8 +97,10 @@ def hlora_linear(types: dict[str, int], compute: int) -> FunctionProto:
 
 
 def cached_attention(types: dict[str, int], compute: int) -> FunctionProto:
-    """`CachedAttention`: rotary positions in float32, then cache append and masked attention in `compute`, with caches of
-    that type. The mask is added, for TensorRT-RTX 1.7 cannot compile a boolean one that several layers share."""
+    """`CachedAttention`: rotary positions in float32, then cache append and masked attention in `compute`.
+
+    The caches are of that type, too. The mask is added: TensorRT-RTX 1.7 cannot compile a boolean one for many layers.
+    """
     return parser.parse_function(f"""
         {_HEADER}
         CachedAttention <heads, kv_heads, window> (

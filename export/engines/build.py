@@ -211,7 +211,7 @@ class _Compiler:
             config.set_compute_capability(known[capability], index)
 
     def _set_attention(self, network: Any) -> None:
-        """Let every attention run as single operators where no kernel fits, and tell it how much of the cache is filled.
+        """Let attention run as single operators where no kernel fits, and tell it how much of the cache is filled.
 
         The mask alone decides what is seen; the length keeps a kernel from reading what the mask would throw away,
         where this TensorRT can be told.

@@ -27,6 +27,14 @@ class Context(Protocol):
         """
         ...
 
+    def caches(self, length: int) -> dict[str, np.ndarray]:
+        """What its first `length` tokens left in the caches, [1, K, length, ...] each, by the graph's names."""
+        ...
+
+    def restore(self, caches: dict[str, np.ndarray]) -> None:
+        """Begin, while it is empty, with what `caches` of another context of the task gave."""
+        ...
+
 
 class Executor(Protocol):
     """Runs the graphs of the tasks it was opened with."""

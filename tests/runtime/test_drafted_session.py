@@ -15,7 +15,7 @@ from healthgpt_edge.drafting import PICTURE_DRAFTS
 from healthgpt_edge.drafting import drafts as drafts_module
 from healthgpt_edge.errors import BundleError, GenerationError
 from healthgpt_edge.executors.onnx import OnnxExecutor
-from healthgpt_edge.prefixes import Prefixes
+from healthgpt_edge.prefixes import Prefix
 from healthgpt_edge.previews import Previews
 
 COM, GEN = Case("m3_com_wide"), Case("m3_gen_wide")
@@ -274,15 +274,15 @@ def test_a_command_asks_several_questions_about_one_picture(golden_bundle):
 def test_a_key_names_task_picture_and_tokens():
     pixels, ids = np.zeros((2, 3, 3), np.uint8), np.arange(4)
     keys = [
-        Prefixes.key("comprehension", pixels, ids),
-        Prefixes.key("generation", pixels, ids),
-        Prefixes.key("comprehension", pixels + np.uint8(1), ids),
-        Prefixes.key("comprehension", pixels.reshape(3, 2, 3), ids),
-        Prefixes.key("comprehension", pixels, ids[:3]),
-        Prefixes.key("comprehension", pixels, ids + 1),
+        Prefix.of("comprehension", pixels, ids),
+        Prefix.of("generation", pixels, ids),
+        Prefix.of("comprehension", pixels + np.uint8(1), ids),
+        Prefix.of("comprehension", pixels.reshape(3, 2, 3), ids),
+        Prefix.of("comprehension", pixels, ids[:3]),
+        Prefix.of("comprehension", pixels, ids + 1),
     ]
     assert len(set(keys)) == len(keys)
-    assert Prefixes.key("comprehension", pixels.copy(), ids.copy()) == keys[0]
+    assert Prefix.of("comprehension", pixels.copy(), ids.copy()) == keys[0]
 
 
 def test_a_picture_that_differs_by_one_level_is_another(golden_bundle):
@@ -314,9 +314,9 @@ def test_kept_pictures_stay_within_their_bytes(golden_bundle):
 
     assert not reused(0)
     (context,) = keeping._prefixes._contexts.values()
-    keeping._prefixes._limit_bytes = 2 * context.memory_bytes
+    keeping._prefixes.limit_bytes = 2 * context.memory_bytes
     assert [reused(1), reused(0), reused(2), reused(0), reused(1)] == [False, True, False, True, False]
-    keeping._prefixes._limit_bytes = context.memory_bytes - 1
+    keeping._prefixes.limit_bytes = context.memory_bytes - 1
     assert [reused(1), reused(1)] == [True, False]
 
 

@@ -1,0 +1,29 @@
+"""Files that are written whole, or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+# What only its owner may read: what is known of a patient.
+PRIVATE = 0o600
+
+
+@contextlib.contextmanager
+def written_whole(target: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
+    """A file that takes the place of `target` when the block is left, and leaves nothing behind where that fails."""
+    # In the same folder: a rename is atomic only within one file system.
+    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        with os.fdopen(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode), "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    finally:
+        with contextlib.suppress(OSError, ValueError):
+            temporary.unlink()

@@ -1,0 +1,225 @@
+"""Kept pictures in a file: what comes back is what was kept, and a file that is anything else is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from command import run
+from golden_cases import Case
+
+from healthgpt_edge import load
+from healthgpt_edge.errors import ExecutorError, KeptError
+from healthgpt_edge.kept import MAX_HEADER_BYTES, MAX_PICTURES, read_kept
+
+COM = Case("m3_com_wide")
+OTHER = Case("m3_com_square")
+QUESTION = "What is in the image?"
+LIMIT_BYTES = 64 << 20
+MAGIC = b"healthgpt-edge kept pictures 1\n"
+
+
+def keeping(golden_bundle, **options):
+    options = {"tasks": ("comprehension",), "threads": 1, "prefix_cache_bytes": LIMIT_BYTES} | options
+    return load(golden_bundle("m3"), **options)
+
+
+@pytest.fixture(scope="module")
+def session(golden_bundle):
+    return keeping(golden_bundle)
+
+
+@pytest.fixture(scope="module")
+def kept(session, tmp_path_factory) -> bytes:
+    """A file of one picture."""
+    path = tmp_path_factory.mktemp("kept") / "kept"
+    session.answer(COM.image, QUESTION, max_new_tokens=1)
+    session.save_pictures(path)
+    return path.read_bytes()
+
+
+def refusal(session, path: Path) -> str:
+    before = session._prefixes.kept()
+    with pytest.raises(KeptError) as caught:
+        session.restore_pictures(path)
+    assert session._prefixes.kept() == before
+    return str(caught.value)
+
+
+# --- what comes back ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_another_session_goes_on_with_the_very_bits(golden_bundle, tmp_path, kernels):
+    """Two pictures, the answers and every cached number."""
+    first, second = (keeping(golden_bundle, kernels=kernels) for _ in range(2))
+    for case in (COM, OTHER):
+        first.answer(case.image, case.question, max_new_tokens=3)
+    first.save_pictures(tmp_path / "kept")
+    expected = [first.answer(case.image, QUESTION, max_new_tokens=20) for case in (COM, OTHER)]
+    second.restore_pictures(tmp_path / "kept")
+    answers = [second.answer(case.image, QUESTION, max_new_tokens=20) for case in (COM, OTHER)]
+    assert [one.token_ids for one in answers] == [one.token_ids for one in expected]
+    assert [one.reused_tokens for one in answers] == [one.reused_tokens for one in expected]
+    assert all(one.reused_tokens > 0 and one.timings_ms["vision"] == 0 for one in answers)
+    second.save_pictures(tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "kept").read_bytes()
+
+
+def test_a_file_is_written_whole_and_for_its_owner_alone(session, kept, tmp_path):
+    path = tmp_path / "kept"
+    path.touch(mode=0o644)
+    session.save_pictures(path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert path.read_bytes() == kept and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(KeptError, match=r"'folder' cannot be written: Is a directory"):
+        (tmp_path / "folder").mkdir()
+        session.save_pictures(tmp_path / "folder")
+    with pytest.raises(KeptError, match=r"'kept' cannot be written: No such file or directory"):
+        session.save_pictures(tmp_path / "none" / "kept")
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["folder", "kept"]
+
+
+def test_a_command_keeps_a_picture_for_the_next(golden_bundle, tmp_path):
+    words = ["answer", golden_bundle("m3"), "--image", COM.image, "--max-new-tokens", "8", "--threads", "1", "--json"]
+    plain = run(*words, "--question", QUESTION).json
+    keep = ["--question", QUESTION, "--keep", tmp_path / "kept"]
+    answers = [run(*words, *keep).json for _ in range(2)]
+    assert [one["token_ids"] for one in answers] == [plain["token_ids"]] * 2
+    assert answers[0]["reused_tokens"] == 0 < answers[1]["reused_tokens"]
+    assert list(tmp_path.iterdir()) == [tmp_path / "kept"]
+
+
+def test_a_session_without_the_task_takes_nothing(golden_bundle, kept, tmp_path):
+    (tmp_path / "kept").write_bytes(kept)
+    other = keeping(golden_bundle, tasks=("generation",))
+    with pytest.raises(ExecutorError, match="opened for generation, not for comprehension"):
+        other.restore_pictures(tmp_path / "kept")
+    assert other._prefixes.kept() == []
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+
+def edited(kept: bytes, change: Callable[[dict[str, Any]], object]) -> bytes:
+    """The file with another header, and a hash that fits."""
+    start = len(MAGIC) + 8
+    end = start + int.from_bytes(kept[len(MAGIC) : start], "little")
+    fields = json.loads(kept[start:end])
+    changed = change(fields)
+    header = json.dumps(fields if changed is None else changed).encode()
+    body = MAGIC + len(header).to_bytes(8, "little") + header + kept[end:-32]
+    return body + hashlib.sha256(body).digest()
+
+
+def picture(**fields: object) -> Callable[[bytes], bytes]:
+    return lambda kept: edited(kept, lambda header: header["pictures"][0].update(fields))
+
+
+def header(**fields: object) -> Callable[[bytes], bytes]:
+    return lambda kept: edited(kept, lambda header: header.update(fields))
+
+
+def flipped(kept: bytes, at: int) -> bytes:
+    return kept[:at] + bytes([kept[at] ^ 1]) + kept[at + 1 :]
+
+
+LISTS = "'kept': the header must name bundle, executor and pictures, found something else"
+REFUSED: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "empty": (lambda kept: b"", "'kept' must begin with 'healthgpt-edge kept pictures 1'"),
+    "another kind": (lambda kept: b"\x80\x04" + kept, "'kept' must begin with 'healthgpt-edge kept pictures 1'"),
+    "another version": (
+        lambda kept: kept.replace(b"pictures 1\n", b"pictures 2\n", 1),
+        "'kept' must begin with 'healthgpt-edge kept pictures 1'",
+    ),
+    "header too large": (
+        lambda kept: MAGIC + (1 << 62).to_bytes(8, "little") + kept[len(MAGIC) + 8 :],
+        f"'kept': the header must be at most {MAX_HEADER_BYTES} bytes, found {1 << 62}",
+    ),
+    "no JSON": (lambda kept: flipped(kept, len(MAGIC) + 8), LISTS),
+    "deep JSON": (lambda kept: MAGIC + (100_000).to_bytes(8, "little") + b"[" * 100_000, LISTS),
+    "a list": (lambda kept: edited(kept, lambda fields: []), LISTS),
+    "no pictures": (lambda kept: edited(kept, lambda fields: fields.pop("pictures") and None), LISTS),
+    "pictures of a kind": (header(pictures={}), LISTS),
+    "a picture of a kind": (header(pictures=["x"]), LISTS),
+    "an unknown field": (picture(path="/"), LISTS),
+    "another bundle": (header(bundle="0" * 64), "'kept' was kept by another bundle than this one"),
+    "another executor": (
+        header(executor="tensorrt\n"),
+        "'kept' must be kept by the executor onnx-cpu+kernels, found 'tensorrt\\n'",
+    ),
+    "too many": (
+        lambda kept: edited(kept, lambda fields: fields.update(pictures=fields["pictures"] * (MAX_PICTURES + 2))),
+        f"'kept' must hold at most {MAX_PICTURES} pictures, found {MAX_PICTURES + 2}",
+    ),
+    "unknown task": (picture(task="training"), "'kept': a picture's task must be comprehension or generation"),
+    "task of a kind": (picture(task=[1]), "'kept': a picture's task must be comprehension or generation"),
+    "no hash": (
+        picture(pixels="../" * 21 + "x"),
+        "'kept': a picture must be named by two SHA-256 of 64 digits, found something else",
+    ),
+    "no tokens": (picture(length=0), "'kept': a picture must have 1 to 4096 tokens, found 0"),
+    "too many tokens": (picture(length=1 << 40), f"'kept': a picture must have 1 to 4096 tokens, found {1 << 40}"),
+    "half a token": (picture(length=1.5), "'kept': a picture must have 1 to 4096 tokens, found 1.5"),
+    "truth for a number": (picture(length=True), "'kept': a picture must have 1 to 4096 tokens, found True"),
+    "cut": (lambda kept: kept[:-1], "'kept' must be {size} bytes, found {less}"),
+    "more behind": (lambda kept: kept + b"x", "'kept' must be {size} bytes, found {more}"),
+    "damaged": (lambda kept: flipped(kept, len(kept) - 100), "'kept' is damaged: its SHA-256 must be "),
+    "damaged hash": (lambda kept: flipped(kept, len(kept) - 1), "'kept' is damaged: its SHA-256 must be "),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_file_that_is_not_as_it_was_written_is_refused(session, kept, tmp_path, name):
+    change, message = REFUSED[name]
+    (tmp_path / "kept").write_bytes(change(kept))
+    sizes = {"size": len(kept), "less": len(kept) - 1, "more": len(kept) + 1}
+    assert refusal(session, tmp_path / "kept").startswith(message.format(**sizes) if "{size}" in message else message)
+
+
+def test_every_flipped_bit_is_found(session, kept, tmp_path):
+    """Wherever it is; but where it makes another picture of it, that is only found by its hash."""
+    rng = np.random.default_rng(0)
+    for at in [*range(0, 600, 7), *rng.integers(0, len(kept), 40).tolist()]:
+        (tmp_path / "kept").write_bytes(flipped(kept, at))
+        assert refusal(session, tmp_path / "kept")
+
+
+def test_files_that_cannot_be_read(session, tmp_path):
+    assert refusal(session, tmp_path / "none") == "'none' cannot be read: No such file or directory"
+    assert refusal(session, tmp_path) == f"{tmp_path.name!r} cannot be read: Is a directory"
+    assert refusal(session, Path("a\0b")) == "'a\\x00b' cannot be read: not a usable path"
+    os.mkfifo(tmp_path / "pipe")
+    assert refusal(session, tmp_path / "pipe") == "'pipe' must be a regular file"
+
+
+def test_a_file_larger_than_what_may_be_kept_is_refused(golden_bundle, kept, tmp_path):
+    (tmp_path / "kept").write_bytes(kept)
+    small = keeping(golden_bundle, prefix_cache_bytes=1000)
+    assert refusal(small, tmp_path / "kept").startswith("'kept' must fit prefix_cache_bytes=1000, found ")
+
+
+def test_nothing_is_allocated_for_what_a_file_only_claims(session, kept, tmp_path, monkeypatch):
+    def empty(*arguments):
+        raise AssertionError("allocated before the size was checked")
+
+    monkeypatch.setattr("healthgpt_edge.kept.np.empty", empty)
+    (tmp_path / "kept").write_bytes(picture(length=4096)(kept))
+    assert "must be" in refusal(session, tmp_path / "kept")
+
+
+def test_a_bundle_is_known_by_its_manifest(session, kept, tmp_path):
+    (tmp_path / "kept").write_bytes(kept)
+    manifest = session.bundle.manifest
+    other = replace(manifest, decoding=replace(manifest.decoding, repetition_penalty=1.5))
+    assert len(read_kept(tmp_path / "kept", manifest, session.executor.name, LIMIT_BYTES)) == 1
+    with pytest.raises(KeptError, match="another bundle"):
+        read_kept(tmp_path / "kept", other, session.executor.name, LIMIT_BYTES)
