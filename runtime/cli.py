@@ -17,6 +17,8 @@ from rich.table import Table
 from .errors import HealthGPTError, PromptError
 
 if TYPE_CHECKING:
+    from .bundle import Bundle
+    from .engines import EngineRecord
     from .results import Answer, Picture
     from .session import Session
 
@@ -107,9 +109,11 @@ def inspect(bundle: BundlePath, as_json: Json = False) -> None:
     """Show what a bundle holds, without loading its weights."""
     from .bundle import Bundle
 
-    manifest = Bundle.open(bundle, verify=False).manifest
+    opened = Bundle.open(bundle, verify=False)
+    manifest = opened.manifest
     if as_json:
-        _print_json(json.loads(manifest.to_json()))
+        engines = {record.target: dataclasses.asdict(record) for record in _engine_records(opened)}
+        _print_json(json.loads(manifest.to_json()) | ({"engines": engines} if engines else {}))
         return
     table = Table("", "", title=str(bundle), show_header=False)
     language, vision = manifest.language, manifest.vision
@@ -125,6 +129,13 @@ def inspect(bundle: BundlePath, as_json: Json = False) -> None:
         table.add_row("pictures", f"{codes.grid} x {codes.grid} of {codes.count} codes, {codes.image_size} px")
     for name, entry in sorted(manifest.files.items()):
         table.add_row(name, f"{entry.size:,} bytes")
+    for record in _engine_records(opened):
+        made = record.settings
+        gpus = ", ".join(made.compute_capabilities) or "any GPU"
+        held = f"{made.compute}, {made.max_context} tokens, for {gpus}"
+        table.add_row(f"engines/{record.target}", f"TensorRT {record.tensorrt}; {held}")
+        for name, engine in record.engines.items():
+            table.add_row(f"engines/{record.target}/{name}.engine", f"{engine.size:,} bytes")
     _print_table(table)
 
 
@@ -478,6 +489,13 @@ def _load(bundle: Path, *, executor: str, device: str | None, kernels: bool, **o
         text = "note: the native kernels are not built; ONNX Runtime's own nodes run in their place, slower"
         notes.print(text, soft_wrap=True)
     return session
+
+
+def _engine_records(bundle: Bundle) -> list[EngineRecord]:
+    """The records of the engines in a bundle, of whichever TensorRT."""
+    from .engines import MODULES, folder, read_record
+
+    return [read_record(bundle, target) for target in MODULES if folder(bundle, target).is_dir()]
 
 
 def _note_uncertified(result: Answer | Picture) -> None:

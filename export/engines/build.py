@@ -80,7 +80,7 @@ def build_engines(
     Engines that were there are replaced when all new ones are done, and stay if one fails. `on_step(name, done, total)`
     reports progress. Raises ExecutorError.
     """
-    compiler = _Compiler(import_tensorrt(target), target, settings)
+    compiler = Compiler(import_tensorrt(target), target, settings)
     version = compiler.version
     graphs = engine_graphs(bundle.manifest)
     entries = {}
@@ -150,30 +150,37 @@ class _Range:
     most: int
 
 
-class _Compiler:
+class Compiler:
     """One TensorRT as a compiler of engines."""
 
     def __init__(self, trt: Any, target: str, settings: Settings) -> None:
-        self.trt, self.target, self.settings = trt, target, settings
+        self.trt, self.settings = trt, settings
         self.version = str(trt.__version__)
+        self.label = f"{target} {self.version}"
         self.log = Log(trt)
         if target != RTX and settings.compute_capabilities:
             raise ExecutorError("the full TensorRT builds for the GPU at hand: compute capabilities are tensorrt-rtx's")
 
-    def compile(self, name: str, model: ModelProto, bundle: Bundle) -> Any:
-        """The serialized engine of `model`, a buffer; its weights lie in `bundle`."""
+    def parse(self, name: str, model: ModelProto, bundle: Bundle) -> tuple[Any, Any]:
+        """TensorRT's builder and its network of `model`, whose weights lie in `bundle`."""
         trt = self.trt
         try:
             builder = trt.Builder(self.log.logger)
         except (TypeError, RuntimeError) as error:  # what pybind11 makes of a null pointer
-            raise ExecutorError(f"{self.target} {self.version} cannot build here: {self.log.reason}") from error
+            raise ExecutorError(f"{self.label} cannot build here: {self.log.reason}") from error
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(network, self.log.logger)
         if not parser.parse(model.SerializeToString(), str(bundle.path / f"{name}.onnx")):
-            reasons = [parser.get_error(index).desc() for index in range(parser.num_errors)]
-            raise ExecutorError(f"{self.target} {self.version} cannot read the graph {name}: {' '.join(reasons)[:300]}")
+            reasons = " ".join(parser.get_error(index).desc() for index in range(parser.num_errors))
+            raise ExecutorError(f"{self.label} cannot read the graph {name}: {reasons[:300]}")
         if name == LANGUAGE:
             self._set_attention(network)
+        return builder, network
+
+    def compile(self, name: str, model: ModelProto, bundle: Bundle) -> Any:
+        """The serialized engine of `model`, a buffer."""
+        trt = self.trt
+        builder, network = self.parse(name, model, bundle)
         config = builder.create_builder_config()
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
         if self.settings.compute == "fp32":
@@ -182,14 +189,12 @@ class _Compiler:
         for shapes in self._profiles(name, network, bundle.manifest):
             profile = builder.create_optimization_profile()
             for tensor, (least, typical, most) in shapes.items():
-                if tensor.is_shape_tensor:
-                    profile.set_shape_input(tensor.name, least, typical, most)
-                else:
-                    profile.set_shape(tensor.name, least, typical, most)
+                give = profile.set_shape_input if tensor.is_shape_tensor else profile.set_shape
+                give(tensor.name, least, typical, most)
             config.add_optimization_profile(profile)
         plan = builder.build_serialized_network(network, config)
         if plan is None:
-            raise ExecutorError(f"{self.target} {self.version} cannot build the engine {name}: {self.log.reason}")
+            raise ExecutorError(f"{self.label} cannot build the engine {name}: {self.log.reason}")
         return plan
 
     def _choose_gpus(self, config: Any) -> None:
@@ -205,8 +210,7 @@ class _Compiler:
         for index, capability in enumerate(capabilities):
             if capability not in known:
                 raise ExecutorError(
-                    f"{self.target} {self.version} builds for the compute capabilities {', '.join(sorted(known))}, "
-                    f"found {capability}"
+                    f"{self.label} builds for the compute capabilities {', '.join(sorted(known))}, found {capability}"
                 )
             config.set_compute_capability(known[capability], index)
 

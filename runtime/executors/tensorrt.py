@@ -18,6 +18,7 @@ from ..engines import (
     MODULES,
     EngineRecord,
     Settings,
+    check_fresh,
     folder,
     import_tensorrt,
     read_engine,
@@ -56,9 +57,8 @@ class TensorRtExecutor:
         self._tasks, self._open = tasks, open_engine
         self._all_tasks = sorted(bundle.manifest.tasks)
         self._engines: dict[str, Engine] = {}
-        for engine in (LANGUAGE, *(f"{task}.{role}" for task in tasks for role in _RESIDENT)):
-            if engine == LANGUAGE or engine.split(".")[1] in bundle.manifest.tasks[engine.split(".")[0]].graphs:
-                self.engine(engine)
+        for engine in resident_engines(bundle.manifest, tasks):
+            self.engine(engine)
         self._workspace = device.allocate(max(engine.workspace_bytes for engine in self._engines.values()))
         self.language = _LanguageBuffers(bundle.manifest, settings, device)
 
@@ -72,6 +72,8 @@ class TensorRtExecutor:
             target = next((one for one in MODULES if folder(bundle, one).is_dir()), next(iter(MODULES)))
         record = read_record(bundle, target)
         trt = import_tensorrt(target)
+        for engine in resident_engines(bundle.manifest, tasks):
+            check_fresh(bundle, record, engine, str(trt.__version__))
         device = CudaDevice()
 
         def open_engine(name: str) -> Engine:
@@ -301,6 +303,12 @@ def _widened(values: np.ndarray) -> np.ndarray:
 def _narrowed(values: np.ndarray) -> np.ndarray:
     """Float32 values that bfloat16 holds, as its bytes."""
     return (np.ascontiguousarray(values).view(np.uint32) >> 16).astype(np.uint16)
+
+
+def resident_engines(manifest: Manifest, tasks: tuple[str, ...]) -> list[str]:
+    """The engines that are loaded with the executor of `tasks`."""
+    own = [f"{task}.{role}" for task in tasks for role in _RESIDENT if role in manifest.tasks[task].graphs]
+    return [LANGUAGE, *own]
 
 
 def output_name(task: str, name: str) -> str:

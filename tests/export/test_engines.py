@@ -1,0 +1,379 @@
+"""Engines built by TensorRT-RTX where there is no GPU: what it makes of our graphs, and when an engine is refused."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from command import run
+from onnx import TensorProto, helper
+
+from healthgpt_edge import engines
+from healthgpt_edge.bundle import Bundle
+from healthgpt_edge.engines import LANGUAGE, check_fresh, engine_graphs, ingredients, read_engine, read_record
+from healthgpt_edge.errors import ExecutorError
+from healthgpt_edge.export.bundle import export_bundle
+from healthgpt_edge.export.checkpoint import Checkpoint
+from healthgpt_edge.export.demo import PHANTOM
+from healthgpt_edge.export.engines.build import Compiler, default_settings, engine_model
+from healthgpt_edge.export.engines.lower import lower
+from healthgpt_edge.export.engines.merge import merge
+from healthgpt_edge.export.graph.builder import GraphBuilder
+from healthgpt_edge.export.graph.functions import linear
+from healthgpt_edge.export.phantom.release import released_files
+from healthgpt_edge.export.quantize import quantise
+from healthgpt_edge.export.weights import WeightFile
+
+trt = pytest.importorskip("tensorrt_rtx")
+TARGET, GPU = "tensorrt-rtx", "8.9"
+BLOCK_SIZE, MAX_CONTEXT = 32, 512
+NAMES = {"language", "comprehension.vision"} | {
+    f"generation.{role}" for role in ("vision", "codes", "draft", "vocabulary")
+}
+
+
+def export(folder: Path, precision: str) -> Path:
+    with Checkpoint.open(**released_files(PHANTOM)) as checkpoint:
+        export_bundle(checkpoint, folder / precision, precision=precision, block_size=BLOCK_SIZE)
+    return folder / precision
+
+
+def build(bundle: Path, *options: object):
+    words = ["--target", TARGET, "--compute-capability", GPU, "--max-context", MAX_CONTEXT, *options]
+    return run("build", bundle, *map(str, words))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Path:
+    """The int4 phantom without engines. Not to be written to."""
+    return export(tmp_path_factory.mktemp("plain"), "int4")
+
+
+@pytest.fixture(scope="module")
+def built(plain, tmp_path_factory) -> Path:
+    """The int4 phantom with its engines. Not to be written to."""
+    bundle = tmp_path_factory.mktemp("built") / "int4"
+    shutil.copytree(plain, bundle)
+    outcome = build(bundle, "--json")
+    assert outcome.code == 0, outcome.errors
+    return bundle
+
+
+@pytest.fixture
+def copied(built, tmp_path) -> Path:
+    """A bundle with engines, to be written to."""
+    shutil.copytree(built, tmp_path / "int4")
+    return tmp_path / "int4"
+
+
+# --- the build ------------------------------------------------------------------------------------------------------
+
+
+def test_every_engine_of_the_phantom_is_built_and_recorded(built):
+    record = read_record(Bundle.open(built), TARGET)
+    assert set(record.engines) == NAMES and record.tensorrt == trt.__version__
+    folder = built / "engines" / TARGET
+    assert {path.name for path in folder.iterdir()} == {"engines.json"} | {f"{name}.engine" for name in NAMES}
+    assert [path.name for path in folder.parent.iterdir()] == [TARGET]
+    for name, entry in record.engines.items():
+        data = (folder / f"{name}.engine").read_bytes()
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (entry.size, entry.sha256)
+        assert entry.built_from["compute"] == "fp16" and entry.built_from["max_context"] == str(MAX_CONTEXT)
+    # The bundle is what it was: engines are beside it.
+    assert run("verify", built).code == 0
+
+
+@pytest.mark.parametrize("precision, compute", [("fp32", None), ("fp16", "bf16"), ("int8", None)])
+def test_every_precision_is_built(tmp_path, precision, compute):
+    bundle = export(tmp_path, precision)
+    outcome = build(bundle, "--json", *(["--compute", compute] if compute else []))
+    assert outcome.code == 0, outcome.errors
+    settings = outcome.json["settings"]
+    assert settings["compute"] == (compute or ("fp32" if precision == "fp32" else "fp16"))
+    assert (settings["max_rows"], settings["prefill_rows"]) == (64, MAX_CONTEXT)
+    assert set(outcome.json["engines"]) == NAMES
+
+
+def test_a_build_takes_the_place_of_the_one_before(copied):
+    before = read_record(Bundle.open(copied), TARGET)
+    assert build(copied, "--max-rows", 8, "--json").code == 0
+    after = read_record(Bundle.open(copied), TARGET)
+    assert (before.settings.max_rows, after.settings.max_rows) == (64, 8)
+    assert [path.name for path in (copied / "engines").iterdir()] == [TARGET]
+
+
+def test_a_build_that_fails_leaves_the_engines_that_were_there(copied):
+    before = {path.name: path.read_bytes() for path in (copied / "engines" / TARGET).iterdir()}
+    # Known to the compiler of engines, but it has no int4 there.
+    outcome = run("build", copied, "--target", TARGET, "--compute-capability", "7.5")
+    assert outcome.code == 2 and outcome.output == ""
+    assert "cannot build the engine language" in outcome.errors and "int4" in outcome.errors
+    assert {path.name: path.read_bytes() for path in (copied / "engines" / TARGET).iterdir()} == before
+    assert [path.name for path in (copied / "engines").iterdir()] == [TARGET]
+
+
+def test_inspect_tells_of_engines(built, plain):
+    text = run("inspect", built).output
+    assert f"TensorRT {trt.__version__}" in text and "language.engine" in text
+    assert set(run("inspect", built, "--json").json["engines"][TARGET]["engines"]) == NAMES
+    assert "engines" not in run("inspect", plain, "--json").json
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--target", "tensor"], "target must be one of tensorrt-rtx, tensorrt, found 'tensor'"),
+        (["--target", TARGET, "--compute-capability", "9.0"], "builds for the compute capabilities 12.0, 12.1, 7.5"),
+        (["--target", TARGET, "--compute-capability", "ada"], "a compute capability must be like 8.6, found 'ada'"),
+        (["--target", TARGET, "--compute", "fp32"], "compute of a bundle in int4 must not be fp32"),
+        (["--target", TARGET, "--compute", "fp8"], "compute must be one of fp32, fp16, bf16, found 'fp8'"),
+        (["--target", TARGET, "--max-context", "99999"], "max_context must be at most the base's"),
+        (["--target", TARGET, "--max-context", "10"], "1 <= max_rows <= prefill_rows <= max_context"),
+        (["--target", "tensorrt"], "target tensorrt needs the module tensorrt"),
+    ],
+)
+def test_what_cannot_be_built_is_one_line_and_leaves_nothing(plain, options, message):
+    outcome = run("build", plain, *options)
+    assert (outcome.code, outcome.output) == (2, "")
+    assert message in outcome.errors and outcome.errors.count("\n") == 1
+    assert not (plain / "engines").exists() or not list((plain / "engines").iterdir())
+
+
+# --- what TensorRT makes of it --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def network(plain, tmp_path_factory):
+    """TensorRT's network of the language engine, and what it was parsed from."""
+    bundle = Bundle.open(plain)
+    settings = default_settings(bundle.manifest, (GPU,), max_context=MAX_CONTEXT)
+    compiler = Compiler(trt, TARGET, settings)
+    work = tmp_path_factory.mktemp("network") / "int4"
+    shutil.copytree(plain, work)
+    with WeightFile(work / "stacked.bin", "stacked.bin") as stacked:
+        model = engine_model(bundle, LANGUAGE, engine_graphs(bundle.manifest)[LANGUAGE], settings, stacked)
+    opened = Bundle(work, bundle.manifest)
+    builder, network = compiler.parse(LANGUAGE, model, opened)
+    return bundle.manifest, network, (builder, compiler)
+
+
+def layers_of(network, kind):
+    found = [network.get_layer(index) for index in range(network.num_layers)]
+    return [layer for layer in found if layer.type == kind]
+
+
+def test_matrices_stay_as_they_are_stored(network):
+    """int4 for the base and the adapters, once for both tasks; int8 for the two heads."""
+    manifest, parsed, _ = network
+    types = Counter(layer.get_input(0).dtype for layer in layers_of(parsed, trt.LayerType.DEQUANTIZE))
+    linears = 4 * manifest.language.layers
+    assert types == {trt.DataType.INT4: 3 * linears, trt.DataType.INT8: len(manifest.tasks)}
+
+
+def test_products_and_attention_are_in_half_precision(network):
+    """No float32 island but those that are meant: norms, gates, sums and rotations are no products."""
+    _, parsed, _ = network
+    products = layers_of(parsed, trt.LayerType.MATRIX_MULTIPLY)
+    assert products and {layer.get_input(i).dtype for layer in products for i in (0, 1)} == {trt.DataType.HALF}
+    attentions = layers_of(parsed, trt.LayerType.ATTENTION_INPUT)
+    assert attentions and {layer.get_input(i).dtype for layer in attentions for i in range(3)} == {trt.DataType.HALF}
+    softmaxes = layers_of(parsed, trt.LayerType.SOFTMAX)
+    assert softmaxes and {layer.get_input(0).dtype for layer in softmaxes} == {trt.DataType.FLOAT}
+
+
+def test_caches_are_updated_in_place(network):
+    """Each cache goes in, through one update, and out: TensorRT binds both ends of that to one address."""
+    manifest, parsed, _ = network
+    updates = layers_of(parsed, trt.LayerType.KV_CACHE_UPDATE)
+    ends = {(layer.get_input(0).name, layer.get_output(0).name) for layer in updates}
+    names = [f"key_values.{i}.{kind}" for i in range(manifest.language.layers) for kind in ("key", "value")]
+    assert ends == {(f"past_{name}", f"present_{name}") for name in names}
+    outputs = {parsed.get_output(index).name for index in range(parsed.num_outputs)}
+    assert {f"present_{name}" for name in names} <= outputs
+    shapes = {tuple(layer.get_input(0).shape)[2] for layer in updates}
+    assert shapes == {MAX_CONTEXT}
+
+
+def test_attention_knows_how_much_of_the_cache_is_filled(network):
+    _, parsed, _ = network
+    for layer in layers_of(parsed, trt.LayerType.ATTENTION_INPUT):
+        layer.__class__ = trt.IAttentionInputLayer
+        assert layer.attention.decomposable
+        assert layer.attention.key_value_lengths.dtype == trt.DataType.INT32
+        assert layer.attention.mask is not None
+
+
+def test_an_int4_matrix_is_int4_in_the_engine(tmp_path):
+    """2048 x 4096 in blocks of 128 with scales of both signs: 4 MiB of int4 and a little, not 16 MiB of float16."""
+    channels, outputs, block = 2048, 4096, 128
+    weight = np.random.default_rng(0).standard_normal((outputs, channels), np.float32)
+    values, scales = quantise(weight, TensorProto.INT4, block)
+    assert (scales < 0).any() and (scales > 0).any()
+    graph = GraphBuilder("wide")
+    x = graph.input("x", TensorProto.FLOAT, [1, 1, channels])
+    with WeightFile(tmp_path / "wide.bin", "wide.bin") as file:
+        stored = graph.weight(file, "w", TensorProto.INT4, lambda: values)
+        scale = graph.weight(file, "s", TensorProto.FLOAT, lambda: scales)
+        y = graph.call(linear(TensorProto.INT4, False), x, stored, scale, "", block_size=block)
+    graph.output(y, "y", TensorProto.FLOAT, [1, 1, outputs])
+    model = lower(graph.model(), TensorProto.FLOAT16)
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
+    parsed = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    assert trt.OnnxParser(parsed, logger).parse(model.SerializeToString(), str(tmp_path / "wide.onnx"))
+    config = builder.create_builder_config()
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(trt.ComputeCapability.SM89, 0)
+    plan = builder.build_serialized_network(parsed, config)
+    assert channels * outputs // 2 < plan.nbytes < channels * outputs * 0.6
+
+
+# --- one graph for both tasks ---------------------------------------------------------------------------------------
+
+
+def test_the_base_is_in_the_merged_graph_once(plain, tmp_path):
+    bundle = Bundle.open(plain)
+    graphs = {
+        task: onnx.load(bundle.graph(task, "language"), load_external_data=False) for task in bundle.manifest.tasks
+    }
+    with WeightFile(tmp_path / "stacked.bin", "stacked.bin") as stacked:
+        merged = merge(graphs, plain, stacked)
+    names = [tensor.name for tensor in merged.graph.initializer]
+    assert len(names) == len(set(names))
+    for layer in range(bundle.manifest.language.layers):
+        assert sum(name.startswith(f"layers.{layer}.mlp.down_proj.weight") for name in names) == 2  # and its scales
+    linears = [node for node in merged.graph.node if node.op_type == "HLoraLinear"]
+    assert len(linears) == 4 * bundle.manifest.language.layers
+    ranks = [task.rank for task in bundle.manifest.tasks.values()]
+    padded = sum(-(-rank // BLOCK_SIZE) * BLOCK_SIZE for rank in ranks)
+    experts = sum(task.experts for task in bundle.manifest.tasks.values())
+    stored = {tensor.name: list(tensor.dims) for tensor in merged.graph.initializer}
+    for node in linears:
+        assert stored[node.input[4]][1] == padded + experts and stored[node.input[6]][0] == padded
+    inputs = {entry.name for entry in merged.graph.input}
+    assert {"task", "last_positions.comprehension", "last_positions.generation", "token_ids"} <= inputs
+
+
+# --- before an engine is used ---------------------------------------------------------------------------------------
+
+
+def stale(bundle: Bundle, record, name=LANGUAGE, version=trt.__version__) -> str:
+    with pytest.raises(ExecutorError) as caught:
+        check_fresh(bundle, record, name, version)
+    return str(caught.value)
+
+
+def test_a_fresh_engine_is_read(built):
+    bundle = Bundle.open(built)
+    record = read_record(bundle, TARGET)
+    for name in NAMES:
+        data = read_engine(bundle, record, name, trt.__version__)
+        assert data.tobytes() == (built / "engines" / TARGET / f"{name}.engine").read_bytes()
+
+
+def test_every_ingredient_makes_an_engine_stale(built, monkeypatch):
+    """Each file that it was made of, TensorRT's version, the target, every flag, and how graphs are lowered."""
+    bundle = Bundle.open(built)
+    record = read_record(bundle, TARGET)
+    check_fresh(bundle, record, LANGUAGE, trt.__version__)
+    parts = ingredients(bundle.manifest, LANGUAGE, TARGET, trt.__version__, record.settings)
+    files = {"comprehension.language.onnx", "generation.language.onnx"}
+    files |= {f"weights/{name}.bin" for name in ("base", "comprehension", "generation")}
+    settings = {field.name for field in dataclasses.fields(record.settings)}
+    assert set(parts) == files | settings | {"target", "TensorRT", "lowering"}
+    for file in files:
+        entries = dict(bundle.manifest.files)
+        entries[file] = dataclasses.replace(entries[file], sha256="0" * 64)
+        other = Bundle(bundle.path, dataclasses.replace(bundle.manifest, files=entries))
+        assert f"built from {file} " in stale(other, record)
+    changed = {
+        "compute": "bf16",
+        "compute_capabilities": ("8.6",),
+        "max_context": 600,
+        "max_rows": 9,
+        "prefill_rows": 99,
+    }
+    assert set(changed) == settings
+    for name, value in changed.items():
+        other = dataclasses.replace(record, settings=dataclasses.replace(record.settings, **{name: value}))
+        assert f"built from {name} " in stale(bundle, other)
+    assert "built from TensorRT 1." in stale(bundle, record, version="99.0")
+    assert "built from target " in stale(bundle, dataclasses.replace(record, target="tensorrt"))
+    monkeypatch.setattr(engines, "LOWERING", engines.LOWERING + 1)
+    assert "built from lowering 1, now it is 2; build again" in stale(bundle, record)
+
+
+def test_an_engine_is_refused_before_tensorrt_gets_it(copied):
+    bundle = Bundle.open(copied)
+    record = read_record(bundle, TARGET)
+    path = copied / "engines" / TARGET / "language.engine"
+    data = path.read_bytes()
+
+    def refusal() -> str:
+        with pytest.raises(ExecutorError) as caught:
+            read_engine(bundle, record, LANGUAGE, trt.__version__)
+        return str(caught.value)
+
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert "language is damaged: SHA-256 must be" in refusal()
+    path.write_bytes(data + b"\0")
+    assert f"must have {len(data)} bytes, found {len(data) + 1}" in refusal()
+    path.unlink()
+    assert "must be a regular file" in refusal()
+    path.symlink_to(copied / "bundle.json")
+    assert "must be a regular file" in refusal()
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda record: record.update(version=9), "must be JSON of the format"),
+        (lambda record: record.update(target="tensorrt"), "must be of the target tensorrt-rtx, found 'tensorrt'"),
+        (lambda record: record.update(surprise=1), "unknown keys ['surprise']"),
+        (lambda record: record["settings"].update(max_rows=0), "1 <= max_rows <= prefill_rows <= max_context"),
+        (lambda record: record["settings"].update(compute="int1"), "compute must be one of"),
+        (lambda record: record["engines"]["language"].update(size="9"), "size must be int, found str"),
+        (lambda record: record["engines"].pop("language"), "has no engine 'language'"),
+    ],
+)
+def test_a_record_that_lies_is_refused(copied, damage, message):
+    path = copied / "engines" / TARGET / "engines.json"
+    record = json.loads(path.read_text())
+    damage(record)
+    path.write_text(json.dumps(record))
+    outcome = run("answer", copied, "--question", "?", "--executor", "tensorrt")
+    assert outcome.code == 2 and message in outcome.errors and outcome.errors.count("\n") == 1
+
+
+def test_without_engines_or_without_a_gpu_the_reason_is_one_line(plain, built, tmp_path):
+    outcome = run("answer", plain, "--question", "?", "--executor", "tensorrt")
+    assert outcome.code == 2
+    assert "has no engines for tensorrt-rtx: healthgpt-edge build int4 --target tensorrt-rtx" in outcome.errors
+    outcome = run("answer", built, "--question", "?", "--executor", "tensorrt", "--device", "cpu")
+    assert outcome.code == 2 and "executor tensorrt runs on device cuda, found 'cpu'" in outcome.errors
+    if not Path("/dev/nvidia0").exists():
+        outcome = run("answer", built, "--question", "?", "--executor", "tensorrt")
+        assert outcome.code == 2 and "CUDA failed in cudaGetDeviceCount" in outcome.errors
+
+
+def test_a_record_behind_a_link_is_refused(copied, tmp_path):
+    folder = copied / "engines" / TARGET
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    outcome = run("inspect", copied)
+    assert outcome.code == 2 and "must be part of the bundle, found a link" in outcome.errors
+
+
+def test_a_graph_that_tensorrt_cannot_read_is_named(plain):
+    bundle = Bundle.open(plain)
+    compiler = Compiler(trt, TARGET, default_settings(bundle.manifest, (GPU,), max_context=MAX_CONTEXT))
+    node = helper.make_node("Nothing", ["x"], ["y"])
+    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x", "y")]
+    model = helper.make_model(helper.make_graph([node], "g", value[:1], value[1:]))
+    with pytest.raises(ExecutorError, match=r"tensorrt-rtx .* cannot read the graph strange: "):
+        compiler.parse("strange", model, bundle)
