@@ -20,7 +20,7 @@ from .graph.codes import build_codes
 from .graph.draft import build_draft
 from .graph.language import build_language, build_vocabulary, first_logit_row
 from .graph.vision import build_vision
-from .quantize import BLOCK_SIZES, Storage
+from .quantize import BLOCK_SIZES, CACHE_TYPES, Storage
 from .summary import Part, Summary, folds_of, parts_of
 from .tokenizer import write_tokenizer
 from .weights import WeightFile
@@ -34,22 +34,25 @@ def export_bundle(
     *,
     precision: str = "fp32",
     block_size: int = 128,
+    cache: str | None = None,
     on_step: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> Summary:
     """Export `checkpoint` to the new directory `out`; returns what was written and folded.
 
-    precision: one of fp32, fp16, int8, int4; block_size: 32, 64 or 128, for the integer ones. `on_step(name, done,
-    total)` reports progress in decoder layers and graphs. Nothing is left at `out` if anything fails. Raises
+    precision: one of fp32, fp16, int8, int4; block_size: 32, 64 or 128, for the integer ones; cache: fp32, fp16 or int8
+    for keys and values, by default what the precision has (Storage.of). `on_step(name, done, total)` reports progress in decoder layers and graphs. Nothing is left at `out` if anything fails. Raises
     CheckpointError, BundleError.
     """
     if precision not in schema.PRECISIONS:
         raise BundleError(f"precision must be one of {', '.join(schema.PRECISIONS)}, got {precision!r}")
     if block_size not in BLOCK_SIZES:
         raise BundleError(f"block size must be one of {BLOCK_SIZES}, got {block_size}")
+    if cache not in (None, *CACHE_TYPES):
+        raise BundleError(f"cache must be one of {', '.join(CACHE_TYPES)}, got {cache!r}")
     if not checkpoint.tasks:
         raise BundleError("nothing to export: give at least one of --comprehension and --generation")
     with _new_directory(out) as folder:
-        return _Export(checkpoint, folder, precision, block_size, on_step).run()
+        return _Export(checkpoint, folder, precision, block_size, cache, on_step).run()
 
 
 @contextmanager
@@ -82,10 +85,11 @@ class _Export:
         folder: Path,
         precision: str,
         block_size: int,
+        cache: str | None,
         on_step: Callable[[str, int, int], None],
     ) -> None:
         self.checkpoint, self.folder, self.precision, self.block_size = checkpoint, folder, precision, block_size
-        self.storage = Storage.of(precision)
+        self.storage = Storage.of(precision, cache)
         self.files: dict[str, schema.FileEntry] = {}
         self.parts: list[Part] = []
         self.graphs: dict[str, dict[str, str]] = {}
@@ -173,7 +177,7 @@ class _Export:
             template=checkpoint.template,
             precision=self.precision,
             block_size=self.block_size,
-            cache_precision="fp32" if self.storage.cache == onnx.TensorProto.FLOAT else "fp16",
+            cache_precision=next(name for name, kind in CACHE_TYPES.items() if kind == self.storage.cache),
             language=schema.Language(
                 architecture=language.architecture,
                 layers=language.layers,

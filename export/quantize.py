@@ -6,13 +6,15 @@ float32 scale and no zero point, the form that executors recognise and keep pack
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from onnx import TensorProto
 
 BLOCK_SIZES = (32, 64, 128)
+# By the name that a manifest has for them.
+CACHE_TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "int8": TensorProto.INT8}
 
 # Values of work at a time: few enough to stay in a core's cache through all the passes below.
 _VALUES_PER_STEP = 1 << 18
@@ -34,8 +36,8 @@ class Storage:
     cache: int
 
     @classmethod
-    def of(cls, precision: str) -> Storage:
-        """The storage types of a precision.
+    def of(cls, precision: str, cache: str | None = None) -> Storage:
+        """The storage types of a precision, with caches of another type than its own where `cache` names one.
 
         Adapters take the type of the base: their product is the smaller summand of every linear, so the same
         relative rounding error weighs less there, and at rank 256 an 8-bit adapter would add 22% to the bytes of
@@ -44,12 +46,13 @@ class Storage:
         where the ids must be the original's; float16 rounds keys and values no more than the matrices that made them.
         """
         float32, float16, int8, int4 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT8, TensorProto.INT4
-        return {
+        storage = {
             "fp32": cls(float32, float32, float32, float32, float32, float32),
             "fp16": cls(float16, float16, float16, float16, float16, float16),
             "int8": cls(int8, int8, int8, int8, float16, float16),
             "int4": cls(int4, int4, int8, int8, float16, float16),
         }[precision]
+        return replace(storage, cache=CACHE_TYPES[cache]) if cache else storage
 
 
 def is_quantised(data_type: int) -> bool:

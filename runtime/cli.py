@@ -58,6 +58,7 @@ def export(
     hlora_alpha: Annotated[float | None, typer.Option(help="H-LoRA alpha; twice the rank when left out.")] = None,
     precision: Annotated[str, typer.Option(help="fp32, fp16, int8 or int4.")] = "fp32",
     block_size: Annotated[int, typer.Option(help="Block of int8 and int4: 32, 64 or 128.")] = 128,
+    cache: Annotated[str | None, typer.Option(help="Keys and values: fp32, fp16 or int8; else by precision.")] = None,
     as_json: Json = False,
 ) -> None:
     """Turn a released checkpoint into a bundle."""
@@ -85,6 +86,7 @@ def export(
             out,
             precision=precision,
             block_size=block_size,
+            cache=cache,
             on_step=lambda name, done, total: progress.update(bar, description=name, completed=done, total=total),
         )
     if as_json:

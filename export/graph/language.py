@@ -17,7 +17,7 @@ from ..checkpoint import Checkpoint
 from ..quantize import Storage
 from ..weights import WeightFile
 from .builder import GraphBuilder
-from .functions import cached_attention, hlora_linear
+from .functions import cached_attention, caches, hlora_linear
 from .matrices import stored_linear, stored_matrix
 
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
@@ -45,12 +45,11 @@ class LanguageGraph:
         image_features = graph.input("image_features", FLOAT, ["B", "P", config.hidden])
         past_length = graph.input("past_length", INT64, ["B"])
         last_positions = graph.input("last_positions", INT64, [1])
-        cache_shape: list[int | str] = ["B", config.kv_heads, "M", config.head_dim]
         pasts = [
-            (
-                graph.input(f"past_key_values.{layer}.key", self.storage.cache, cache_shape),
-                graph.input(f"past_key_values.{layer}.value", self.storage.cache, cache_shape),
-            )
+            [
+                graph.input(f"past_key_values.{layer}.{kind}", data_type, self._cache_shape(kind))
+                for kind, data_type in caches(self.storage.cache).items()
+            ]
             for layer in range(config.layers)
         ]
         with graph.scope("embedding"):
@@ -111,7 +110,10 @@ class LanguageGraph:
         visible = graph.op("Unsqueeze", visible, graph.constant([1], np.int64))
         return graph.op("Cos", angles), graph.op("Sin", angles), visible
 
-    def _layer(self, layer: int, hidden: str, shared: tuple[str, str, str, str], past: tuple[str, str]) -> str:
+    def _cache_shape(self, kind: str) -> list[int | str]:
+        return ["B", self.config.kv_heads, "M", 1 if kind.endswith("_scale") else self.config.head_dim]
+
+    def _layer(self, layer: int, hidden: str, shared: tuple[str, str, str, str], past: list[str]) -> str:
         graph, config = self.graph, self.config
         with graph.scope("attention"):
             norm = f"layers.{layer}.input_layernorm.weight"
@@ -124,7 +126,8 @@ class LanguageGraph:
             else:
                 query, key, value = (self._linear(layer, f"self_attn.{p}_proj", normed, norm) for p in "qkv")
             # Caches leave the graph straight from the node: a copy in between would touch all of them at every token.
-            presents = [f"present_key_values.{layer}.{kind}" for kind in ("key", "value")]
+            kinds = caches(self.storage.cache)
+            presents = [f"present_key_values.{layer}.{kind}" for kind in kinds]
             attended, *_ = graph.call(
                 self.attention_function,
                 *(query, key, value, *shared, *past),
@@ -134,9 +137,8 @@ class LanguageGraph:
                 window=config.sliding_window or 0,
             )
             hidden = graph.op("Add", hidden, self._linear(layer, "self_attn.o_proj", attended))
-        cache_shape: list[int | str] = ["B", config.kv_heads, "M", config.head_dim]
-        for present in presents:
-            graph.output(present, present, self.storage.cache, cache_shape)
+        for present, (kind, data_type) in zip(presents, kinds.items(), strict=True):
+            graph.output(present, present, data_type, self._cache_shape(kind))
         with graph.scope("mlp"):
             norm = f"layers.{layer}.post_attention_layernorm.weight"
             normed = self._norm(hidden)
@@ -206,9 +208,9 @@ def build_language(
 
     Inputs: token_ids int64 [B, S], image_features float [B, P, C] (P >= 1, zeros where there is no image),
     past_length int64 [B], last_positions int64 [1] = n, past_key_values.{i}.{key,value} [B, K, M, D] of
-    the storage's cache type.
-    Outputs: logits [B, n, V - first] for the rows from `first_logit_row` on, present_key_values.{i}.{key,value}, and,
-    where `first` is above 0, hidden [B, n, C] for the `vocabulary` graph.
+    the storage's cache type, with past_key_values.{i}.{key,value}_scale [B, K, M, 1] where that is INT8.
+    Outputs: logits [B, n, V - first] for the rows from `first_logit_row` on, the same caches as present_key_values,
+    and, where `first` is above 0, hidden [B, n, C] for the `vocabulary` graph.
     """
     return LanguageGraph(checkpoint, task, base, own, storage, block_size).build(on_layer)
 
