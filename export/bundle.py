@@ -5,22 +5,25 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import onnx
 
 from healthgpt_edge import manifest as schema
 from healthgpt_edge.bundle import MANIFEST
 from healthgpt_edge.errors import BundleError
+from healthgpt_edge.prompt import Tokenizer
 
+from .calibrate import calibrate
 from .checkpoint import Checkpoint
 from .graph.codes import build_codes
 from .graph.draft import build_draft
 from .graph.language import build_language, build_vocabulary, first_logit_row
 from .graph.vision import build_vision
-from .quantize import BLOCK_SIZES, Storage
+from .quantize import BLOCK_SIZES, CACHE_TYPES, Storage, is_quantised
 from .summary import Part, Summary, folds_of, parts_of
 from .tokenizer import write_tokenizer
 from .weights import WeightFile
@@ -34,22 +37,30 @@ def export_bundle(
     *,
     precision: str = "fp32",
     block_size: int = 128,
+    cache: str | None = None,
+    pictures: Sequence[Any] = (),
     on_step: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> Summary:
     """Export `checkpoint` to the new directory `out`; returns what was written and folded.
 
-    precision: one of fp32, fp16, int8, int4; block_size: 32, 64 or 128, for the integer ones. `on_step(name, done,
+    precision: one of fp32, fp16, int8, int4; block_size: 32, 64 or 128, for the integer ones; cache: fp32, fp16 or int8
+    for keys and values, by default what the precision has (Storage.of). With `pictures`, as `read_image` takes them, the
+    integer matrices of the decoder are rounded for what the model makes of those (calibrate.py). `on_step(name, done,
     total)` reports progress in decoder layers and graphs. Nothing is left at `out` if anything fails. Raises
-    CheckpointError, BundleError.
+    CheckpointError, BundleError, ImageError.
     """
     if precision not in schema.PRECISIONS:
         raise BundleError(f"precision must be one of {', '.join(schema.PRECISIONS)}, got {precision!r}")
     if block_size not in BLOCK_SIZES:
         raise BundleError(f"block size must be one of {BLOCK_SIZES}, got {block_size}")
+    if cache not in (None, *CACHE_TYPES):
+        raise BundleError(f"cache must be one of {', '.join(CACHE_TYPES)}, got {cache!r}")
+    if pictures and not is_quantised(Storage.of(precision).linear):
+        raise BundleError(f"pictures to calibrate with need integer matrices, int8 or int4, got {precision}")
     if not checkpoint.tasks:
         raise BundleError("nothing to export: give at least one of --comprehension and --generation")
     with _new_directory(out) as folder:
-        return _Export(checkpoint, folder, precision, block_size, on_step).run()
+        return _Export(checkpoint, folder, precision, block_size, cache, pictures, on_step).run()
 
 
 @contextmanager
@@ -82,33 +93,51 @@ class _Export:
         folder: Path,
         precision: str,
         block_size: int,
+        cache: str | None,
+        pictures: Sequence[Any],
         on_step: Callable[[str, int, int], None],
     ) -> None:
         self.checkpoint, self.folder, self.precision, self.block_size = checkpoint, folder, precision, block_size
-        self.storage = Storage.of(precision)
+        self.storage, self.pictures = Storage.of(precision, cache), pictures
         self.files: dict[str, schema.FileEntry] = {}
         self.parts: list[Part] = []
         self.graphs: dict[str, dict[str, str]] = {}
         self._on_step, self._done = on_step, 0
-        self._total = len(checkpoint.tasks) * (checkpoint.language.layers + 1) + ("generation" in checkpoint.tasks)
+        layers = checkpoint.language.layers
+        self._total = len(checkpoint.tasks) * (layers + 1) + ("generation" in checkpoint.tasks)
+        self._total += layers if pictures else 0
 
     def run(self) -> Summary:
         (self.folder / "weights").mkdir()
-        # The files are closed whatever fails.
-        with self._weight_file("base") as base:
-            for task in sorted(self.checkpoint.tasks):
-                with self._weight_file(task) as own:
-                    self._task(task, base, own)
-            self._close(base)
         tokens = self.checkpoint.tokens
         text, options = write_tokenizer(self.checkpoint.base_dir, tokens.codes if tokens else None)
         self._write("tokenizer.json", text.encode())
+        with ExitStack() as stack:  # closes the files whatever fails
+            base = stack.enter_context(self._weight_file("base"))
+            own = {task: stack.enter_context(self._weight_file(task)) for task in sorted(self.checkpoint.tasks)}
+            if self.pictures:
+                self._calibrate(Tokenizer.load(self.folder / "tokenizer.json", options), base, own)
+            for task, file in own.items():
+                self._task(task, base, file)
+            self._close(base)
         manifest = self._manifest(options)
         (self.folder / MANIFEST).write_text(manifest.to_json())
         # What was just written must open: the reader's checks are the writer's, too.
         schema.Manifest.from_json((self.folder / MANIFEST).read_bytes())
         total = sum(entry.size for entry in self.files.values())
         return Summary(tuple(self.parts), total, tuple(folds_of(self.checkpoint)))
+
+    def _calibrate(self, tokenizer: Tokenizer, base: WeightFile, own: dict[str, WeightFile]) -> None:
+        calibrate(
+            self.checkpoint,
+            tokenizer,
+            self.pictures,
+            base,
+            own,
+            self.storage,
+            self.block_size,
+            on_layer=lambda: self._step("calibrate"),
+        )
 
     def _task(self, task: str, base: WeightFile, own: WeightFile) -> None:
         self.graphs[task] = {}
@@ -152,6 +181,7 @@ class _Export:
 
     def _manifest(self, tokenizer_options: dict[str, object]) -> schema.Manifest:
         checkpoint, language, vision = self.checkpoint, self.checkpoint.language, self.checkpoint.vision
+        count = len(self.pictures)
         tokens, vq = checkpoint.tokens, checkpoint.vq
         # The colour the original pads with: the CLIP mean, truncated to 8 bits.
         background = tuple(int(mean * 255) for mean in vision.mean)
@@ -173,7 +203,7 @@ class _Export:
             template=checkpoint.template,
             precision=self.precision,
             block_size=self.block_size,
-            cache_precision="fp32" if self.storage.cache == onnx.TensorProto.FLOAT else "fp16",
+            cache_precision=next(name for name, kind in CACHE_TYPES.items() if kind == self.storage.cache),
             language=schema.Language(
                 architecture=language.architecture,
                 layers=language.layers,
@@ -201,6 +231,6 @@ class _Export:
                 )
                 for name, task in checkpoint.tasks.items()
             },
-            provenance=checkpoint.provenance(),
+            provenance=checkpoint.provenance() | ({"calibration": [f"{count} pictures"]} if count else {}),
             files=self.files,
         )

@@ -6,13 +6,20 @@ float32 scale and no zero point, the form that executors recognise and keep pack
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from onnx import TensorProto
 
 BLOCK_SIZES = (32, 64, 128)
+# By the name that a manifest has for them.
+CACHE_TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "int8": TensorProto.INT8}
+
+# Where the entry of largest magnitude in a block may map to. In 8 bits one is as good as several.
+_LEVELS = {TensorProto.INT4: (-7.5, -8.0, -8.5, -9.0), TensorProto.INT8: (-128.0,)}
+_LEAST_PEAK = 512 * np.finfo(np.float32).tiny
 
 # Values of work at a time: few enough to stay in a core's cache through all the passes below.
 _VALUES_PER_STEP = 1 << 18
@@ -34,8 +41,8 @@ class Storage:
     cache: int
 
     @classmethod
-    def of(cls, precision: str) -> Storage:
-        """The storage types of a precision.
+    def of(cls, precision: str, cache: str | None = None) -> Storage:
+        """The storage types of a precision, with caches of another type than its own where `cache` names one.
 
         Adapters take the type of the base: their product is the smaller summand of every linear, so the same
         relative rounding error weighs less there, and at rank 256 an 8-bit adapter would add 22% to the bytes of
@@ -44,12 +51,13 @@ class Storage:
         where the ids must be the original's; float16 rounds keys and values no more than the matrices that made them.
         """
         float32, float16, int8, int4 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT8, TensorProto.INT4
-        return {
+        storage = {
             "fp32": cls(float32, float32, float32, float32, float32, float32),
             "fp16": cls(float16, float16, float16, float16, float16, float16),
             "int8": cls(int8, int8, int8, int8, float16, float16),
             "int4": cls(int4, int4, int8, int8, float16, float16),
         }[precision]
+        return replace(storage, cache=CACHE_TYPES[cache]) if cache else storage
 
 
 def is_quantised(data_type: int) -> bool:
@@ -60,31 +68,66 @@ def quantise(weight: np.ndarray, data_type: int, block_size: int) -> tuple[np.nd
     """Round a float32 weight [O, C] to blocks along C.
 
     Returns int8 values [C, O] (in [-8, 7] for INT4) and float32 scales [ceil(C / block_size), O]. The entry of
-    largest magnitude in a block maps onto the most negative integer, whose sign the scale carries: this uses all
-    2^bits levels where a symmetric range would leave one idle.
+    largest magnitude in a block maps onto the most negative integer or near it, and the scale carries its sign: this
+    uses all 2^bits levels where a symmetric range would leave one idle. See `scales_of` for where exactly it maps.
     """
-    lowest = -8 if data_type == TensorProto.INT4 else -128
     outputs, channels = weight.shape
     blocks = -(-channels // block_size)
     values = np.empty((outputs, channels), np.int8)
     scales = np.empty((outputs, blocks), np.float32)
     # numpy, for torch reduces a short axis thirty times slower.
     step = max(1, _VALUES_PER_STEP // channels)
-    for first in range(0, outputs, step):
+
+    def round_rows(first: int) -> None:
         part = weight[first : first + step]
         if channels != blocks * block_size:
             part = np.pad(part, ((0, 0), (0, blocks * block_size - channels)))
         grouped = part.reshape(-1, blocks, block_size)
-        smallest, greatest = grouped.min(axis=2), grouped.max(axis=2)
-        scale = np.where(greatest > -smallest, greatest, smallest) / np.float32(lowest)
-        # The inverse of a subnormal scale may be infinite: such a block, below 2e-36 throughout, becomes zero.
-        scale[np.abs(scale) < np.finfo(np.float32).tiny] = 0
-        inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
-        rounded = np.rint(grouped * inverse[:, :, None])
-        np.clip(rounded, lowest, -lowest - 1, out=rounded)
-        values[first : first + step] = rounded.reshape(len(part), -1)[:, :channels]
+        scale = scales_of(grouped, data_type)
+        values[first : first + step] = round_to(grouped, scale, data_type).reshape(len(part), -1)[:, :channels]
         scales[first : first + step] = scale
+
+    with ThreadPoolExecutor() as pool:  # numpy lets go of the interpreter while it works
+        list(pool.map(round_rows, range(0, outputs, step)))
     return transpose(values), transpose(scales)
+
+
+def scales_of(grouped: np.ndarray, data_type: int) -> np.ndarray:
+    """The scale of each block, float32 [..., block] -> [...], that leaves the least squared error.
+
+    Of rounding with the greatest entry on each of a few levels, it takes the best, and then the scale that fits the
+    rounded block best, <w, q> / <q, q>. In 4 bits that leaves 0.89 to 0.92 of the squared error of one level (-8), for
+    normal weights and for such with longer tails; 20 levels would leave 0.88 to 0.91.
+    """
+    smallest, greatest = grouped.min(axis=-1), grouped.max(axis=-1)
+    peak = np.where(greatest > -smallest, greatest, smallest)
+    # A block below 1e-37 throughout becomes zero: its scale would be subnormal, with an inverse that may be infinite.
+    peak[np.abs(peak) < _LEAST_PEAK] = 0
+    relative = np.divide(grouped, peak[..., None], out=np.zeros_like(grouped), where=peak[..., None] != 0)
+    best, scale = np.zeros_like(peak), np.zeros_like(peak)
+    for level in _LEVELS[data_type]:
+        rounded = _clipped(relative * np.float32(level), data_type)
+        product = np.einsum("...i,...i->...", relative, rounded)
+        square = np.einsum("...i,...i->...", rounded, rounded)
+        fitted = np.divide(product, square, out=np.zeros_like(product), where=square != 0)
+        # What the best scale takes off the block's squares.
+        taken = product * fitted
+        better = taken > best
+        best[better], scale[better] = taken[better], fitted[better]
+    return np.asarray(scale * peak)
+
+
+def round_to(grouped: np.ndarray, scale: np.ndarray, data_type: int) -> np.ndarray:
+    """Float32 blocks [..., block] to the nearest multiples of their scales [...], as float32 integers."""
+    inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
+    return _clipped(grouped * inverse[..., None], data_type)
+
+
+def _clipped(levels: np.ndarray, data_type: int) -> np.ndarray:
+    """To the integers of a type, in place."""
+    lowest = -8 if data_type == TensorProto.INT4 else -128
+    np.rint(levels, out=levels)
+    return np.clip(levels, lowest, -lowest - 1, out=levels)
 
 
 def transpose(matrix: np.ndarray) -> np.ndarray:

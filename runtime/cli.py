@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .errors import HealthGPTError, PromptError
+from .errors import HealthGPTError, ImageError, PromptError
 
 if TYPE_CHECKING:
     from .bundle import Bundle
@@ -63,6 +63,10 @@ def export(
     hlora_alpha: Annotated[float | None, typer.Option(help="H-LoRA alpha; twice the rank when left out.")] = None,
     precision: Annotated[str, typer.Option(help="fp32, fp16, int8 or int4.")] = "fp32",
     block_size: Annotated[int, typer.Option(help="Block of int8 and int4: 32, 64 or 128.")] = 128,
+    cache: Annotated[str | None, typer.Option(help="Keys and values: fp32, fp16 or int8; else by precision.")] = None,
+    calibrate: Annotated[
+        Path | None, typer.Option(help="Folder of pictures (PNG, JPEG, DICOM) to round int4 for, over many minutes.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Turn a released checkpoint into a bundle."""
@@ -90,6 +94,8 @@ def export(
             out,
             precision=precision,
             block_size=block_size,
+            cache=cache,
+            pictures=_files(calibrate) if calibrate else (),
             on_step=lambda name, done, total: progress.update(bar, description=name, completed=done, total=total),
         )
     if as_json:
@@ -502,6 +508,14 @@ def _note_uncertified(result: Answer | Picture) -> None:
     if not result.certified:
         text = "note: not certified: this executor's passes round by their size, so drafts may have changed a token"
         notes.print(text, soft_wrap=True)
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of a folder, by name."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    if not files:
+        raise ImageError(f"{folder.name[:100]!r} must hold pictures, found none")
+    return files
 
 
 def _window(text: str | None) -> tuple[float, float] | None:

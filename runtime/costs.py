@@ -24,8 +24,9 @@ def token_bytes(manifest: Manifest, task: str, context: int) -> int:
 def cache_bytes(manifest: Manifest) -> int:
     """Bytes of keys and values that one token leaves in all layers."""
     language = manifest.language
-    values = 2 * language.layers * language.kv_heads * language.head_dim
-    return values * _BITS[manifest.cache_precision] // 8
+    scale_bytes = _SCALE_BYTES if manifest.cache_precision == "int8" else 0
+    row_bytes = language.head_dim * _BITS[manifest.cache_precision] // 8 + scale_bytes
+    return 2 * language.layers * language.kv_heads * row_bytes
 
 
 def prefill_operations(manifest: Manifest, task: str, tokens: int) -> int:

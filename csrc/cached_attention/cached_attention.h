@@ -20,9 +20,11 @@ struct CachedAttentionArguments {
   const float* value = nullptr;          // (B, S, K * D)
   const float* cosine = nullptr;         // (B, S, D / 2) of the new positions
   const float* sine = nullptr;           // (B, S, D / 2)
-  Storage cache = Storage::kFloat32;     // or kFloat16
+  Storage cache = Storage::kFloat32;     // or kFloat16, or kInt8 with a scale for each row of D
   void* keys = nullptr;                  // (B, K, M, D): the new rows are written at past_length
   void* values = nullptr;                // (B, K, M, D)
+  float* key_scales = nullptr;           // (B, K, M), null but for kInt8
+  float* value_scales = nullptr;         // (B, K, M)
   float* output = nullptr;               // (B, S, H * D)
 };
 

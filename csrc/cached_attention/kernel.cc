@@ -2,7 +2,9 @@
 //
 // A task takes rows of one key/value head: a row is one query head at one position, and all query heads of the group
 // read the same keys. Keys go by in blocks of kKeys from position 0, with a running softmax (Dao et al., 2022, arXiv
-// 2205.14135): a row's sums are always made in that order, whatever else is in the call.
+// 2205.14135): a row's sums are always made in that order, whatever else is in the call. Keys and values of bytes are
+// multiplied as they are; the scales of keys go into the scores, those of values into the shares.
+#include "cached_attention/caches.h"
 #include "cached_attention/target_kernels.h"
 #include "scratch.h"
 #include "simd/exponential.h"
@@ -12,56 +14,12 @@
 namespace healthgpt {
 namespace {
 
-using Floats = Simd::Floats;
-
-constexpr int64_t kLanes = Simd::kLanes;
 constexpr int64_t kKeys = 64;         // positions per block
 constexpr int64_t kRowsPerTask = 64;  // so many share the widening of a block
 constexpr int64_t kRowsInPlace = 2;   // as many or fewer read the caches as they lie
 constexpr int kRowsAtOnce = 4;        // times kVectors sums stay in registers
 constexpr int kVectors = 4;
 constexpr float kNone = -__builtin_inff();
-
-// --- caches -----------------------------------------------------------------------------------------------------
-
-int64_t CacheBytes(Storage cache) { return cache == Storage::kFloat16 ? 2 : 4; }
-
-void StoreCached(Storage cache, void* to, const float* from, int64_t count) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    if (cache == Storage::kFloat16) {
-      Simd::StoreHalf(static_cast<uint16_t*>(to) + i, Simd::Load(from + i));
-    } else {
-      Simd::Store(static_cast<float*>(to) + i, Simd::Load(from + i));
-    }
-  }
-  if (i == count) return;
-  if (cache == Storage::kFloat32)
-    return Simd::Store(static_cast<float*>(to) + i, Simd::Load(from + i, static_cast<int>(count - i)),
-                       static_cast<int>(count - i));
-  uint16_t halves[kLanes];
-  Simd::StoreHalf(halves, Simd::Load(from + i, static_cast<int>(count - i)));
-  for (int64_t j = i; j < count; ++j) static_cast<uint16_t*>(to)[j] = halves[j - i];
-}
-
-// `count` cached rows of D numbers, widened to rows of `width` with zeros.
-void LoadCached(Storage cache, const void* from, int64_t count, int64_t size, int64_t width, float* to) {
-  for (int64_t row = 0; row < count; ++row) {
-    for (int64_t i = 0; i < size; i += kLanes) {
-      const int64_t at = row * size + i;
-      const int left = static_cast<int>(size - i);
-      Floats values;
-      if (cache == Storage::kFloat16) {
-        const uint16_t* halves = static_cast<const uint16_t*>(from) + at;
-        values = left >= kLanes ? Simd::LoadHalf(halves) : Simd::LoadHalf(halves, left);
-      } else {
-        const float* floats = static_cast<const float*>(from) + at;
-        values = left >= kLanes ? Simd::Load(floats) : Simd::Load(floats, left);
-      }
-      Simd::Store(to + row * width + i, values);
-    }
-  }
-}
 
 // Rotary positions: the first half of a head is turned against the second.
 void Rotate(const float* head, const float* cosine, const float* sine, int64_t size, float scale, float* to) {
@@ -83,9 +41,15 @@ struct Head {
   int64_t position(int64_t row) const { return past + row / group; }
   // The first and the last key that a row sees.
   int64_t first(int64_t row) const { return arguments.window > 0 ? Max(0, position(row) - arguments.window) : 0; }
+  int64_t cached_row(int64_t position) const {
+    return (batch * arguments.kv_heads + head) * arguments.capacity + position;
+  }
   char* cached(void* cache, int64_t position) const {
-    const int64_t at = ((batch * arguments.kv_heads + head) * arguments.capacity + position) * arguments.head_size;
-    return static_cast<char*>(cache) + at * CacheBytes(arguments.cache);
+    return static_cast<char*>(cache) + cached_row(position) * arguments.head_size * CacheBytes(arguments.cache);
+  }
+  // Null where the caches have no scales.
+  float* scales(float* of_all, int64_t position) const {
+    return arguments.cache == Storage::kInt8 ? of_all + cached_row(position) : nullptr;
   }
 };
 
@@ -95,8 +59,10 @@ void Append(const Head& head, float* rotated) {
   for (int64_t token = 0; token < given.tokens; ++token) {
     const int64_t at = head.batch * given.tokens + token, from = (at * given.kv_heads + head.head) * size;
     Rotate(given.key + from, given.cosine + at * half, given.sine + at * half, size, 1.0f, rotated);
-    StoreCached(given.cache, head.cached(given.keys, head.past + token), rotated, size);
-    StoreCached(given.cache, head.cached(given.values, head.past + token), given.value + from, size);
+    const int64_t position = head.past + token;
+    StoreCached(given.cache, rotated, size, head.cached(given.keys, position), head.scales(given.key_scales, position));
+    StoreCached(given.cache, given.value + from, size, head.cached(given.values, position),
+                head.scales(given.value_scales, position));
   }
 }
 
@@ -105,15 +71,6 @@ struct Block {
   const void* at;
   int64_t stride;  // numbers between two positions
 };
-
-template <Storage storage>
-SIMD_INLINE Floats LoadVector(const Block& block, int64_t at) {
-  if constexpr (storage == Storage::kFloat16) {
-    return Simd::LoadHalf(static_cast<const uint16_t*>(block.at) + at);
-  } else {
-    return Simd::Load(static_cast<const float*>(block.at) + at);
-  }
-}
 
 // scores (kKeys) = a query (width) times each key of the block. What lies behind its last key counts for nothing.
 template <Storage storage>
@@ -124,7 +81,7 @@ void Score(const float* query, const Block& keys, int64_t count, int64_t width, 
     for (int64_t at = 0; at < width; at += kLanes) {
       const Floats factor = Simd::Load(query + at);
       Unroll<kLanes>([&](auto i) SIMD_INLINE_LAMBDA {
-        sums[i] = Simd::MultiplyAdd(LoadVector<storage>(keys, (key + i) * keys.stride + at), factor, sums[i]);
+        sums[i] = Simd::MultiplyAdd(LoadVector<storage>(keys.at, (key + i) * keys.stride + at), factor, sums[i]);
         SIMD_KEEP(sums[i]);
       });
     }
@@ -148,7 +105,7 @@ void AddValues(const float* shares, const Block& values, int64_t count, int64_t 
     Floats share[kRows];
     Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA { share[r] = Simd::Repeat(shares[r * kKeys + key]); });
     Unroll<kCount>([&](auto i) SIMD_INLINE_LAMBDA {
-      const Floats value = LoadVector<storage>(values, key * values.stride + at + i * kLanes);
+      const Floats value = LoadVector<storage>(values.at, key * values.stride + at + i * kLanes);
       Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA {
         sums[r][i] = Simd::MultiplyAdd(share[r], value, sums[r][i]);
         SIMD_KEEP(sums[r][i]);
@@ -218,6 +175,7 @@ float Share(float* scores, int64_t first, int64_t end, float* largest, float* to
 }
 
 // Attention of rows [begin, begin + count) of a head.
+template <Storage cache>
 void Attend(const Head& head, int64_t begin, int64_t count, float* memory) {
   const CachedAttentionArguments& given = head.arguments;
   const int64_t size = given.head_size, half = size / 2, width = head.width;
@@ -241,24 +199,28 @@ void Attend(const Head& head, int64_t begin, int64_t count, float* memory) {
     const int64_t keys = Min(kKeys, last + 1 - start);
     // Whole blocks of whole vectors are widened only if many rows will read them. The numbers are the same.
     const bool in_place = count <= kRowsInPlace && keys == kKeys && size == width;
-    const auto open = [&](void* cache) {
-      if (in_place) return Block{head.cached(cache, start), size};
-      LoadCached(given.cache, head.cached(cache, start), keys, size, width, block);
+    const auto open = [&](void* rows) {
+      if (in_place) return Block{head.cached(rows, start), size};
+      LoadCached<cache>(head.cached(rows, start), keys, size, width, block);
       return Block{block, width};
     };
-    const bool halves = in_place && given.cache == Storage::kFloat16;
+    const float* key_scales = head.scales(given.key_scales, start);
+    const float* value_scales = head.scales(given.value_scales, start);
     // What is read next is fetched meanwhile: the values of this block, then the keys of the next.
-    const int64_t bytes = in_place ? keys * size * CacheBytes(given.cache) : 0;
+    const int64_t bytes = in_place ? keys * size * CacheBytes(cache) : 0;
     Fetch(head.cached(given.values, start), bytes);
-    const auto score = halves ? ScoreRows<Storage::kFloat16> : ScoreRows<Storage::kFloat32>;
+    const auto score = in_place ? ScoreRows<cache> : ScoreRows<Storage::kFloat32>;
     score(query, count, open(given.keys), keys, width, scores);
     for (int64_t row = 0; row < count; ++row) {
       const int64_t first = Max(0, head.first(begin + row) - start);
       const int64_t end = Min(kKeys, head.position(begin + row) + 1 - start);
-      corrections[row] = Share(scores + row * kKeys, first, end, largest + row, total + row);
+      float* of_row = scores + row * kKeys;
+      if (key_scales != nullptr) MultiplyByScales(of_row, key_scales, keys);
+      corrections[row] = Share(of_row, first, end, largest + row, total + row);
+      if (value_scales != nullptr) MultiplyByScales(of_row, value_scales, keys);
     }
     if (start + kKeys <= last) Fetch(head.cached(given.keys, start + kKeys), bytes);
-    const auto add = halves ? AddRows<Storage::kFloat16> : AddRows<Storage::kFloat32>;
+    const auto add = in_place ? AddRows<cache> : AddRows<Storage::kFloat32>;
     add(scores, count, open(given.values), keys, width, corrections, totals);
   }
   for (int64_t row = 0; row < count; ++row) {
@@ -284,6 +246,9 @@ void SIMD_KERNEL(CachedAttention)(const CachedAttentionArguments& arguments, con
     const int64_t floats = (kKeys + 2 * kRowsPerTask) * width + kRowsPerTask * kKeys;
     return static_cast<float*>(ScratchMemory(Scratch::kTask, static_cast<size_t>(floats) * sizeof(float)));
   };
+  const auto attend = arguments.cache == Storage::kInt8      ? Attend<Storage::kInt8>
+                      : arguments.cache == Storage::kFloat16 ? Attend<Storage::kFloat16>
+                                                             : Attend<Storage::kFloat32>;
   // A head's rows need all its new keys: where they are one task it appends them itself.
   if (chunks > 1) {
     parallel(static_cast<size_t>(heads), [&](size_t index) { Append(head_of(static_cast<int64_t>(index)), memory()); });
@@ -293,7 +258,7 @@ void SIMD_KERNEL(CachedAttention)(const CachedAttentionArguments& arguments, con
     // The last rows see the most keys: they start first, so that no thread is left with them at the end.
     const int64_t begin = (chunks - 1 - static_cast<int64_t>(index) % chunks) * kRowsPerTask;
     if (chunks == 1) Append(head, memory());
-    Attend(head, begin, Min(kRowsPerTask, rows - begin), memory());
+    attend(head, begin, Min(kRowsPerTask, rows - begin), memory());
   });
 }
 

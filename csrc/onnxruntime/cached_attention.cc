@@ -11,8 +11,11 @@ namespace {
 
 template <Storage storage>
 class CachedAttentionKernel {
-  static constexpr OrtElementType kCache = storage == Storage::kFloat16 ? kOrtFloat16 : kOrtFloat32;
-  static constexpr size_t kCacheBytes = storage == Storage::kFloat16 ? 2 : 4;
+  static constexpr bool kHasScales = storage == Storage::kInt8;
+  static constexpr OrtElementType kCache = kHasScales                      ? kOrtInt8
+                                           : storage == Storage::kFloat16 ? kOrtFloat16
+                                                                          : kOrtFloat32;
+  static constexpr size_t kCacheBytes = kHasScales ? 1 : storage == Storage::kFloat16 ? 2 : 4;
 
  public:
   static constexpr const char* kName = "CachedAttention";
@@ -27,8 +30,16 @@ class CachedAttentionKernel {
                               // window say the same
       {"past_key", kCache},
       {"past_value", kCache},
+      {"past_key_scale", kOrtFloat32, kOrtOptional},
+      {"past_value_scale", kOrtFloat32, kOrtOptional},
   };
-  static constexpr Operand kOutputs[] = {{"output", kOrtFloat32}, {"present_key", kCache}, {"present_value", kCache}};
+  static constexpr Operand kOutputs[] = {
+      {"output", kOrtFloat32},
+      {"present_key", kCache},
+      {"present_value", kCache},
+      {"present_key_scale", kOrtFloat32, kOrtOptional},
+      {"present_value_scale", kOrtFloat32, kOrtOptional},
+  };
 
   explicit CachedAttentionKernel(const Attributes& attributes)
       : heads_(attributes.Integer("heads", 1, INT32_MAX)),
@@ -66,8 +77,15 @@ class CachedAttentionKernel {
     arguments.value = Rows(call.Input(2), arguments, kv_size);
     arguments.cosine = Rows(call.Input(3), arguments, half);
     arguments.sine = Rows(call.Input(4), arguments, half);
-    arguments.keys = Present(call, 1, past_key, arguments);
-    arguments.values = Present(call, 2, call.Input(8), arguments);
+    arguments.keys = Present(call, 1, past_key, arguments, arguments.head_size, kCacheBytes);
+    arguments.values = Present(call, 2, call.Input(8), arguments, arguments.head_size, kCacheBytes);
+    if constexpr (kHasScales) {
+      const auto scales = [&](size_t output) {
+        return static_cast<float*>(Present(call, output, call.Input(output + 6), arguments, 1, sizeof(float)));
+      };
+      arguments.key_scales = scales(3);
+      arguments.value_scales = scales(4);
+    }
     arguments.output = static_cast<float*>(call.Output(0, query.shape, query.rank));
     if (query.elements > 0) CachedAttention(arguments, call.Threads());
   }
@@ -91,12 +109,13 @@ class CachedAttentionKernel {
     return tensor.As<float>();
   }
 
-  // The memory of a grown cache, which holds what the past one does: where the caller has bound the same memory to
-  // both, as the executor does, there is nothing to copy.
-  static void* Present(const Call& call, size_t index, const Tensor& past, const CachedAttentionArguments& arguments) {
-    past.Expect({arguments.batch, arguments.kv_heads, arguments.capacity, arguments.head_size});
+  // The memory of a grown cache, rows of `size` elements, which holds what the past one does: where the caller has bound
+  // the same memory to both, as the executor does, there is nothing to copy.
+  static void* Present(const Call& call, size_t index, const Tensor& past, const CachedAttentionArguments& arguments,
+                       int64_t size, size_t element_bytes) {
+    past.Expect({arguments.batch, arguments.kv_heads, arguments.capacity, size});
     void* present = call.Output(index, past.shape, past.rank);
-    if (present != past.data) std::memcpy(present, past.data, static_cast<size_t>(past.elements) * kCacheBytes);
+    if (present != past.data) std::memcpy(present, past.data, static_cast<size_t>(past.elements) * element_bytes);
     return present;
   }
 
@@ -106,6 +125,7 @@ class CachedAttentionKernel {
 }  // namespace
 
 const OrtCustomOp* CachedAttentionOperator(Storage cache) {
+  if (cache == Storage::kInt8) return Operator<CachedAttentionKernel<Storage::kInt8>>();
   return cache == Storage::kFloat16 ? Operator<CachedAttentionKernel<Storage::kFloat16>>()
                                     : Operator<CachedAttentionKernel<Storage::kFloat32>>();
 }

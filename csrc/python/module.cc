@@ -150,9 +150,18 @@ Floats HLoraLinear(const Floats& x, const StoredMatrix& weight, const std::optio
 
 using Lengths = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
 
+// Whether the kernel can write to it as it lies.
+bool IsCache(const py::array& array) {
+  const char kind = array.dtype().kind();
+  const ssize_t bytes = array.itemsize();
+  const bool known = kind == 'f' ? bytes == 4 || bytes == 2 : kind == 'i' && bytes == 1;
+  return known && (array.flags() & py::array::c_style) && array.writeable();
+}
+
 Floats CachedAttention(const Floats& query, const Floats& key, const Floats& value, const Floats& cosine,
                        const Floats& sine, const Lengths& past_length, const py::array& keys, const py::array& values,
-                       int64_t window, const std::optional<std::string>& target, size_t threads) {
+                       int64_t window, const std::optional<std::string>& target, size_t threads,
+                       const std::optional<py::array>& key_scales, const std::optional<py::array>& value_scales) {
   if (query.ndim() != 3 || keys.ndim() != 4) {
     throw py::value_error("query must have 3 dimensions and the caches 4");
   }
@@ -180,9 +189,18 @@ Floats CachedAttention(const Floats& query, const Floats& key, const Floats& val
   CheckShape("past_length", past_length, {batch});
   for (const py::array* cache : {&keys, &values}) {
     CheckShape("cache", *cache, cache_shape);
-    const bool known = cache->dtype().kind() == 'f' && (cache->itemsize() == 4 || cache->itemsize() == 2);
-    if (!known || !cache->dtype().is(keys.dtype()) || !(cache->flags() & py::array::c_style) || !cache->writeable()) {
-      throw py::value_error("caches must be writable C arrays, both float32 or both float16");
+    if (!IsCache(*cache) || !cache->dtype().is(keys.dtype())) {
+      throw py::value_error("caches must be writable C arrays, both float32, both float16 or both int8");
+    }
+  }
+  for (const std::optional<py::array>* scales : {&key_scales, &value_scales}) {
+    if (scales->has_value() != (keys.itemsize() == 1)) {
+      throw py::value_error("key_scales and value_scales go with int8 caches, and only with them");
+    }
+    if (!*scales) continue;
+    CheckShape("scales", **scales, {batch, arguments.kv_heads, arguments.capacity, 1});
+    if (!IsCache(**scales) || (*scales)->itemsize() != 4) {
+      throw py::value_error("scales must be writable C arrays of float32");
     }
   }
   for (int64_t i = 0; i < batch; ++i) {
@@ -198,9 +216,15 @@ Floats CachedAttention(const Floats& query, const Floats& key, const Floats& val
   arguments.value = value.data();
   arguments.cosine = cosine.data();
   arguments.sine = sine.data();
-  arguments.cache = keys.itemsize() == 2 ? healthgpt::Storage::kFloat16 : healthgpt::Storage::kFloat32;
+  arguments.cache = keys.itemsize() == 1   ? healthgpt::Storage::kInt8
+                    : keys.itemsize() == 2 ? healthgpt::Storage::kFloat16
+                                           : healthgpt::Storage::kFloat32;
   arguments.keys = const_cast<void*>(keys.data());
   arguments.values = const_cast<void*>(values.data());
+  if (key_scales) {
+    arguments.key_scales = static_cast<float*>(const_cast<void*>(key_scales->data()));
+    arguments.value_scales = static_cast<float*>(const_cast<void*>(value_scales->data()));
+  }
   Floats output({batch, tokens, arguments.heads * size});
   arguments.output = output.mutable_data();
   const healthgpt::Target chosen = TargetOf(target);
@@ -275,6 +299,7 @@ PYBIND11_MODULE(_kernels, module) {
   module.def("cached_attention", &CachedAttention, py::arg("query"), py::arg("key"), py::arg("value"),
              py::arg("cosine"), py::arg("sine"), py::arg("past_length"), py::arg("keys"), py::arg("values"),
              py::arg("window") = 0, py::arg("target") = py::none(), py::arg("threads") = 1,
+             py::arg("key_scales") = py::none(), py::arg("value_scales") = py::none(),
              "Attention [B, S, H * D] over caches [B, K, M, D], which take the new keys and values in; operands as in "
              "csrc/cached_attention/cached_attention.h.");
   module.def("convolution", &Convolution, py::arg("x"), py::arg("weight"), py::arg("bias"),

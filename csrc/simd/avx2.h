@@ -113,6 +113,9 @@ struct Simd {
     for (int i = 0; i < 8 && i < count; ++i) halves[i] = from[i];
     return LoadHalf(halves);
   }
+  static SIMD_INLINE Floats LoadInt8(const int8_t* from) {
+    return ToFloats(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+  }
   static SIMD_INLINE void StoreHalf(uint16_t* to, Floats values) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT));
   }

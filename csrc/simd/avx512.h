@@ -95,6 +95,9 @@ struct Simd {
   static SIMD_INLINE Floats LoadHalf(const uint16_t* from, int count) {
     return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(Mask(count), from));
   }
+  static SIMD_INLINE Floats LoadInt8(const int8_t* from) {
+    return ToFloats(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+  }
   static SIMD_INLINE void StoreHalf(uint16_t* to, Floats values) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT));
   }

@@ -87,6 +87,12 @@ struct Simd {
     for (int i = 0; i < 4 && i < count; ++i) halves[i] = from[i];
     return LoadHalf(halves);
   }
+  static Floats LoadInt8(const int8_t* from) {
+    int32_t bits;
+    __builtin_memcpy(&bits, from, 4);
+    const int8x8_t bytes = vreinterpret_s8_s32(vdup_n_s32(bits));
+    return ToFloats(vmovl_s16(vget_low_s16(vmovl_s8(bytes))));
+  }
   static void StoreHalf(uint16_t* to, Floats values) { vst1_u16(to, vreinterpret_u16_f16(vcvt_f16_f32(values))); }
   static Floats Repeat(float value) { return vdupq_n_f32(value); }
   static Floats Add(Floats a, Floats b) { return vaddq_f32(a, b); }

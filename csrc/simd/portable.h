@@ -114,6 +114,9 @@ struct Simd {
   static Floats LoadHalf(const uint16_t* from, int count) {
     return Map([&](int i) { return i < count ? FromHalf(from[i]) : 0.0f; });
   }
+  static Floats LoadInt8(const int8_t* from) {
+    return Map([&](int i) { return static_cast<float>(from[i]); });
+  }
   static void StoreHalf(uint16_t* to, Floats values) {
     for (int i = 0; i < 4; ++i) to[i] = ToHalf(values.at[i]);
   }

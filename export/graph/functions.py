@@ -23,13 +23,6 @@ def _stored(name: str, data_type: int) -> tuple[str, str]:
     return statement, f"{name}_float"
 
 
-def _rounded(name: str, data_type: int) -> tuple[str, str]:
-    """The statement that turns a float32 value into the type it is stored in, and the name of the result."""
-    if data_type == TensorProto.FLOAT:
-        return "", name
-    return f"{name}_rounded = Cast <to = {data_type}> ({name})", f"{name}_rounded"
-
-
 def linear(data_type: int, bias: bool) -> FunctionProto:
     """`y = x W + b`, a linear without adapters.
 
@@ -93,6 +86,45 @@ def hlora_linear(linear_type: int, adapter_type: int, bias: bool) -> FunctionPro
     """)
 
 
+def caches(cache_type: int) -> dict[str, int]:
+    """What a layer keeps, in the order of its node's inputs, and the type of each: rows, and scales of INT8 rows."""
+    rows = dict.fromkeys(("key", "value"), cache_type)
+    return rows | dict.fromkeys(("key_scale", "value_scale"), TensorProto.FLOAT) if is_quantised(cache_type) else rows
+
+
+def _cached(name: str, rows: str, cache_type: int) -> tuple[str, str]:
+    """The statements that append float32 `rows` to a cache, key or value, and the name of the whole cache in float32."""
+    past, present = f"past_{name}", f"present_{name}"
+
+    def append(to: str, new: str) -> str:
+        return f"present_{to} = TensorScatter <axis = 2> (past_{to}, {new}, past_length)"
+
+    if cache_type == TensorProto.FLOAT:
+        return append(name, rows), present
+    widen = f"{present}_float = Cast <to = 1> ({present})"
+    if cache_type == TensorProto.FLOAT16:
+        return f"{rows}_half = Cast <to = 10> ({rows}) {append(name, f'{rows}_half')} {widen}", f"{present}_float"
+    return (
+        f"""
+            {name}_magnitude = Abs ({rows})
+            {name}_range = ReduceMax <keepdims = 1> ({name}_magnitude, last)
+            {name}_steps = Constant <value_float = 127.0> ()
+            {name}_least = Constant <value_float = 1e-30> ()
+            {name}_divisor = Max ({name}_range, {name}_least)
+            {name}_inverse = Div ({name}_steps, {name}_divisor)
+            {name}_scaled = Mul ({rows}, {name}_inverse)
+            {name}_whole = Round ({name}_scaled)
+            {name}_bytes = Cast <to = 3> ({name}_whole)
+            {name}_scale = Div ({name}_range, {name}_steps)
+            {append(name, f"{name}_bytes")}
+            {append(f"{name}_scale", f"{name}_scale")}
+            {widen}
+            {present}_all = Mul ({present}_float, {present}_scale)
+        """,
+        f"{present}_all",
+    )
+
+
 def cached_attention(cache_type: int) -> FunctionProto:
     """Rotary positions, cache append and masked attention over the cache.
 
@@ -100,18 +132,19 @@ def cached_attention(cache_type: int) -> FunctionProto:
     int64 [B], visible bool [B, 1, S, M], past_key and past_value [B, K, M, D] of `cache_type`, of which the first
     past_length rows are filled. The new rows, rounded to that type, are written at past_length; giving the same buffer
     for past and present makes that a write in place. Attention itself is in float32.
+    INT8 caches have scales beside them, past_key_scale and past_value_scale float32 [B, K, M, 1]: a row of D numbers
+    becomes bytes in [-127, 127] and what one step of them is worth.
     Attributes: heads H, kv_heads K, window (the number of earlier positions seen, 0 for all).
     `visible` says the same as past_length and window: the body needs it, a kernel may compute it.
     """
-    to_key_rows, key_rows = _rounded("key_rotated", cache_type)
-    to_value_rows, value_rows = _rounded("value_heads", cache_type)
-    to_keys, keys = _stored("present_key", cache_type)
-    to_values, values = _stored("present_value", cache_type)
+    append_keys, keys = _cached("key", "key_rotated", cache_type)
+    append_values, values = _cached("value", "value_heads", cache_type)
+    pasts, presents = (", ".join(f"{time}_{kind}" for kind in caches(cache_type)) for time in ("past", "present"))
     return parser.parse_function(f"""
         <domain: "healthgpt", opset_import: ["" : 24]>
         CachedAttention <heads, kv_heads, window> (
-            query, key, value, cosine, sine, past_length, visible, past_key, past_value
-        ) => (output, present_key, present_value) {{
+            query, key, value, cosine, sine, past_length, visible, {pasts}
+        ) => (output, {presents}) {{
             heads_scalar = Constant <value_int: int = @heads> ()
             kv_heads_scalar = Constant <value_int: int = @kv_heads> ()
             last = Constant <value_ints = [-1]> ()
@@ -128,12 +161,8 @@ def cached_attention(cache_type: int) -> FunctionProto:
             value_heads = Transpose <perm = [0, 2, 1, 3]> (value_split)
             query_rotated = RotaryEmbedding (query_heads, cosine, sine)
             key_rotated = RotaryEmbedding (key_heads, cosine, sine)
-            {to_key_rows}
-            {to_value_rows}
-            present_key = TensorScatter <axis = 2> (past_key, {key_rows}, past_length)
-            present_value = TensorScatter <axis = 2> (past_value, {value_rows}, past_length)
-            {to_keys}
-            {to_values}
+            {append_keys}
+            {append_values}
             attended = Attention (query_rotated, {keys}, {values}, visible)
             rows = Transpose <perm = [0, 2, 1, 3]> (attended)
             merge = Constant <value_ints = [0, 0, -1]> ()

@@ -14,10 +14,11 @@ from onnx import ModelProto, TensorProto
 
 from .. import fold
 from ..checkpoint import Checkpoint
+from ..folded import FoldedLinear, to_float
 from ..quantize import Storage
 from ..weights import WeightFile
 from .builder import GraphBuilder
-from .functions import cached_attention, hlora_linear
+from .functions import cached_attention, caches, hlora_linear
 from .matrices import stored_linear, stored_matrix
 
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
@@ -45,12 +46,11 @@ class LanguageGraph:
         image_features = graph.input("image_features", FLOAT, ["B", "P", config.hidden])
         past_length = graph.input("past_length", INT64, ["B"])
         last_positions = graph.input("last_positions", INT64, [1])
-        cache_shape: list[int | str] = ["B", config.kv_heads, "M", config.head_dim]
         pasts = [
-            (
-                graph.input(f"past_key_values.{layer}.key", self.storage.cache, cache_shape),
-                graph.input(f"past_key_values.{layer}.value", self.storage.cache, cache_shape),
-            )
+            [
+                graph.input(f"past_key_values.{layer}.{kind}", data_type, self._cache_shape(kind))
+                for kind, data_type in caches(self.storage.cache).items()
+            ]
             for layer in range(config.layers)
         ]
         with graph.scope("embedding"):
@@ -112,20 +112,23 @@ class LanguageGraph:
         visible = graph.op("Unsqueeze", visible, graph.constant([1], np.int64))
         return graph.op("Cos", angles), graph.op("Sin", angles), visible
 
-    def _layer(self, layer: int, hidden: str, shared: tuple[str, str, str, str], past: tuple[str, str]) -> str:
+    def _cache_shape(self, kind: str) -> list[int | str]:
+        return ["B", self.config.kv_heads, "M", 1 if kind.endswith("_scale") else self.config.head_dim]
+
+    def _layer(self, layer: int, hidden: str, shared: tuple[str, str, str, str], past: list[str]) -> str:
         graph, config = self.graph, self.config
         with graph.scope("attention"):
-            norm = f"layers.{layer}.input_layernorm.weight"
             normed = self._norm(hidden)
             if "self_attn.qkv_proj" in config.linears:
                 query_size, key_size = config.heads * config.head_dim, config.kv_heads * config.head_dim
                 sizes = graph.constant([query_size, key_size, key_size], np.int64)
-                packed = self._linear(layer, "self_attn.qkv_proj", normed, norm)
+                packed = self._linear(layer, "self_attn.qkv_proj", normed)
                 query, key, value = graph.op("Split", packed, sizes, outputs=3, axis=-1)
             else:
-                query, key, value = (self._linear(layer, f"self_attn.{p}_proj", normed, norm) for p in "qkv")
+                query, key, value = (self._linear(layer, f"self_attn.{p}_proj", normed) for p in "qkv")
             # Caches leave the graph straight from the node: a copy in between would touch all of them at every token.
-            presents = [f"present_key_values.{layer}.{kind}" for kind in ("key", "value")]
+            kinds = caches(self.storage.cache)
+            presents = [f"present_key_values.{layer}.{kind}" for kind in kinds]
             attended, *_ = graph.call(
                 self.attention_function,
                 *(query, key, value, *shared, *past),
@@ -135,17 +138,15 @@ class LanguageGraph:
                 window=config.sliding_window or 0,
             )
             hidden = graph.op("Add", hidden, self._linear(layer, "self_attn.o_proj", attended))
-        cache_shape: list[int | str] = ["B", config.kv_heads, "M", config.head_dim]
-        for present in presents:
-            graph.output(present, present, self.storage.cache, cache_shape)
+        for present, (kind, data_type) in zip(presents, kinds.items(), strict=True):
+            graph.output(present, present, data_type, self._cache_shape(kind))
         with graph.scope("mlp"):
-            norm = f"layers.{layer}.post_attention_layernorm.weight"
             normed = self._norm(hidden)
             if "mlp.gate_up_proj" in config.linears:
-                packed = self._linear(layer, "mlp.gate_up_proj", normed, norm)
+                packed = self._linear(layer, "mlp.gate_up_proj", normed)
                 gate, up = graph.op("Split", packed, outputs=2, axis=-1, num_outputs=2)
             else:
-                gate, up = (self._linear(layer, f"mlp.{p}_proj", normed, norm) for p in ("gate", "up"))
+                gate, up = (self._linear(layer, f"mlp.{p}_proj", normed) for p in ("gate", "up"))
             activated = graph.op("Mul", graph.op("Mul", gate, graph.op("Sigmoid", gate)), up)
             return str(graph.op("Add", hidden, self._linear(layer, "mlp.down_proj", activated)))
 
@@ -154,39 +155,20 @@ class LanguageGraph:
         ones = self.graph.constant(np.ones(self.config.hidden), np.float32)
         return str(self.graph.op("RMSNormalization", hidden, ones, axis=-1, epsilon=self.config.rms_epsilon))
 
-    def _linear(self, layer: int, linear: str, x: str, norm: str | None = None) -> str:
-        """One H-LoRA linear; `norm` names the RMS weight that its matrices take in."""
-        checkpoint, task = self.checkpoint, self.checkpoint.tasks[self.task]
-        prefix = f"layers.{layer}.{linear}"
-        scale = to_float(checkpoint.base_tensor(norm)) if norm else None
-
-        def base() -> np.ndarray:
-            return fold.take_norm(to_float(checkpoint.base_tensor(f"{prefix}.weight")), scale)
-
-        def adapter_in() -> np.ndarray:
-            reduce, _, router = checkpoint.adapter(self.task, layer, linear)
-            return fold.stack_router(to_float(reduce), to_float(router), scale)
-
-        def adapter_out() -> np.ndarray:
-            _, expand, _ = checkpoint.adapter(self.task, layer, linear)
-            return fold.scale_expansion(to_float(expand), task.scaling)
-
-        def bias() -> np.ndarray:
-            if self.config.has_bias(linear):
-                return to_float(checkpoint.base_tensor(f"{prefix}.bias"))
-            return np.zeros(checkpoint.base_tensor(f"{prefix}.weight").shape[0], np.float32)
-
+    def _linear(self, layer: int, linear: str, x: str) -> str:
+        """One H-LoRA linear."""
+        folded, storage = FoldedLinear(self.checkpoint, self.task, layer, linear), self.storage
         with self.graph.scope(linear):
             return str(
                 self.graph.call(
                     self.linear_function,
                     x,
-                    *self._stored(self.base, f"{prefix}.weight", self.storage.linear, base),
-                    self.graph.weight(self.base, f"{prefix}.bias", FLOAT, bias) if self.has_bias else "",
-                    *self._stored(self.own, f"{prefix}.adapter_in", self.storage.adapter, adapter_in),
-                    *self._stored(self.own, f"{prefix}.adapter_out", self.storage.adapter, adapter_out),
+                    *self._stored(self.base, f"{folded.key}.weight", storage.linear, folded.base),
+                    self.graph.weight(self.base, f"{folded.key}.bias", FLOAT, folded.bias) if self.has_bias else "",
+                    *self._stored(self.own, f"{folded.key}.adapter_in", storage.adapter, folded.adapter_in),
+                    *self._stored(self.own, f"{folded.key}.adapter_out", storage.adapter, folded.adapter_out),
                     block_size=self.block_size,
-                    experts=task.experts,
+                    experts=self.checkpoint.tasks[self.task].experts,
                 )
             )
 
@@ -207,9 +189,9 @@ def build_language(
 
     Inputs: token_ids int64 [B, S], image_features float [B, P, C] (P >= 1, zeros where there is no image),
     past_length int64 [B], last_positions int64 [1] = n, past_key_values.{i}.{key,value} [B, K, M, D] of
-    the storage's cache type.
-    Outputs: logits [B, n, V - first] for the rows from `first_logit_row` on, present_key_values.{i}.{key,value}, and,
-    where `first` is above 0, hidden [B, n, C] for the `vocabulary` graph.
+    the storage's cache type, with past_key_values.{i}.{key,value}_scale [B, K, M, 1] where that is INT8.
+    Outputs: logits [B, n, V - first] for the rows from `first_logit_row` on, the same caches as present_key_values,
+    and, where `first` is above 0, hidden [B, n, C] for the `vocabulary` graph.
     """
     return LanguageGraph(checkpoint, task, base, own, storage, block_size).build(on_layer)
 
@@ -247,8 +229,3 @@ def head(graph: GraphBuilder, parts: LanguageGraph, hidden: str, first: int, end
     file = parts.own if checkpoint.task_owns(task, name) else parts.base
     key = f"lm_head.{first}.{end}"
     return stored_linear(graph, hidden, file, key, parts.storage.head, parts.block_size, rows)
-
-
-def to_float(tensor: torch.Tensor) -> np.ndarray:
-    """The tensor as float32; the checkpoint has refused NaN and infinity when it read it."""
-    return tensor.float().numpy()

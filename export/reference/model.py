@@ -48,8 +48,11 @@ class HealthGPT(nn.Module):
             self.vqgan = Vqgan(vq)
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, task: str) -> HealthGPT:
-        """The model of one of the checkpoint's tasks, every weight in float32, in evaluation mode."""
+    def load(cls, checkpoint: Checkpoint, task: str, parts: tuple[str, ...] = ("",)) -> HealthGPT:
+        """The model of one of the checkpoint's tasks, every weight in float32, in evaluation mode.
+
+        Only the parameters whose names begin with one of `parts` are read; the others cannot be computed with.
+        """
         config = checkpoint.tasks[task]
         with torch.device("meta"):  # nothing is allocated twice
             model = cls(
@@ -60,9 +63,9 @@ class HealthGPT(nn.Module):
                 checkpoint.tokens,
                 checkpoint.vq if task == "generation" else None,
             )
-        model.load_state_dict(
-            {name: released_tensor(checkpoint, task, name).float() for name in model.state_dict()}, assign=True
-        )
+        names = [name for name in model.state_dict() if name.startswith(parts)]
+        state = {name: released_tensor(checkpoint, task, name).float() for name in names}
+        model.load_state_dict(state, assign=True, strict=len(state) == len(model.state_dict()))
         return model.requires_grad_(False).eval()
 
     # --- prompt -------------------------------------------------------------------------------------------------

@@ -19,6 +19,15 @@ class Value(NamedTuple):
         return f"{self.type} {self.shape}"
 
 
+def cache_values(manifest: Manifest) -> dict[str, Value]:
+    """What a sequence keeps, by what follows `past_` and `present_` in the language graph's inputs and outputs."""
+    language, kind = manifest.language, CACHE_TYPES[manifest.cache_precision]
+    rows = Value(kind, ["B", language.kv_heads, "M", language.head_dim])
+    scales = Value("float32", ["B", language.kv_heads, "M", 1])
+    layer = {"key": rows, "value": rows} | ({"key_scale": scales, "value_scale": scales} if kind == "int8" else {})
+    return {f"key_values.{i}.{name}": value for i in range(language.layers) for name, value in layer.items()}
+
+
 def graph_values(manifest: Manifest, task: str, role: str) -> dict[str, Value]:
     """Every input and output of a task's graph by name; letters in shapes stand for what a run chooses.
 
@@ -39,10 +48,8 @@ def graph_values(manifest: Manifest, task: str, role: str) -> dict[str, Value]:
         values["logits"] = Value("float32", ["B", "n", language.vocab - first_logit])
         if first_logit:
             values["hidden"] = hidden
-        cache = Value(CACHE_TYPES[manifest.cache_precision], ["B", language.kv_heads, "M", language.head_dim])
-        for layer in range(language.layers):
-            for name in (f"key_values.{layer}.key", f"key_values.{layer}.value"):
-                values[f"past_{name}"] = values[f"present_{name}"] = cache
+        for name, cache in cache_values(manifest).items():
+            values[f"past_{name}"] = values[f"present_{name}"] = cache
     elif role == "vocabulary":
         values["hidden"] = hidden
         values["logits"] = Value("float32", ["B", "n", first_logit])

@@ -14,8 +14,7 @@ import onnxruntime
 
 from ..bundle import Bundle
 from ..errors import ExecutorError, HealthGPTError
-from ..manifest import CACHE_TYPES
-from .contract import Value, graph_values
+from .contract import Value, cache_values, graph_values
 
 # Attention in the standard body reads the whole cache, so the cache grows in steps with the context: a step is small
 # beside a context, and copying at each step costs a fraction of a percent of the tokens in between.
@@ -157,12 +156,10 @@ class OnnxContext:
         language = executor.bundle.manifest.language
         self._executor, self._task = executor, task
         self._session = executor.session(task, "language")
-        self._shape = (1, language.kv_heads, 0, language.head_dim)
-        self._type = np.dtype(CACHE_TYPES[executor.bundle.manifest.cache_precision])
-        self._names = [f"{layer}.{kind}" for layer in range(language.layers) for kind in ("key", "value")]
+        self._cache_values = cache_values(executor.bundle.manifest)
         self._caches: dict[str, Any] = {}
         self._bound: _Bound | None = None
-        self._capacity = self._passes = 0
+        self._capacity = self._cache_bytes = self._passes = 0
         if image_features is None:
             image_features = np.zeros((1, language.hidden), np.float32)
         self._image_features = np.ascontiguousarray(image_features[None])
@@ -170,9 +167,7 @@ class OnnxContext:
 
     @property
     def memory_bytes(self) -> int:
-        _, heads, _, size = self._shape
-        caches = len(self._names) * heads * self._capacity * size * self._type.itemsize
-        return caches + int(self._image_features.nbytes)
+        return self._cache_bytes + int(self._image_features.nbytes)
 
     def forward(self, token_ids: np.ndarray, last_positions: int = 1, full_vocabulary: bool = False) -> np.ndarray:
         self._reserve(self.length + len(token_ids))
@@ -194,15 +189,15 @@ class OnnxContext:
         return np.array(bound.logits[0])  # of its own: the next pass writes there again
 
     def caches(self, length: int) -> dict[str, np.ndarray]:
-        return {f"key_values.{name}": self._caches[name].numpy()[:, :, :length] for name in self._names}
+        return {name: cache.numpy()[:, :, :length] for name, cache in self._caches.items()}
 
     def restore(self, caches: dict[str, np.ndarray]) -> None:
         length = next(iter(caches.values())).shape[2]
         self._reserve(length)
-        for name in self._names:
-            whole = self._caches[name].numpy()
-            whole[:, :, :length] = caches[f"key_values.{name}"]
-            self._caches[name].update_inplace(whole)
+        for name, cache in self._caches.items():
+            whole = cache.numpy()
+            whole[:, :, :length] = caches[name]
+            cache.update_inplace(whole)
         self.length = length
 
     def _bind(self, tokens: int, last_positions: int) -> _Bound:
@@ -222,8 +217,8 @@ class OnnxContext:
         for name, array in [*inputs.items(), ("image_features", self._image_features)]:
             binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
         for name, cache in self._caches.items():
-            binding.bind_ortvalue_input(f"past_key_values.{name}", cache)
-            binding.bind_ortvalue_output(f"present_key_values.{name}", cache)
+            binding.bind_ortvalue_input(f"past_{name}", cache)
+            binding.bind_ortvalue_output(f"present_{name}", cache)
         for name, array in results.items():
             binding.bind_ortvalue_output(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
         sizes = (tokens, last_positions)
@@ -236,9 +231,11 @@ class OnnxContext:
         if length <= self._capacity:
             return
         capacity = -(-length // _CAPACITY_STEP_TOKENS) * _CAPACITY_STEP_TOKENS
-        batch, heads, _, size = self._shape
-        for name in self._names:
-            grown = _zeros((batch, heads, capacity, size), self._type)
+        sizes: dict[int | str, int] = {"B": 1, "M": capacity}
+        self._cache_bytes = 0
+        for name, value in self._cache_values.items():
+            grown = _zeros(tuple(sizes.get(size, size) for size in value.shape), np.dtype(value.type))
+            self._cache_bytes += grown.nbytes
             if self._capacity:
                 grown[:, :, : self.length] = self._caches[name].numpy()[:, :, : self.length]
             self._caches[name] = onnxruntime.OrtValue.ortvalue_from_numpy(grown)
@@ -252,7 +249,7 @@ def value_of(node: Any) -> Value:
     return Value("float32" if element == "float" else element, node.shape)
 
 
-def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+def _zeros(shape: tuple[Any, ...], dtype: np.dtype[Any]) -> np.ndarray:
     """Zeros straight from the system, which get back to it when dropped; the heap would keep much of M3's caches."""
     memory = mmap.mmap(-1, dtype.itemsize * math.prod(shape))
     return np.frombuffer(memory, dtype).reshape(shape)

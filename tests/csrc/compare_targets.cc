@@ -86,9 +86,11 @@ double CompareAttention(Target target, Storage cache, int64_t tokens, int64_t pa
   const std::vector<float> query = Normal(tokens * kHeads * size), key = Normal(tokens * kKvHeads * size);
   const std::vector<float> value = Normal(tokens * kKvHeads * size), turns = Normal(tokens * size / 2, 0.5f);
   const Stored old_keys(cache, kKvHeads * capacity, size, 0), old_values(cache, kKvHeads * capacity, size, 0);
+  const std::vector<float> scales = Normal(kKvHeads * capacity, 0.02f);
   std::vector<float> output[2];
   for (int i = 0; i < 2; ++i) {
     std::vector<uint8_t> keys = old_keys.bytes, values = old_values.bytes;
+    std::vector<float> key_scales = scales, value_scales = scales;
     output[i].resize(static_cast<size_t>(tokens * kHeads * size));
     healthgpt::CachedAttentionArguments arguments;
     arguments.batch = 1;
@@ -105,6 +107,8 @@ double CompareAttention(Target target, Storage cache, int64_t tokens, int64_t pa
     arguments.cache = cache;
     arguments.keys = keys.data();
     arguments.values = values.data();
+    arguments.key_scales = key_scales.data();
+    arguments.value_scales = value_scales.data();
     arguments.output = output[i].data();
     healthgpt::CachedAttention(arguments, healthgpt::Parallel(), i == 0 ? target : Target::kPortable);
   }
@@ -156,7 +160,7 @@ int main() {
         worst = std::fmax(worst, CompareLinear(target, storage, rows, 31, 33));
       }
     }
-    for (const Storage cache : {Storage::kFloat32, Storage::kFloat16}) {
+    for (const Storage cache : {Storage::kFloat32, Storage::kFloat16, Storage::kInt8}) {
       for (const int64_t tokens : {1, 5, 80}) {
         worst = std::fmax(worst, CompareAttention(target, cache, tokens, 130, 96));
         worst = std::fmax(worst, CompareAttention(target, cache, tokens, 3, 10));

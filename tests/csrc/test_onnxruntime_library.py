@@ -20,6 +20,7 @@ from healthgpt_edge.executors.onnx import kernel_library
 from healthgpt_edge.export.graph.builder import DOMAIN, IR_VERSION, OPSET
 from healthgpt_edge.export.graph.functions import (
     cached_attention,
+    caches,
     convolution,
     enlarged_convolution,
     hlora_linear,
@@ -175,19 +176,25 @@ def attention_operands(cache: str, lengths: tuple[int, ...] = (3, 1), tokens: in
         "sine": np.sin(angles),
         "past_length": length,
         "visible": distance >= 0,
-        "past_key": draw(2, capacity, 8).astype(cache),
-        "past_value": draw(2, capacity, 8).astype(cache),
+        **pasts(cache, {name: draw(2, capacity, 8) for name in ("past_key", "past_value")}),
     }
+
+
+def pasts(cache: str, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    if cache != "int8":
+        return {name: one.astype(cache) for name, one in rows.items()}
+    scales = {f"{name}_scale": np.abs(one).max(axis=-1, keepdims=True) / 127 for name, one in rows.items()}
+    return {name: np.rint(one / scales[f"{name}_scale"]).astype(np.int8) for name, one in rows.items()} | scales
 
 
 HEADS = {"heads": 4, "kv_heads": 2}
 
 
 def attention_results(cache: str) -> dict[str, int]:
-    return {"output": FLOAT, "present_key": STORED[cache], "present_value": STORED[cache]}
+    return {"output": FLOAT} | {f"present_{name}": kind for name, kind in caches(STORED[cache]).items()}
 
 
-@pytest.mark.parametrize("cache", ["float32", "float16"])
+@pytest.mark.parametrize("cache", ["float32", "float16", "int8"])
 @pytest.mark.parametrize("window", [0, 2])
 @pytest.mark.parametrize("tokens", [0, 1, 2, 5])
 def test_cached_attention(cache, window, tokens):
@@ -203,7 +210,7 @@ def test_cached_attention(cache, window, tokens):
             "CachedAttention", operands, attention_results(cache), body=cached_attention(STORED[cache]), **more
         )
     else:
-        expected = [operands["query"], operands["past_key"], operands["past_value"]]
+        expected = [operands["query"], *(operands[f"past_{kind}"] for kind in caches(STORED[cache]))]
     assert_near(found[0], expected[0], exact=True)
     for present, wanted in zip(found[1:], expected[1:], strict=True):
         assert present.dtype == wanted.dtype
@@ -211,25 +218,26 @@ def test_cached_attention(cache, window, tokens):
         np.testing.assert_allclose(present, wanted, rtol=2e-3 if cache == "float16" else 0, atol=1e-6)
 
 
-@pytest.mark.parametrize("cache", ["float32", "float16"])
+@pytest.mark.parametrize("cache", ["float32", "float16", "int8"])
 def test_caches_bound_as_input_and_output_are_written_in_place(cache):
     operands = attention_operands(cache, lengths=(3,), tokens=1)
     expected = run("CachedAttention", operands, attention_results(cache), window=0, **HEADS)
     session = open_session(model("CachedAttention", operands, attention_results(cache), window=0, **HEADS), True)
     binding = session.io_binding()
-    caches = {
-        kind: onnxruntime.OrtValue.ortvalue_from_numpy(operands[f"past_{kind}"].copy()) for kind in ("key", "value")
+    kept = {
+        kind: onnxruntime.OrtValue.ortvalue_from_numpy(operands[f"past_{kind}"].copy())
+        for kind in caches(STORED[cache])
     }
     for name, value in operands.items():
-        if name not in ("past_key", "past_value"):
+        if not name.startswith("past_") or name == "past_length":
             binding.bind_cpu_input(name, value)
-    for kind, value in caches.items():
+    for kind, value in kept.items():
         binding.bind_ortvalue_input(f"past_{kind}", value)
         binding.bind_ortvalue_output(f"present_{kind}", value)
     binding.bind_output("output")
     session.run_with_iobinding(binding)
     np.testing.assert_array_equal(binding.get_outputs()[-1].numpy(), expected[0])
-    for (kind, value), wanted in zip(caches.items(), expected[1:], strict=True):
+    for (kind, value), wanted in zip(kept.items(), expected[1:], strict=True):
         np.testing.assert_array_equal(value.numpy(), wanted)
         # Only the new row has changed.
         assert [row for row in range(9) if (value.numpy() != operands[f"past_{kind}"])[:, :, row].any()] == [3]

@@ -18,9 +18,10 @@ from healthgpt_edge.export.weights import WeightFile, pack_int4
 from healthgpt_edge.manifest import PRECISIONS
 
 LOWEST = {TensorProto.INT4: -8, TensorProto.INT8: -128}
-TINY, GREATEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
-# Of a float32 product of two rounded factors.
-SLACK = 1 + 1e-5
+# A block below the least becomes zero; the greatest may move up by a step and must stay finite.
+TINY, LEAST, GREATEST = float(np.finfo(np.float32).tiny), 512 * float(np.finfo(np.float32).tiny), 3e38
+# Of a level up to 128 as a float32 product of two rounded factors, at the border between two.
+SLACK = 1 + 1e-4
 each_type = pytest.mark.parametrize("data_type", LOWEST, ids=["int4", "int8"])
 each_block_size = pytest.mark.parametrize("block_size", BLOCK_SIZES)
 
@@ -58,15 +59,17 @@ def check(weight: np.ndarray, data_type: int, block_size: int) -> None:
     error = np.abs(blocks_of(dequantise(values, scales, block_size), block_size) - original)
     scale = scales.astype(np.float64)[:, None]
     levels = np.divide(original, scale, out=np.zeros_like(original), where=scale != 0)
-    # Half a step; up to a whole one on the side of the sign where the last level is missing.
-    bound = np.where(levels > top + 0.5, 1.0, 0.5) * np.abs(scale) * SLACK
-    assert (error <= np.where(scale == 0, np.abs(original), bound)).all()
-    # The greatest magnitude of a block sits on the lowest level, so no level is idle.
+    # Half a step, and what lies beyond the last levels.
+    beyond = np.maximum(np.maximum(lowest - levels, levels - top), 0.5)
+    assert (error <= np.where(scale == 0, np.abs(original), beyond * np.abs(scale) * SLACK)).all()
+    # No block is worse off than with its greatest magnitude on the lowest level.
     peaks = np.abs(original).max(axis=1)
-    assert (blocks_of(values, block_size).min(axis=1) == np.where(scales == 0, 0, lowest)).all()
-    np.testing.assert_allclose(np.abs(scales) * -lowest, np.where(scales == 0, 0, peaks), rtol=1e-6)
+    highest = np.take_along_axis(original, np.abs(original).argmax(axis=1)[:, None], axis=1)
+    step = highest / lowest
+    nearest = np.divide(original, step, out=np.zeros_like(original), where=step != 0).round().clip(lowest, top) * step
+    assert (np.square(error).sum(axis=1) <= np.square(nearest - original).sum(axis=1) * SLACK + LEAST**2).all()
     # Only what float32 cannot scale in full becomes zero.
-    assert (peaks[scales == 0] <= -lowest * TINY).all()
+    assert (peaks[scales == 0] < LEAST).all()
 
 
 @each_type
@@ -107,7 +110,8 @@ def test_the_sign_of_the_scale_is_that_of_the_greatest_entry(data_type):
     weight = np.array([[0.5, -2, 1], [0.5, 2, -1], [2, -2, 0]], np.float32)
     values, scales = quantise(weight, data_type, 32)
     lowest = LOWEST[data_type]
-    assert scales.tolist() == [[2 / -lowest, 2 / lowest, 2 / -lowest]]
+    assert np.sign(scales).tolist() == [[1, -1, 1]]
+    np.testing.assert_allclose(np.abs(scales), 2 / -lowest, rtol=0.08)
     assert [values[1, 0], values[1, 1], values[1, 2]] == [lowest] * 3
     # Of two equals one has no level, and takes the next.
     assert values[0, 2] == -lowest - 1
@@ -135,7 +139,7 @@ def test_extreme_values(data_type, row):
 
 @settings(max_examples=200, deadline=None)
 @given(
-    st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=70),
+    st.lists(st.floats(-float(np.float32(GREATEST)), float(np.float32(GREATEST)), width=32), min_size=1, max_size=70),
     st.sampled_from(list(LOWEST)),
     st.sampled_from(BLOCK_SIZES),
 )
@@ -143,16 +147,19 @@ def test_any_finite_row(row, data_type, block_size):
     check(np.array([row, row[::-1]], np.float32), data_type, block_size)
 
 
-def test_a_signed_scale_beats_a_symmetric_range_in_int4():
-    """absmax / 7 with levels -7..7 leaves one idle. Measured on normal values: 0.77 to 0.79 of its squared error."""
-    weight = random_weight(256, 4096)
-    for block_size in BLOCK_SIZES:
-        values, scales = quantise(weight, TensorProto.INT4, block_size)
-        signed = np.square(dequantise(values, scales, block_size).T - weight).mean()
-        grouped = weight.reshape(256, -1, block_size)
-        step = np.abs(grouped).max(axis=2, keepdims=True) / 7
-        symmetric = np.square(np.rint(grouped / step) * step - grouped).mean()
-        assert signed < 0.8 * symmetric
+@each_block_size
+@pytest.mark.parametrize(("tail", "most"), [(None, 0.91), (5, 0.93)], ids=["normal", "long tails"])
+def test_what_the_search_for_the_scale_gives_in_int4(block_size, tail, most):
+    """Of the squared error of one level, -8. Measured: 0.89 to 0.91, and 0.86 to 0.92 for Student's t with 5 degrees."""
+    random = np.random.default_rng(0)
+    draw = random.standard_normal if tail is None else lambda shape: random.standard_t(tail, shape)
+    weight = draw((256, 4096)).astype(np.float32)
+    values, scales = quantise(weight, TensorProto.INT4, block_size)
+    found = np.square(dequantise(values, scales, block_size).T - weight).mean()
+    grouped = weight.reshape(256, -1, block_size)
+    step = np.take_along_axis(grouped, np.abs(grouped).argmax(axis=2)[..., None], axis=2) / -8
+    nearest = np.square((grouped / step).round().clip(-8, 7) * step - grouped).mean()
+    assert found < most * nearest
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 3), (3, 3), (64, 33), (7, 1), (5,), (0, 4)])

@@ -176,8 +176,8 @@ MANIFEST_FAULTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         "precision must be one of fp32, fp16, int8, int4, found 'int2'",
     ),
     "no cache precision of ours": (
-        setting("cache_precision", "int8"),
-        "cache_precision must be one of fp32, fp16, found 'int8'",
+        setting("cache_precision", "int4"),
+        "cache_precision must be one of fp32, fp16, int8, found 'int4'",
     ),
     "no layers": (setting("language/layers", 0), "layers must be between 1 and 1048576, found 0"),
     "negative layers": (setting("language/layers", -1), "layers must be between 1 and 1048576, found -1"),

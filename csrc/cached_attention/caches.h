@@ -1,0 +1,101 @@
+// Keys and values as the caches keep them: float32, float16, or bytes with a scale per row.
+#pragma once
+
+#include "cached_attention/cached_attention.h"
+#include "simd/simd.h"
+#include "simd/sizes.h"
+
+namespace healthgpt {
+namespace {
+
+using Floats = Simd::Floats;
+
+constexpr int64_t kLanes = Simd::kLanes;
+
+int64_t CacheBytes(Storage cache) { return cache == Storage::kInt8 ? 1 : cache == Storage::kFloat16 ? 2 : 4; }
+
+// One row to bytes in [-127, 127]. Returns what a step is worth; what is not finite makes it not finite.
+float RoundRow(const float* from, int64_t size, int8_t* to) {
+  Floats largest = Simd::Repeat(0.0f), poison = Simd::Repeat(0.0f);
+  const auto load = [&](int64_t i) { return Simd::Load(from + i, static_cast<int>(Min(kLanes, size - i))); };
+  for (int64_t i = 0; i < size; i += kLanes) {
+    largest = Simd::Max(largest, Simd::Magnitude(load(i)));
+    poison = Simd::MultiplyAdd(load(i), Simd::Repeat(0.0f), poison);
+  }
+  const float range = Simd::Largest(largest);
+  const Floats steps = Simd::Repeat(127.0f / (range > 1e-30f ? range : 1e-30f));
+  for (int64_t i = 0; i < size; i += kLanes) {
+    int8_t rounded[kLanes];
+    Simd::StoreRounded(rounded, Simd::Multiply(load(i), steps));
+    __builtin_memcpy(to + i, rounded, static_cast<size_t>(Min(kLanes, size - i)));
+  }
+  return range / 127.0f + Simd::Sum(poison);
+}
+
+void StoreHalves(const float* from, int64_t size, uint16_t* to) {
+  for (int64_t i = 0; i < size; i += kLanes) {
+    const int64_t count = Min(kLanes, size - i);
+    uint16_t halves[kLanes];
+    Simd::StoreHalf(halves, Simd::Load(from + i, static_cast<int>(count)));
+    __builtin_memcpy(to + i, halves, static_cast<size_t>(count) * 2);
+  }
+}
+
+// One row of `size` numbers; `scale` is where bytes keep theirs.
+void StoreCached(Storage cache, const float* from, int64_t size, void* to, float* scale) {
+  if (cache == Storage::kInt8) {
+    *scale = RoundRow(from, size, static_cast<int8_t*>(to));
+  } else if (cache == Storage::kFloat16) {
+    StoreHalves(from, size, static_cast<uint16_t*>(to));
+  } else {
+    __builtin_memcpy(to, from, static_cast<size_t>(size) * sizeof(float));
+  }
+}
+
+// A vector of numbers from `at` on, which for bytes are still to be multiplied with their row's scale.
+template <Storage storage>
+SIMD_INLINE Floats LoadVector(const void* from, int64_t at) {
+  if constexpr (storage == Storage::kInt8) {
+    return Simd::LoadInt8(static_cast<const int8_t*>(from) + at);
+  } else if constexpr (storage == Storage::kFloat16) {
+    return Simd::LoadHalf(static_cast<const uint16_t*>(from) + at);
+  } else {
+    return Simd::Load(static_cast<const float*>(from) + at);
+  }
+}
+
+// The first `count` of a vector, then zeros.
+template <Storage storage>
+SIMD_INLINE Floats LoadVector(const void* from, int64_t at, int count) {
+  if constexpr (storage == Storage::kInt8) {
+    int8_t bytes[kLanes] = {};
+    __builtin_memcpy(bytes, static_cast<const int8_t*>(from) + at, static_cast<size_t>(count));
+    return Simd::LoadInt8(bytes);
+  } else if constexpr (storage == Storage::kFloat16) {
+    return Simd::LoadHalf(static_cast<const uint16_t*>(from) + at, count);
+  } else {
+    return Simd::Load(static_cast<const float*>(from) + at, count);
+  }
+}
+
+// `count` cached rows of `size` numbers, widened to rows of `width` with zeros, without their scales.
+template <Storage storage>
+void LoadCached(const void* from, int64_t count, int64_t size, int64_t width, float* to) {
+  for (int64_t row = 0; row < count; ++row) {
+    const int64_t at = row * size;
+    int64_t i = 0;
+    for (; i + kLanes <= size; i += kLanes) Simd::Store(to + row * width + i, LoadVector<storage>(from, at + i));
+    if (i < size) Simd::Store(to + row * width + i, LoadVector<storage>(from, at + i, static_cast<int>(size - i)));
+  }
+}
+
+// `numbers` (count) times the scales of as many rows.
+void MultiplyByScales(float* numbers, const float* scales, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Floats scale = Simd::Load(scales + i, static_cast<int>(Min(kLanes, count - i)));
+    Simd::Store(numbers + i, Simd::Multiply(Simd::Load(numbers + i), scale));
+  }
+}
+
+}  // namespace
+}  // namespace healthgpt

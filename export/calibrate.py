@@ -1,0 +1,141 @@
+"""Rounding by pictures: what goes into each linear while the model looks at some, and its matrices rounded for that.
+
+Layer by layer, so that no more than one is ever in memory: every task's prompts go through the layer in float32, the
+second moments of what its matrices are multiplied with add up, and the rounded matrices go into the weight files under
+the keys that the graphs, built afterwards, find them by. Of the pictures nothing else is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from onnx import TensorProto
+from torch import Tensor, nn
+
+from healthgpt_edge.images import prepare, read_image
+from healthgpt_edge.prompt import Tokenizer, prompt_ids
+
+from .checkpoint import Checkpoint
+from .folded import FoldedLinear
+from .gptq import quantise_for
+from .quantize import Storage
+from .reference.language import DecoderLayer, rotary_tables, visible
+from .reference.model import HealthGPT
+from .weights import WeightFile
+
+# In turn, one of each picture: what is asked matters little beside the picture's own tokens.
+QUESTIONS = ("What is in the image?", "What modality is used to take this image?", "Is there a lesion in the image?")
+INSTRUCTION = "Reconstruct the image."
+# All that comes before the first layer, and the codes that a picture is reconstructed by.
+_PARTS = ("vision_tower.", "model.mm_projector.", "model.embed_tokens.")
+_PARTS += ("vqgan.encoder.", "vqgan.quant_conv.", "vqgan.quantize.")
+
+
+class Moments:
+    """The second moments of rows [..., C], summed up as they come."""
+
+    def __init__(self, channels: int) -> None:
+        self.total, self.rows = torch.zeros(channels, channels), 0
+
+    def add(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """A forward pre-hook: what a module gets."""
+        rows = inputs[0].flatten(0, -2)
+        self.total.addmm_(rows.T, rows)
+        self.rows += len(rows)
+
+
+def calibrate(
+    checkpoint: Checkpoint,
+    tokenizer: Tokenizer,
+    pictures: Sequence[Any],
+    base: WeightFile,
+    own: Mapping[str, WeightFile],
+    storage: Storage,
+    block_size: int,
+    on_layer: Callable[[], None] = lambda: None,
+) -> None:
+    """Write the matrices of all decoder layers, rounded for `pictures` (as `read_image` takes them).
+
+    Base matrices go to `base`, the adapters of each task to its `own`. Raises ImageError.
+    """
+
+    def write(file: WeightFile, key: str, data_type: int, weight: np.ndarray, moments: list[Moments]) -> None:
+        mean = sum(one.total for one in moments) / sum(one.rows for one in moments)
+        values, scales = quantise_for(weight, mean, data_type, block_size)
+        file.put(key, data_type, lambda: values)
+        file.put(f"{key}_scale", TensorProto.FLOAT, lambda: scales)
+
+    with torch.inference_mode():
+        hidden = {task: list(_embeddings(checkpoint, task, tokenizer, pictures)) for task in sorted(checkpoint.tasks)}
+        for index in range(checkpoint.language.layers):
+            heard = {task: _pass(checkpoint, task, index, states) for task, states in hidden.items()}
+            for linear in checkpoint.language.linears:
+                for task in heard:
+                    folded = FoldedLinear(checkpoint, task, index, linear)
+                    into, out_of = heard[task][linear]
+                    write(own[task], f"{folded.key}.adapter_in", storage.adapter, folded.adapter_in(), [into])
+                    write(own[task], f"{folded.key}.adapter_out", storage.adapter, folded.adapter_out(), [out_of])
+                # The tasks share it, so it is rounded for all of them.
+                all_into = [heard[task][linear][0] for task in heard]
+                write(base, f"{folded.key}.weight", storage.linear, folded.base(), all_into)
+            on_layer()
+
+
+def _embeddings(checkpoint: Checkpoint, task: str, tokenizer: Tokenizer, pictures: Sequence[Any]) -> Iterator[Tensor]:
+    """A prompt with each picture, and for generation the picture's own codes after it: [1, T, hidden]."""
+    model = HealthGPT.load(checkpoint, task, _PARTS)
+    background = tuple(int(mean * 255) for mean in checkpoint.vision.mean)
+    for number, source in enumerate(pictures):
+        picture = read_image(source)
+        generates = task == "generation"
+        words = INSTRUCTION if generates else QUESTIONS[number % len(QUESTIONS)]
+        ids = prompt_ids(tokenizer, checkpoint.template, words, True, generates)
+        pixels = torch.from_numpy(prepare(picture, checkpoint.vision.image_size, background))
+        embeddings = model.embed(ids, model.features(model.vision_tower.normalise(pixels[None])))
+        if generates and checkpoint.tokens and checkpoint.vq:
+            drawn = torch.from_numpy(prepare(picture, checkpoint.vq.image_size, background))
+            codes = model.vqgan.encode(drawn.permute(2, 0, 1)[None] / 127.5 - 1).flatten(1)
+            embeddings = torch.cat([embeddings, model.model.embed_tokens(codes + checkpoint.tokens.first_code)], dim=1)
+        yield embeddings
+
+
+def _pass(checkpoint: Checkpoint, task: str, index: int, hidden: list[Tensor]) -> dict[str, tuple[Moments, Moments]]:
+    """Take `hidden` through one layer, in place; the moments of what goes into each linear, and into its B."""
+    config, heard = checkpoint.language, {}
+    layer = _layer(checkpoint, task, index)
+    for name in config.linears:
+        linear = layer.get_submodule(name)
+        moments = Moments(linear.weight.shape[1]), Moments(linear.lora_B.weight.shape[1])
+        linear.register_forward_pre_hook(moments[0].add)
+        linear.lora_B.register_forward_pre_hook(moments[1].add)
+        heard[name] = moments
+    for number, states in enumerate(hidden):
+        length = states.shape[1]
+        tables = rotary_tables(config, torch.arange(length))
+        hidden[number] = layer(states, tables, visible(config, 0, length), None, index)
+    return heard
+
+
+def _layer(checkpoint: Checkpoint, task: str, index: int) -> DecoderLayer:
+    """A decoder layer with the very matrices that the graph will have."""
+    config, plugin = checkpoint.language, checkpoint.tasks[task]
+    with torch.device("meta"):
+        layer = DecoderLayer(config, plugin)
+    for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+        norm.weight = nn.Parameter(torch.ones(config.hidden))
+    for name in config.linears:
+        folded, linear = FoldedLinear(checkpoint, task, index, name), layer.get_submodule(name)
+        into = torch.from_numpy(folded.adapter_in())
+        state = {
+            "weight": torch.from_numpy(folded.base()),
+            "lora_A.weight": into[: plugin.rank],
+            "lora_route.weight": into[plugin.rank :],
+            "lora_B.weight": torch.from_numpy(folded.adapter_out()),
+        }
+        state |= {"bias": torch.from_numpy(folded.bias())} if config.has_bias(name) else {}
+        linear.load_state_dict(state, assign=True)
+        linear.scaling = 1.0  # B has it
+    return layer
