@@ -18,7 +18,7 @@ _INTEGERS = (TensorProto.INT8, TensorProto.INT4)
 _HEADER = '<domain: "healthgpt", opset_import: ["" : 24]>'
 
 
-def _matrix(name: str, stored: int, compute: int) -> tuple[str, str]:
+def _matrix(name: str, stored: int, compute: int, block_size: str = "block_size") -> tuple[str, str]:
     """The statements that give a stored tensor in `compute`, and the name of the result.
 
     The scales of integers are cast inside the graph: TensorRT's parser refuses constant ones that are not positive,
@@ -27,7 +27,7 @@ def _matrix(name: str, stored: int, compute: int) -> tuple[str, str]:
     if stored in _INTEGERS:
         return (
             f"{name}_factor = Cast <to = {compute}> ({name}_scale)\n"
-            f"{name}_matrix = DequantizeLinear <axis = 0, block_size: int = @block_size> ({name}, {name}_factor)"
+            f"{name}_matrix = DequantizeLinear <axis = 0, block_size: int = @{block_size}> ({name}, {name}_factor)"
         ), f"{name}_matrix"
     if stored == compute:
         return "", name
@@ -55,15 +55,16 @@ def hlora_linear(types: dict[str, int], compute: int) -> FunctionProto:
 
     Behind the inputs of the bundle's node: expert_of int64 [R], the expert that column r of A belongs to, and silence
     float [E], added to the router's choices: 0, or a large negative number for the experts of other tasks.
+    rank_block_size is the block of B, which has fewer rows than the other matrices.
     """
     to_weight, weight = _matrix("weight", types["weight"], compute)
     to_in, adapter_in = _matrix("adapter_in", types["adapter_in"], compute)
-    to_out, adapter_out = _matrix("adapter_out", types["adapter_out"], compute)
+    to_out, adapter_out = _matrix("adapter_out", types["adapter_out"], compute, "rank_block_size")
     routes = "routes = Add (choices, silence)" if "silence" in types else "routes = Identity (choices)"
     base, bias = ("sum", "y = Add (sum, bias)") if "bias" in types else ("y", "")
     return parser.parse_function(f"""
         {_HEADER}
-        HLoraLinear <block_size, experts> (
+        HLoraLinear <block_size, rank_block_size, experts> (
             x, weight, weight_scale, bias, adapter_in, adapter_in_scale, adapter_out, adapter_out_scale,
             expert_of, silence
         ) => (y) {{

@@ -5,17 +5,17 @@ one value; where the tasks differ,
 
 * `HLoraLinear` gets the plugins of all tasks side by side, as one router of all their experts. `silence` takes the
   experts of the other tasks out of the softmax, exactly: their gates are 0. A token then reads the other plugin's
-  bytes, too, which at int4 is 3% (generation) to 10% (comprehension) of M3's token; a second engine would double the
+  bytes, too, which at int4 is 3% (generation) to 11% (comprehension) of M3's token; a second engine would double the
   memory of the base, and adapters as inputs would have to be float16, 40% more bytes for each token of a picture.
 * a gather from another embedding is made from both and one is selected;
 * the heads stay apart, and a task's positions (`last_positions.<task>`) are 0 while another task runs.
 
-The input `task` int64 [1] says which task runs. A bundle of one task keeps its graph, with its plugin padded to whole
-blocks, which TensorRT asks for.
+The input `task` int64 [1] says which task runs; a bundle of one task keeps its graph, without it.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -60,22 +60,21 @@ class _Plugin:
         adapter_out, self.out_scale = read(_ADAPTER_OUT), read(_ADAPTER_OUT + 1)
         assert adapter_in is not None and adapter_out is not None  # the contract of the node
         self.rank = adapter_out.shape[0]
-        # Ranks fill whole blocks, so that the next plugin's rows start one of their own.
-        self.padding = -self.rank % self.block_size if self.out_scale is not None else 0
-        self.reduce = np.pad(adapter_in[:, : self.rank], ((0, 0), (0, self.padding)))
-        self.router = adapter_in[:, self.rank :]
-        self.expand = np.pad(adapter_out, ((0, self.padding), (0, 0)))
+        self.reduce, self.router, self.expand = adapter_in[:, : self.rank], adapter_in[:, self.rank :], adapter_out
 
     def scales_in(self) -> tuple[np.ndarray, np.ndarray]:
-        """Scales of `reduce` and of `router`; where `reduce` is padded its scale is 1."""
+        """Scales of `reduce` and of `router`."""
         assert self.in_scale is not None
-        reduce = np.pad(self.in_scale[:, : self.rank], ((0, 0), (0, self.padding)), constant_values=1)
-        return reduce, self.in_scale[:, self.rank :]
+        return self.in_scale[:, : self.rank], self.in_scale[:, self.rank :]
+
+    def scales_out(self, block_size: int) -> np.ndarray:
+        """Scales of `expand` in blocks of a size that divides its rank and the size it is stored in."""
+        assert self.out_scale is not None
+        return np.repeat(self.out_scale, self.block_size // block_size, axis=0)[: self.rank // block_size]
 
     def expert_of(self, first: int) -> np.ndarray:
         """The expert of each column of `reduce`, counted from `first`."""
-        columns = np.repeat(np.arange(self.experts), self.rank // self.experts)
-        return first + np.pad(columns, (0, self.padding))
+        return first + np.repeat(np.arange(self.experts), self.rank // self.experts)
 
 
 class _Merged:
@@ -239,8 +238,10 @@ class _Merged:
             scales = np.concatenate([*reduces, *routers], axis=1)
             parts[1] = self._stored(f"{name}/adapter_in_scale", TensorProto.FLOAT, scales)
         parts += [self._stored(f"{name}/adapter_out", out_type, adapter_out), ""]
+        # TensorRT wants whole blocks, and each plugin's rows begin with a block of their own.
+        rank_block = math.gcd(plugins[0].block_size, *(p.rank for p in plugins))
         if plugins[0].out_scale is not None:
-            scales = np.concatenate([p.out_scale for p in plugins if p.out_scale is not None])
+            scales = np.concatenate([p.scales_out(rank_block) for p in plugins])
             parts[3] = self._stored(f"{name}/adapter_out_scale", TensorProto.FLOAT, scales)
         firsts = np.cumsum([0, *(p.experts for p in plugins)])
         expert_of = np.concatenate([p.expert_of(first) for p, first in zip(plugins, firsts, strict=False)])
@@ -253,6 +254,7 @@ class _Merged:
             name=node.name,
             domain=DOMAIN,
             block_size=plugins[0].block_size,
+            rank_block_size=rank_block,
             experts=int(firsts[-1]),
         )
         return [stacked]
