@@ -12,7 +12,7 @@ namespace {
 template <Storage storage>
 class CachedAttentionKernel {
   static constexpr bool kHasScales = storage == Storage::kInt8;
-  static constexpr OrtElementType kCache = kHasScales                      ? kOrtInt8
+  static constexpr OrtElementType kCache = kHasScales                     ? kOrtInt8
                                            : storage == Storage::kFloat16 ? kOrtFloat16
                                                                           : kOrtFloat32;
   static constexpr size_t kCacheBytes = kHasScales ? 1 : storage == Storage::kFloat16 ? 2 : 4;
@@ -109,8 +109,8 @@ class CachedAttentionKernel {
     return tensor.As<float>();
   }
 
-  // The memory of a grown cache, rows of `size` elements, which holds what the past one does: where the caller has bound
-  // the same memory to both, as the executor does, there is nothing to copy.
+  // The memory of a grown cache, rows of `size` elements, which holds what the past one does: where the caller has
+  // bound the same memory to both, as the executor does, there is nothing to copy.
   static void* Present(const Call& call, size_t index, const Tensor& past, const CachedAttentionArguments& arguments,
                        int64_t size, size_t element_bytes) {
     past.Expect({arguments.batch, arguments.kv_heads, arguments.capacity, size});

@@ -15,8 +15,8 @@ class Domain {
     Check(api, api.CreateCustomOpDomain("healthgpt", &domain_));
     for (const OrtCustomOp* op :
          {LinearOperator(), HLoraLinearOperator(), CachedAttentionOperator(Storage::kFloat32),
-          CachedAttentionOperator(Storage::kFloat16), CachedAttentionOperator(Storage::kInt8), ConvolutionOperator(), EnlargedConvolutionOperator(),
-          NormSwishConvolutionOperator(), ResidualConvolutionOperator()}) {
+          CachedAttentionOperator(Storage::kFloat16), CachedAttentionOperator(Storage::kInt8), ConvolutionOperator(),
+          EnlargedConvolutionOperator(), NormSwishConvolutionOperator(), ResidualConvolutionOperator()}) {
       Check(api, api.CustomOpDomain_Add(domain_, op));
     }
   }

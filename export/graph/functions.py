@@ -93,8 +93,8 @@ def caches(cache_type: int) -> dict[str, int]:
 
 
 def _cached(name: str, rows: str, cache_type: int) -> tuple[str, str]:
-    """The statements that append float32 `rows` to a cache, key or value, and the name of the whole cache in float32."""
-    past, present = f"past_{name}", f"present_{name}"
+    """The statements that append float32 `rows` to a cache, key or value, and the whole cache's name in float32."""
+    present = f"present_{name}"
 
     def append(to: str, new: str) -> str:
         return f"present_{to} = TensorScatter <axis = 2> (past_{to}, {new}, past_length)"

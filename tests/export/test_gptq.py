@@ -1,4 +1,4 @@
-"""GPTQ's rounding against the same method written out with whole inverses, and what it is for: smaller products' errors."""
+"""GPTQ's rounding against the same method written out with whole inverses, and what it is for: smaller errors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def weight_of(outputs: int, channels: int) -> np.ndarray:
 
 
 def by_the_book(weight: np.ndarray, moments: np.ndarray, data_type: int, block_size: int) -> np.ndarray:
-    """Optimal brain surgeon, one channel after the other, with the inverse of what is left: the rounded weight [O, C]."""
+    """Optimal brain surgeon, channel after channel, with the inverse of what is left: the rounded weight [O, C]."""
     left, rounded = weight.astype(np.float64), np.zeros(weight.shape)
     damped = moments.astype(np.float64) + DAMPING * moments.diagonal().mean() * np.eye(len(moments))
     for channel in range(weight.shape[1]):

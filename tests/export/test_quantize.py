@@ -150,7 +150,7 @@ def test_any_finite_row(row, data_type, block_size):
 @each_block_size
 @pytest.mark.parametrize(("tail", "most"), [(None, 0.91), (5, 0.93)], ids=["normal", "long tails"])
 def test_what_the_search_for_the_scale_gives_in_int4(block_size, tail, most):
-    """Of the squared error of one level, -8. Measured: 0.89 to 0.91, and 0.86 to 0.92 for Student's t with 5 degrees."""
+    """Of the squared error of one level, -8. Measured: 0.89 to 0.91; 0.86 to 0.92 for Student's t with 5 degrees."""
     random = np.random.default_rng(0)
     draw = random.standard_normal if tail is None else lambda shape: random.standard_t(tail, shape)
     weight = draw((256, 4096)).astype(np.float32)
