@@ -4,6 +4,8 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -37,9 +39,9 @@ NAMES = {"language", "comprehension.vision"} | {
 }
 
 
-def export(folder: Path, precision: str) -> Path:
+def export(folder: Path, precision: str, cache: str | None = None) -> Path:
     with Checkpoint.open(**released_files(PHANTOM)) as checkpoint:
-        export_bundle(checkpoint, folder / precision, precision=precision, block_size=BLOCK_SIZE)
+        export_bundle(checkpoint, folder / precision, precision=precision, block_size=BLOCK_SIZE, cache=cache)
     return folder / precision
 
 
@@ -88,15 +90,34 @@ def test_every_engine_of_the_phantom_is_built_and_recorded(built):
     assert run("verify", built).code == 0
 
 
-@pytest.mark.parametrize("precision, compute", [("fp32", None), ("fp16", "bf16"), ("int8", None)])
-def test_every_precision_is_built(tmp_path, precision, compute):
-    bundle = export(tmp_path, precision)
+@pytest.mark.parametrize(
+    "precision, compute, cache", [("fp32", None, None), ("fp16", "bf16", None), ("int8", None, "int8")]
+)
+def test_every_precision_is_built(tmp_path, precision, compute, cache):
+    bundle = export(tmp_path, precision, cache)
     outcome = build(bundle, "--json", *(["--compute", compute] if compute else []))
     assert outcome.code == 0, outcome.errors
     settings = outcome.json["settings"]
     assert settings["compute"] == (compute or ("fp32" if precision == "fp32" else "fp16"))
     assert (settings["max_rows"], settings["prefill_rows"]) == (64, MAX_CONTEXT)
     assert set(outcome.json["engines"]) == NAMES
+
+
+def test_a_build_needs_no_pytorch(plain, tmp_path):
+    """Nor anything else of the extra `export`: engines are built where bundles are used."""
+    shutil.copytree(plain, tmp_path / "int4")
+    absent = ("torch", "transformers", "safetensors", "sentencepiece", "yaml")
+    words = ["healthgpt-edge", "build", str(tmp_path / "int4"), "--target", TARGET, "--compute-capability", GPU]
+    program = f"""
+import sys
+sys.modules.update(dict.fromkeys({absent}))
+sys.argv = {words}
+from healthgpt_edge.cli import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert set(read_record(Bundle.open(tmp_path / "int4"), TARGET).engines) == NAMES
 
 
 def test_a_build_takes_the_place_of_the_one_before(copied):
