@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -12,7 +12,10 @@ import numpy as np
 
 from .drafting import Drafter
 from .errors import GenerationError
-from .executors import Context
+from .executors import Choice, Context, RunAhead
+
+# Tokens that a device decodes before the host looks: a row of codes; of text, where what comes after the end is lost.
+_CODES_AHEAD, _WORDS_AHEAD = 32, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +122,21 @@ class Selector:
         self._seen.add(token_id)
         return token_id
 
+    def choice(self, grammar: Grammar, rows: int) -> Choice | None:
+        """How a device would choose; None where only `choose` can, which draws in float64."""
+        if self._sampling.temperature != 0:
+            return None
+        seen = np.zeros(rows, np.bool_)
+        seen[[token_id - self._first for token_id in self._seen]] = True
+        return Choice(grammar.restrict(np.zeros(rows, np.float32), self._first) == 0, self._penalty, seen)
+
+    def accept(self, token_id: int) -> int:
+        """Count an id that a device has chosen, and return it; raises GenerationError as `choose` does."""
+        if token_id < 0:
+            raise GenerationError("the model must give finite logits, found NaN or infinite ones")
+        self._seen.add(token_id)
+        return token_id
+
     def guess(self, logits: np.ndarray, grammar: Grammar) -> list[int]:
         """What `choose` would give for each of logits [n, rows] in turn, as far as can be told before it has."""
         scores = logits
@@ -165,6 +183,7 @@ def decode(
     max_new_tokens: int,
     full_vocabulary: bool = False,
     drafter: Drafter | None = None,
+    run_ahead: RunAhead | None = None,
     on_token: Callable[[int], None] = lambda token_id: None,
 ) -> Decoded:
     """Decode until a stop id, a forced token, or `max_new_tokens`, from the `logits` [n, rows] of a prefill.
@@ -172,17 +191,19 @@ def decode(
     With a `drafter` each pass has a row for every drafted token, too (Leviathan et al., 2023, "Fast Inference from
     Transformers via Speculative Decoding"). A row counts if all drafts before it are what was chosen there, and the
     choice is made from it as ever, by the same random number: the ids are those of decoding without drafts, if the
-    executor gives a row the same bits in every pass. `on_token` is called with each new id.
+    executor gives a row the same bits in every pass. Without one, `run_ahead` of the context may choose greedily for
+    several passes. `on_token` is called with each new id.
     """
     new_ids: list[int] = []
     drafts: list[int] = []
     by_pass: list[int] = []
     seconds = None
+    vocabulary = logits.shape[-1]
+    rows, passes = logits[-1:], 1
+    chosen: Iterator[int] = (selector.choose(row, grammar) for row in rows)
     while True:
-        known, rows = len(new_ids), logits[-1 - len(drafts) :]
-        ended = False
-        for row, draft in zip(rows, [*drafts, None], strict=True):
-            token_id = selector.choose(row, grammar)
+        known, ended = len(new_ids), False
+        for token_id, draft in zip(chosen, [*drafts, None], strict=True):
             grammar.advance(token_id)
             new_ids.append(token_id)
             on_token(token_id)
@@ -195,15 +216,32 @@ def decode(
             if ended or token_id != draft:
                 break
         begin, fresh = time.perf_counter(), new_ids[known:]
-        by_pass.append(len(fresh))
+        by_pass += _shared_out(len(fresh), passes)
         if ended:
             return Decoded(new_ids, by_pass)
         context.length -= 1 + len(drafts) - len(fresh)  # forget what the wrong drafts left in the caches
+        left = min(max_new_tokens - len(new_ids), grammar.left() or max_new_tokens)
+        choice = None
         if drafter:
             later = selector.guess(rows[len(fresh) :], grammar) if len(fresh) < len(rows) else []
             drafter.learn(fresh, drafts, later, seconds)
-            left = max_new_tokens - len(new_ids)
-            drafts = drafter.draft(min(left, grammar.left() or left) - 1)
+            drafts = drafter.draft(left - 1)
+        elif run_ahead and not full_vocabulary:
+            choice = selector.choice(grammar, vocabulary)
+        if run_ahead and choice:
+            passes = min(left, _WORDS_AHEAD if grammar.left() is None else _CODES_AHEAD)
+            ids = run_ahead(new_ids[-1], passes, choice).tolist()
+            # What a pass gave went into the next one: drafts that are right.
+            chosen, drafts = map(selector.accept, ids), ids[:-1]
+            continue
         ids = np.array([new_ids[-1], *drafts], np.int64)
-        logits = context.forward(ids, last_positions=len(ids), full_vocabulary=full_vocabulary)
+        rows, passes = context.forward(ids, last_positions=len(ids), full_vocabulary=full_vocabulary), 1
+        chosen = (selector.choose(row, grammar) for row in rows)
         seconds = time.perf_counter() - begin
+
+
+def _shared_out(tokens: int, passes: int) -> list[int]:
+    """One token for each pass, none for those after the last, and what there is besides for the last pass."""
+    counts = [int(place < tokens) for place in range(passes)]
+    counts[-1] += max(0, tokens - passes)
+    return counts

@@ -221,6 +221,7 @@ class Session:
                 max_new_tokens=request.max_new_tokens,
                 full_vocabulary=request.full_vocabulary,
                 drafter=drafter,
+                run_ahead=context.run_ahead,
                 on_token=on_token,
             )
 

@@ -33,10 +33,38 @@ class HostMemory:
         self.address = -(-self.values.ctypes.data // 256) * 256
 
 
+class HostKernels:
+    """The kernel that chooses tokens, by the rules in csrc/token_selection/cuda.h; tests/csrc/cuda holds it to them."""
+
+    def token_selection(
+        self, logits, step, ids, token, *, first_id, allowed, penalty, seen, past_length, stream
+    ) -> None:
+        (place,) = step
+        if place == len(ids):
+            return
+        (scores,) = logits.copy()
+        finite = np.isfinite(scores).all()
+        if seen is not None:
+            scores = np.where(seen[0] == 0, scores, np.where(scores < 0, scores * penalty, scores / penalty))
+        may = np.unpackbits(allowed.view(np.uint8), bitorder="little")[: len(scores)]
+        row = np.where(may, scores, -np.inf).argmax()
+        token[0] = ids[place, 0] = row + first_id if finite else -1
+        step[0] += 1
+        past_length[0] += 1
+        if seen is not None:
+            seen[0, row] = 1
+
+
 class HostDevice:
-    """A device that is the host."""
+    """A device that is the host, with the kernels that are given."""
 
     name, stream = "host", 0
+
+    def __init__(self, kernels: HostKernels | None = None) -> None:
+        self.kernels = kernels
+
+    def array(self, address: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        return at(address, shape, dtype)
 
     def allocate(self, size_bytes: int) -> HostMemory:
         return HostMemory(size_bytes)
@@ -90,7 +118,7 @@ class OrtEngine:
 
 
 def host_executor(
-    bundle: Bundle, tasks: tuple[str, ...], settings: Settings, work: Path
+    bundle: Bundle, tasks: tuple[str, ...], settings: Settings, work: Path, kernels: HostKernels | None = None
 ) -> tuple[TensorRtExecutor, list[tuple[str, int, int]]]:
     """An executor whose engines are doubles, made in `work`, and the passes they will be asked for: engine, profile and
     new tokens of each."""
@@ -99,7 +127,9 @@ def host_executor(
         if file.startswith("weights/"):
             (work / file).parent.mkdir(parents=True, exist_ok=True)
             (work / file).hardlink_to(bundle.path / file)
-    return TensorRtExecutor(bundle, tasks, HostDevice(), settings, _opener(bundle, settings, work, passes)), passes
+    return TensorRtExecutor(
+        bundle, tasks, HostDevice(kernels), settings, _opener(bundle, settings, work, passes)
+    ), passes
 
 
 def _opener(

@@ -1,7 +1,8 @@
 // Arrays from Python by DLPack, the exchange that NumPy, PyTorch, CuPy and JAX share: where they lie, what they hold.
+// Memory without such an owner is given by the array interface, NumPy's (version 3) or CUDA's, which is an address.
 //
 // The structures are those of dlpack.h 0.8, which its authors keep as they are; declared here, so that building needs
-// no download. An array is borrowed for a call: its owner stays alive in the capsule.
+// no download. An array is borrowed for a call: its owner stays alive in the capsule, or with the caller.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -35,7 +36,12 @@ class Array {
   // Throws ValueError unless it lies on `device` without gaps.
   Array(const char* name, const pybind11::handle& object, int32_t device) : name_(name) {
     namespace py = pybind11;
-    if (!py::hasattr(object, "__dlpack__")) throw py::value_error(Text("must be an array with __dlpack__"));
+    const char* interface = device == kCuda ? "__cuda_array_interface__" : "__array_interface__";
+    if (!py::hasattr(object, "__dlpack__")) {
+      if (!py::hasattr(object, interface)) throw py::value_error(Text("must be an array with __dlpack__"));
+      ReadInterface(object.attr(interface).cast<py::dict>());
+      return;
+    }
     const auto found = object.attr("__dlpack_device__")().cast<py::tuple>()[0].cast<int>();
     if (found != device) throw py::value_error(Text(device == kCuda ? "must lie on the GPU" : "must lie on the CPU"));
     // -1: the caller orders the work on it, by the stream that he gives.
@@ -50,6 +56,9 @@ class Array {
     }
     elements_ = stride;
   }
+
+  Array(const Array&) = delete;  // the tensor may be its own
+  Array& operator=(const Array&) = delete;
 
   std::vector<int64_t> shape() const { return {tensor_->shape, tensor_->shape + tensor_->dimensions}; }
   int64_t elements() const { return elements_; }
@@ -82,11 +91,34 @@ class Array {
   }
 
  private:
+  void ReadInterface(const pybind11::dict& interface) {
+    namespace py = pybind11;
+    if (interface.contains("strides") && !interface["strides"].is_none()) {
+      throw py::value_error(Text("must be without gaps, row by row"));
+    }
+    // Byte order, kind and bytes, as "<f4".
+    const auto type = interface["typestr"].cast<std::string>();
+    static const std::string kKinds = "iuf";
+    const size_t code = type.size() == 3 && type[0] != '>' ? kKinds.find(type[1]) : std::string::npos;
+    if (code == std::string::npos) throw py::value_error(Text("must hold numbers of this machine, got " + type));
+    shape_ = interface["shape"].cast<std::vector<int64_t>>();
+    elements_ = 1;
+    for (const int64_t size : shape_) elements_ *= size;
+    own_.data = reinterpret_cast<void*>(interface["data"].cast<py::tuple>()[0].cast<uintptr_t>());
+    own_.dimensions = static_cast<int32_t>(shape_.size());
+    own_.type_code = static_cast<uint8_t>(code);
+    own_.type_bits = static_cast<uint8_t>(8 * (type[2] - '0'));
+    own_.shape = shape_.data();
+    tensor_ = &own_;
+  }
+
   std::string Text(const std::string& what) const { return name_ + " " + what; }
 
   std::string name_;
   pybind11::object capsule_;
   const DLTensor* tensor_;
+  std::vector<int64_t> shape_;  // of `own_`, what an array interface says
+  DLTensor own_ = {};
   int64_t elements_ = 0;
 };
 

@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from ..bundle import Bundle
 from ..errors import ExecutorError
+
+
+class Choice(NamedTuple):
+    """How a device is to choose tokens, the most likely one each time (decoding.Selector at temperature 0).
+
+    allowed: bool [rows], what may come next, until the host says otherwise. seen: bool [rows], what came before, whose
+    logits the penalty lowers.
+    """
+
+    allowed: np.ndarray
+    penalty: float
+    seen: np.ndarray
+
+
+class RunAhead(Protocol):
+    """Appends a token and then each one that a pass gives, but for the last of `count`.
+
+    Returns what the passes gave, ids int64 [count]; -1 where a logit was not finite.
+    """
+
+    def __call__(self, token_id: int, count: int, choice: Choice) -> np.ndarray: ...
 
 
 class Context(Protocol):
@@ -25,6 +46,11 @@ class Context(Protocol):
 
         Row 0 is the task's `first_logit` id, or id 0 with `full_vocabulary`.
         """
+        ...
+
+    @property
+    def run_ahead(self) -> RunAhead | None:
+        """Decodes without a word with the host between tokens; None where the host chooses every one."""
         ...
 
     def caches(self, length: int) -> dict[str, np.ndarray]:

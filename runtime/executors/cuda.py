@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import importlib
 import weakref
 from typing import Any, Protocol
 
@@ -20,11 +22,27 @@ class Memory(Protocol):
     size_bytes: int
 
 
+class CudaArray:
+    """An array in memory of the GPU, as our kernels take it: by CUDA's array interface, version 3."""
+
+    def __init__(self, address: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        self.__cuda_array_interface__ = {"data": (address, False), "shape": shape, "typestr": dtype.str, "version": 3}
+
+
 class Device(Protocol):
     """Where engines run. Everything is ordered by one stream; `download` waits for what was ordered before it."""
 
     name: str
     stream: int
+
+    @property
+    def kernels(self) -> Any:
+        """The module of our kernels for it (csrc/python/cuda.cc); None where it is not built."""
+        ...
+
+    def array(self, address: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+        """What lies at an address, as the kernels take it."""
+        ...
 
     def allocate(self, size_bytes: int) -> Memory:
         """Memory filled with zeros."""
@@ -70,6 +88,13 @@ class CudaDevice:
         self.stream = int(self.call("cudaStreamCreate"))
         self._staging = self._staging_bytes = 0
 
+    @functools.cached_property
+    def kernels(self) -> Any:
+        try:
+            return importlib.import_module("healthgpt_edge._cuda")
+        except ImportError:  # not built, or for another Python
+            return None
+
     def call(self, name: str, *arguments: Any) -> Any:
         """Call a function of the CUDA runtime; its result, or ExecutorError with what CUDA says."""
         status, *results = getattr(self.runtime, name)(*arguments)
@@ -77,6 +102,9 @@ class CudaDevice:
             _, text = self.runtime.cudaGetErrorString(status)
             raise ExecutorError(f"CUDA failed in {name}: {text.decode(errors='replace')} (error {int(status)})")
         return results[0] if len(results) == 1 else results
+
+    def array(self, address: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> CudaArray:
+        return CudaArray(address, shape, dtype)
 
     def allocate(self, size_bytes: int) -> CudaMemory:
         memory = CudaMemory(self, size_bytes)

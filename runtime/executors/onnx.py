@@ -14,6 +14,7 @@ import onnxruntime
 
 from ..bundle import Bundle
 from ..errors import ExecutorError, HealthGPTError
+from . import RunAhead
 from .contract import Value, cache_values, graph_values
 
 # Attention in the standard body reads the whole cache, so the cache grows in steps with the context: a step is small
@@ -151,6 +152,8 @@ class _Bound(NamedTuple):
 
 class OnnxContext:
     """Caches of one sequence, bound as input and output of every step, so that they are written in place."""
+
+    run_ahead: RunAhead | None = None
 
     def __init__(self, executor: OnnxExecutor, task: str, image_features: np.ndarray | None) -> None:
         language = executor.bundle.manifest.language

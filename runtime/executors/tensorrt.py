@@ -26,6 +26,8 @@ from ..engines import (
 )
 from ..errors import ExecutorError
 from ..manifest import Manifest
+from . import Choice, RunAhead
+from .chooser import Chooser
 from .contract import Value, graph_values
 from .cuda import CudaDevice, Device, Memory
 from .tensorrt_engine import Engine, Tensor, TensorRtEngine
@@ -149,6 +151,8 @@ class _LanguageBuffers:
 
     def __init__(self, manifest: Manifest, settings: Settings, device: Device) -> None:
         language = manifest.language
+        # Numbers that give shapes, read on the host when a pass is ordered, and always at the same address.
+        self._numbers = np.arange(settings.max_rows + 1, dtype=np.int64)
         # past_length, then the new tokens: one copy a pass.
         self.tokens_at = _ALIGNMENT_BYTES
         self.inputs = device.allocate(_ALIGNMENT_BYTES + settings.prefill_rows * _INT64.itemsize)
@@ -174,6 +178,10 @@ class _LanguageBuffers:
         self.cache_offsets = {name: index * stride for index, name in enumerate(names)}
         self.caches_bytes = stride * len(names)
 
+    def number_on_host(self, number: int) -> int:
+        """The address of an int64 on the host that is `number`, at most max_rows."""
+        return int(self._numbers.ctypes.data) + number * _INT64.itemsize
+
 
 class TensorRtContext:
     """Caches of one sequence on the device, updated in place by every pass."""
@@ -197,6 +205,7 @@ class TensorRtContext:
         if len(self._manifest.tasks) > 1:
             number = executor.index_of(task) * _ALIGNMENT_BYTES
             self._fixed["task"] = Tensor(self._buffers.task_numbers.address + number, (1,))
+        self._chooser: Chooser | None = None
         self.length = 0
 
     @property
@@ -206,9 +215,7 @@ class TensorRtContext:
     def forward(self, token_ids: np.ndarray, last_positions: int = 1, full_vocabulary: bool = False) -> np.ndarray:
         settings, count = self._executor.settings, len(token_ids)
         if self.length + count > settings.max_context:
-            raise ExecutorError(
-                f"the engines hold {settings.max_context} tokens, found {self.length + count}: build with --max-context"
-            )
+            raise self._too_long(count)
         logits, first, silent = [], 0, count - last_positions
         while first < count:
             end = min(first + settings.prefill_rows, count)
@@ -243,25 +250,34 @@ class TensorRtContext:
         """Whether numpy knows the caches' type; it does not know bfloat16, which is given as float32."""
         return self._executor.settings.compute != "bf16"
 
+    @property
+    def run_ahead(self) -> RunAhead | None:
+        return self._run_ahead if self._executor.device.kernels else None
+
+    def _run_ahead(self, token_id: int, count: int, choice: Choice) -> np.ndarray:
+        executor, buffers = self._executor, self._buffers
+        if self.length + count > executor.settings.max_context:
+            raise self._too_long(count)
+        name = self._results["logits"]
+        if self._chooser is None:
+            first_id = self._manifest.tasks[self._task].first_logit
+            self._chooser = Chooser(executor.device, first_id, buffers.rows[name])
+        self._chooser.begin(choice, count)
+        self._upload(np.array([token_id], np.int64))
+        tensors = self._tensors(1, 1)
+        token, past_length = tensors["token_ids"].address, tensors["past_length"].address
+        for _ in range(count):
+            executor.run(LANGUAGE, tensors, DECODE)
+            self._chooser.order(buffers.outputs[name].address, token, past_length)
+        self.length += count
+        return self._chooser.ids()
+
     def _pass(self, token_ids: np.ndarray, last_positions: int, full_vocabulary: bool) -> np.ndarray:
         """One pass over [S] tokens; logits float32 [last_positions, rows]."""
-        executor, buffers, device = self._executor, self._buffers, self._executor.device
-        count = len(token_ids)
-        inputs = np.zeros(buffers.tokens_at // _INT64.itemsize + count, np.int64)
-        inputs[0], inputs[-count:] = self.length, token_ids
-        device.upload(inputs, buffers.inputs)
-        # On the host: they give shapes, and are read when the pass is ordered.
-        tasks = self._manifest.tasks
-        positions = {task: np.array([last_positions if task == self._task else 0], np.int64) for task in tasks}
-        tensors = dict(self._fixed)
-        tensors["past_length"] = Tensor(buffers.inputs.address, (1,))
-        tensors["token_ids"] = Tensor(buffers.inputs.address + buffers.tokens_at, (1, count))
-        for task, values in positions.items():
-            tensors[output_name(task, "last_positions")] = Tensor(values.ctypes.data, (1,))
-        for name, memory in buffers.outputs.items():
-            given = last_positions if name in self._results.values() else 0
-            tensors[name] = Tensor(memory.address, (1, given, buffers.rows[name]))
-        executor.run(LANGUAGE, tensors, DECODE if count <= executor.settings.max_rows else PREFILL)
+        executor, count = self._executor, len(token_ids)
+        self._upload(token_ids)
+        profile = DECODE if count <= executor.settings.max_rows else PREFILL
+        executor.run(LANGUAGE, self._tensors(count, last_positions), profile)
         self.length += count
         if not last_positions:
             return np.empty((0, 0), np.float32)
@@ -269,6 +285,33 @@ class TensorRtContext:
         if full_vocabulary and "hidden" in self._results:
             logits = np.concatenate([self._other_rows(last_positions), logits], axis=-1)
         return logits
+
+    def _upload(self, token_ids: np.ndarray) -> None:
+        """What a pass reads first: the tokens before it, and its own."""
+        buffers = self._buffers
+        inputs = np.zeros(buffers.tokens_at // _INT64.itemsize + len(token_ids), np.int64)
+        inputs[0], inputs[-len(token_ids) :] = self.length, token_ids
+        self._executor.device.upload(inputs, buffers.inputs)
+
+    def _tensors(self, count: int, last_positions: int) -> dict[str, Tensor]:
+        """Where the inputs and outputs of a pass over `count` tokens lie."""
+        buffers = self._buffers
+        tensors = dict(self._fixed)
+        tensors["past_length"] = Tensor(buffers.inputs.address, (1,))
+        tensors["token_ids"] = Tensor(buffers.inputs.address + buffers.tokens_at, (1, count))
+        for task in self._manifest.tasks:
+            wanted = last_positions if task == self._task else 0
+            tensors[output_name(task, "last_positions")] = Tensor(buffers.number_on_host(wanted), (1,))
+        for name, memory in buffers.outputs.items():
+            given = last_positions if name in self._results.values() else 0
+            tensors[name] = Tensor(memory.address, (1, given, buffers.rows[name]))
+        return tensors
+
+    def _too_long(self, count: int) -> ExecutorError:
+        return ExecutorError(
+            f"the engines hold {self._executor.settings.max_context} tokens, found {self.length + count}: "
+            "build with --max-context"
+        )
 
     @property
     def _results(self) -> dict[str, str]:

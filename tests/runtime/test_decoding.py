@@ -10,6 +10,7 @@ import pytest
 
 from healthgpt_edge.decoding import CodeGrid, FreeText, Sampling, Selector, decode
 from healthgpt_edge.errors import GenerationError
+from healthgpt_edge.executors import Choice
 
 GREEDY = Sampling()
 
@@ -302,3 +303,82 @@ def test_free_text_allows_everything():
     grammar.advance(3)
     assert grammar.forced() is None
     assert grammar.restrict(scores, 10) is scores
+
+
+# --- tokens that a device chooses ------------------------------------------------------------------------------------
+
+
+class Ahead:
+    """A device that gives prepared ids, and remembers what it was asked."""
+
+    def __init__(self, context: FakeContext, ids: list[int]) -> None:
+        self.context, self.ids = context, ids
+        self.asked: list[tuple[int, int]] = []
+        self.choices: list[Choice] = []
+
+    def __call__(self, token_id: int, count: int, choice: Choice) -> np.ndarray:
+        self.asked.append((token_id, count))
+        self.choices.append(choice)
+        given, self.ids = self.ids[:count], self.ids[count:]
+        self.context.length += count
+        return np.array(given + [0] * (count - len(given)), np.int64)
+
+
+def run_on_device(first: int, ids: list[int], grammar=None, selector=None, rows: int = 8, **options):
+    """Decode from a prefill whose greatest logit is at `first`, row 0 being id 0."""
+    context = FakeContext([])
+    ahead = Ahead(context, ids)
+    options = {"stop_ids": frozenset(), "max_new_tokens": 100} | options
+    selector = selector or Selector(GREEDY, 1.0, 0)
+    (row,) = peaks(first, rows=rows)
+    done = decode(context, logits(row), grammar or FreeText(), selector, run_ahead=ahead, **options)
+    assert not context.asked
+    return done, ahead, context
+
+
+def test_a_device_chooses_until_a_stop_id():
+    done, ahead, context = run_on_device(3, [4, 5, 6, 7, 1, 2, 3, 4, 5, 2, 6, 6], stop_ids=frozenset({2}))
+    assert done.ids == [3, 4, 5, 6, 7, 1, 2]
+    assert ahead.asked == [(3, 8)]
+    # Two passes came after the end.
+    assert done.by_pass == [1, 1, 1, 1, 1, 1, 1, 0, 0]
+    assert context.length == 8
+
+
+def test_a_device_goes_on_from_its_last_id_and_no_further_than_the_limit():
+    done, ahead, context = run_on_device(3, [4, 5, 6, 7] * 3, max_new_tokens=12)
+    assert done.ids == [3, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6] and done.by_pass == [1] * 12
+    assert ahead.asked == [(3, 8), (7, 3)] and context.length == 11
+
+
+def test_a_device_chooses_codes_row_by_row_and_the_end_costs_no_pass():
+    grid = CodeGrid(first=2, count=4, end=6, newline=7, total=40)
+    codes = [2, 3, 4, 5] * 9 + [7, 2, 3, 4, 5]
+    done, ahead, _ = run_on_device(2, codes, grid)
+    assert done.ids == [2, *codes[:-1], 6] and len(grid.codes) == 40
+    # The newline is one of the 32, so one more code is asked for.
+    assert ahead.asked == [(2, 32), (5, 7), (3, 1)]
+    assert done.by_pass == [1] * 40 + [2]
+    assert ahead.choices[0].allowed.tolist() == [False, False, True, True, True, True, False, True]
+
+
+def test_a_device_is_told_what_came_before():
+    _, ahead, _ = run_on_device(3, [4, 4, 5, 5, 5, 5, 5, 6, 1], selector=Selector(GREEDY, 1.5, 0), max_new_tokens=10)
+    assert [np.flatnonzero(choice.seen).tolist() for choice in ahead.choices] == [[3], [3, 4, 5, 6]]
+    assert {choice.penalty for choice in ahead.choices} == {1.5}
+
+
+def test_a_device_that_met_no_finite_logits_is_an_error():
+    with pytest.raises(GenerationError, match="the model must give finite logits, found NaN or infinite ones"):
+        run_on_device(3, [4, -1, 4, 4, 4, 4, 4, 4])
+
+
+@pytest.mark.parametrize(("temperature", "free"), [(0.0, True), (1.0, False)])
+def test_the_host_chooses_where_a_device_cannot(temperature, free):
+    def chosen(ahead):
+        selector = Selector(Sampling(temperature), 1.0, 0)
+        return run(peaks(3, 4, 5), selector=selector, full_vocabulary=free, run_ahead=ahead)
+
+    ahead = Ahead(FakeContext([]), [])
+    (ids, context), (again, _) = chosen(None), chosen(ahead)
+    assert again == ids and len(context.asked) == 2 and not ahead.asked

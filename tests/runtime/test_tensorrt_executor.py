@@ -4,12 +4,13 @@ from functools import cache
 
 import numpy as np
 import pytest
-from engine_doubles import host_executor
+from engine_doubles import HostKernels, host_executor
 from golden_cases import CASES, Case
 from tolerances import IMAGE_LEVELS, IMAGE_SHARE, LOGITS_SAME_ARITHMETIC
 
 from healthgpt_edge.bundle import Bundle
 from healthgpt_edge.errors import ExecutorError
+from healthgpt_edge.executors import Choice
 from healthgpt_edge.executors.onnx import OnnxExecutor
 from healthgpt_edge.executors.tensorrt import DECODE, PREFILL
 from healthgpt_edge.export.engines.build import default_settings
@@ -56,6 +57,59 @@ def test_a_free_picture_has_the_originals_ids(opened):
     assert result.token_ids == GENERATION.record["output_ids"]
     difference = np.abs(result.pixels.astype(int) - GENERATION.arrays["image_uint8"])
     assert difference.max() <= IMAGE_LEVELS and (difference > 0).mean() <= IMAGE_SHARE
+
+
+@pytest.fixture
+def choosing(opened, monkeypatch):
+    """Gives `opened`'s bundle and executor with kernels that choose tokens, and the sizes of what is downloaded."""
+
+    def give(system):
+        bundle, executor, _ = opened(system)
+        device, sizes = executor.device, []
+        download = device.download
+
+        def counted(memory, shape, dtype, offset=0):
+            sizes.append(shape)
+            return download(memory, shape, dtype, offset)
+
+        monkeypatch.setattr(device, "kernels", HostKernels())
+        monkeypatch.setattr(device, "download", counted)
+        return bundle, executor, sizes
+
+    return give
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.task == "comprehension"], ids=str)
+def test_answers_chosen_on_the_device_have_the_originals_ids(choosing, case):
+    """With the penalty of Qwen2.5, too; the host gets logits once, of the prefill."""
+    bundle, executor, sizes = choosing(case.system)
+    session = session_of(bundle, executor)
+    result = session.answer(case.image, case.question, max_new_tokens=case.max_new_tokens, draft="none")
+    assert result.token_ids == case.record["output_ids"]
+    rows = executor.language.rows["logits.comprehension"]
+    assert [shape for shape in sizes if shape[-1] == rows] == [(1, rows)]
+
+
+def test_a_picture_chosen_on_the_device_has_the_hosts_codes(choosing):
+    bundle, executor, sizes = choosing("m3")
+
+    def generate():
+        return session_of(bundle, executor).generate(GENERATION.image, GENERATION.question, draft="none")
+
+    found = generate()
+    logits = [shape for shape in sizes if shape == (1, executor.language.rows["logits.generation"])]
+    assert len(logits) == 1 and found.forward_passes == len(found.token_ids) - 1
+    executor.device.kernels = None
+    expected = generate()
+    assert found.token_ids == expected.token_ids and found.tokens_by_pass == expected.tokens_by_pass
+
+
+def test_a_run_ahead_that_is_too_long_is_refused_before_it_is_written(choosing):
+    _, executor, _ = choosing("m3")
+    context = executor.context("comprehension", None)
+    context.length = MAX_CONTEXT - 3
+    with pytest.raises(ExecutorError, match=rf"engines hold {MAX_CONTEXT} tokens, found {MAX_CONTEXT + 1}: build with"):
+        context.run_ahead(5, 4, Choice(np.ones(1, np.bool_), 1.0, np.zeros(1, np.bool_)))
 
 
 def test_a_task_is_deaf_to_the_other_plugin(opened):

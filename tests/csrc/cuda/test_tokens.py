@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from formats import exact, store
@@ -21,6 +23,60 @@ class Selection:
             self.device.put(logits), self.step, self.ids, self.token, past_length=self.past, **self.settings
         )
         return self.device.get(self.token).copy()
+
+
+class Lying:
+    """A device as the runtime's executors know it, which hands the kernels addresses and no arrays."""
+
+    stream = 0
+
+    def __init__(self, device):
+        self.device, self.kernels = device, device.kernels
+
+    def allocate(self, size_bytes):
+        values = self.device.put(np.zeros(size_bytes, np.uint8))
+        address = values.ctypes.data if self.device.is_host else values.data_ptr()
+        return SimpleNamespace(values=values, address=address, size_bytes=size_bytes)
+
+    def upload(self, values, memory):
+        memory.values[: values.nbytes] = self.device.put(values.view(np.uint8))
+
+    def download(self, memory, shape, dtype):
+        values = self.device.get(memory.values).view(dtype)
+        return values[: np.prod(shape)].reshape(shape)
+
+    def array(self, address, shape, dtype):
+        protocol = "__array_interface__" if self.device.is_host else "__cuda_array_interface__"
+        return SimpleNamespace(
+            **{protocol: {"data": (address, False), "shape": shape, "typestr": dtype.str, "version": 3}}
+        )
+
+
+def test_the_runtimes_chooser_chooses_what_its_selector_does(device):
+    """By addresses, with a grammar, a penalty, and a NaN at last."""
+    pytest.importorskip("healthgpt_edge.session")
+    from healthgpt_edge.decoding import CodeGrid, Sampling, Selector
+    from healthgpt_edge.executors.chooser import Chooser
+
+    random, rows, first_id, count = np.random.default_rng(4), 77, 100, 6
+    scores = random.standard_normal((count, rows)).astype(np.float32)
+    grammar = CodeGrid(first_id + 5, 40, first_id + 76, first_id + 60, total=100)
+    selector = Selector(Sampling(), 1.3, first_id)
+    lying = Lying(device)
+    chooser = Chooser(lying, first_id, rows)
+    logits, token, length = lying.allocate(scores[0].nbytes), lying.allocate(8), lying.allocate(8)
+    for _ in range(2):  # the second time the first's ids count as seen
+        chooser.begin(selector.choice(grammar, rows), count)
+        for row in scores:
+            lying.upload(row, logits)
+            chooser.order(logits.address, token.address, length.address)
+        found = chooser.ids().tolist()
+        assert found == [selector.choose(row, grammar) for row in scores] and len(set(found)) > 1
+    assert lying.download(length, (1,), np.int64) == 2 * count
+    chooser.begin(selector.choice(grammar, rows), 1)
+    lying.upload(np.full(rows, np.nan, np.float32), logits)
+    chooser.order(logits.address, token.address, length.address)
+    assert chooser.ids().tolist() == [-1]
 
 
 def drawn(scores, temperature, top_p, uniform):
