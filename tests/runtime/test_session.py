@@ -286,7 +286,10 @@ def test_tasks_that_a_bundle_has_not(golden_bundle):
 
 def test_executors_and_devices_that_are_not_there(golden_bundle):
     path = golden_bundle("qwen")
-    assert refusal(ExecutorError, lambda: load(path, executor="magic")) == "executor must be onnx, found 'magic'"
+    assert (
+        refusal(ExecutorError, lambda: load(path, executor="magic"))
+        == "executor must be onnx or tensorrt, found 'magic'"
+    )
     assert refusal(ExecutorError, lambda: load(path, device="tpu")) == "device must be cpu or cuda, found 'tpu'"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
