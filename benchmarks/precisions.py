@@ -1,10 +1,12 @@
 """What each precision costs in accuracy: the phantom exported and evaluated at every one, as a Markdown table.
 
-    python -m benchmarks.precisions WORK_DIR [--answers 100] [--pictures 40] [--out results.json]
+    python -m benchmarks.precisions WORK_DIR [--answers 100] [--pictures 40] [--row NAME]... [--out results.json]
 
 Pictures differ far more from each other than from precision to precision, so PSNR is compared picture by picture with
 float32's: the mean difference and its standard error. Finer still is how far the model's idea of the next code is from
 float32's when both follow float32's codes: the Kullback-Leibler divergence, in nats per code, without a picture's luck.
+
+With `--row` some rows are measured and the others of the file stay; float32, which all are compared with, comes first.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +34,7 @@ PHANTOM = Path(__file__).parents[1] / "phantom"
 BLOCK_SIZE = 32  # the phantom is narrow: 128 would be most of a row
 CALIBRATED_WITH = 6  # phantoms, a CT and an MR slice of each, behind those that are evaluated
 DRAWN_FROM = 200  # the held-out phantoms, of which the first are evaluated
-# The first is what the others are compared with.
+REFERENCE = "fp32"  # what the others are compared with
 EXPORTS: dict[str, dict[str, Any]] = {
     "fp32": {"precision": "fp32"},
     "fp16": {"precision": "fp16"},
@@ -80,56 +83,95 @@ def mean_and_error(values: np.ndarray) -> dict[str, float]:
     return {"mean": float(values.mean()), "standard_error": float(values.std(ddof=1) / len(values) ** 0.5)}
 
 
+class Comparison:
+    """Pictures and codes of float32, and what others make of the same; kept in `work` for calls to come."""
+
+    def __init__(self, work: Path, pictures: int) -> None:
+        self.tasks = [task for subject in phantoms.held_out(pictures) for task in phantoms.tasks(subject)]
+        self._bundle, self._drawn = bundle_of(work, REFERENCE), work / f"{REFERENCE}-{pictures}.npz"
+
+    def keep(self, psnr: np.ndarray, ids: list[list[int]]) -> None:
+        np.savez(self._drawn, psnr=psnr, ids=np.array(ids))
+
+    def pictures(self, session: Session, psnr: np.ndarray, ssim: np.ndarray) -> dict[str, Any]:
+        """By kind of picture: PSNR, SSIM, and how far from float32's."""
+        if not self._drawn.is_file():
+            raise SystemExit(f"measure the row {REFERENCE} of as many pictures first, in the same WORK_DIR")
+        with np.load(self._drawn) as kept:
+            reference, ids = kept["psnr"], kept["ids"]
+        expecting, divergence = load(self._bundle), np.empty(len(self.tasks))
+        for number, (task, codes) in enumerate(zip(self.tasks, ids, strict=True)):
+            expected, found = (log_shares(one, task, codes.tolist()) for one in (expecting, session))
+            divergence[number] = (np.exp(expected) * (expected - found)).sum(axis=-1).mean()
+        kinds = {}
+        for kind in phantoms.INSTRUCTIONS:
+            rows = [number for number, task in enumerate(self.tasks) if task.kind == kind]
+            kinds[kind] = {
+                "psnr": float(psnr[rows].mean()),
+                "ssim": float(ssim[rows].mean()),
+                "psnr_from_fp32": mean_and_error((psnr - reference)[rows]),
+                "divergence_from_fp32": mean_and_error(divergence[rows]),
+            }
+        return kinds
+
+
+def bundle_of(work: Path, name: str) -> Path:
+    return work / f"phantom-{name.replace(', ', '-').replace(' ', '-')}"
+
+
+def measure(name: str, work: Path, comparison: Comparison, answers: int) -> dict[str, Any]:
+    """Export a row's bundle in place of an older one, and evaluate it."""
+    bundle = bundle_of(work, name)
+    shutil.rmtree(bundle, ignore_errors=True)
+    size = export(bundle, **EXPORTS[name])
+    session = load(bundle)
+    answered = evaluate(session, answer_phantoms=answers, picture_phantoms=0).to_json()["answers"]
+    psnr, ssim, ids = draw(session, comparison.tasks)
+    if name == REFERENCE:
+        comparison.keep(psnr, ids)
+    return {"bundle_bytes": size, "answers": answered, "pictures": comparison.pictures(session, psnr, ssim)}
+
+
+def table_row(name: str, result: dict[str, Any]) -> str:
+    cells = [name, f"{result['bundle_bytes'] / 1e6:.1f} MB"]
+    cells += [f"{one['accuracy']:.1%}" for one in result["answers"].values()]
+    for one in result["pictures"].values():
+        change, apart = one["psnr_from_fp32"], one["divergence_from_fp32"]
+        cells.append(
+            f"{one['psnr']:.2f} / {one['ssim']:.3f}, {change['mean']:+.2f} ± {change['standard_error']:.2f} dB, "
+            f"{apart['mean']:.4f} nats"
+        )
+    return f"| {' | '.join(cells)} |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("--answers", type=int, default=100, help="held-out phantoms to ask about")
     parser.add_argument("--pictures", type=int, default=40, help="held-out phantoms to draw, at least 2")
+    parser.add_argument("--row", action="append", choices=EXPORTS, help="measure this one; may be repeated")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "machine": {"processor": machine.description()["processor"], "python": platform.python_version()},
         "versions": {"onnxruntime": onnxruntime.__version__},
         "held_out": {"answers": arguments.answers, "pictures": arguments.pictures},
     }
-    tasks = [task for subject in phantoms.held_out(arguments.pictures) for task in phantoms.tasks(subject)]
-    kinds = list(phantoms.INSTRUCTIONS)
-    of_kind = {kind: [number for number, task in enumerate(tasks) if task.kind == kind] for kind in kinds}
-    reference: tuple[np.ndarray, list[list[int]], Session] | None = None
-    for name, options in EXPORTS.items():
-        bundle = arguments.work / f"phantom-{name.replace(', ', '-').replace(' ', '-')}"
-        size = export(bundle, **options)
-        session = load(bundle)
-        answers = evaluate(session, answer_phantoms=arguments.answers, picture_phantoms=0).to_json()["answers"]
-        psnr, ssim, ids = draw(session, tasks)
-        reference = reference or (psnr, ids, session)
-        divergence = np.empty(len(tasks))
-        for number, (task, codes) in enumerate(zip(tasks, reference[1], strict=True)):
-            expected, found = (log_shares(one, task, codes) for one in (reference[2], session))
-            divergence[number] = (np.exp(expected) * (expected - found)).sum(axis=-1).mean()
-        pictures = {
-            kind: {
-                "psnr": float(psnr[rows].mean()),
-                "ssim": float(ssim[rows].mean()),
-                "psnr_from_fp32": mean_and_error((psnr - reference[0])[rows]),
-                "divergence_from_fp32": mean_and_error(divergence[rows]),
-            }
-            for kind, rows in of_kind.items()
-        }
-        results[name] = {"bundle_bytes": size, "answers": answers, "pictures": pictures}
-        cells = [f"{one['accuracy']:.1%}" for one in answers.values()]
-        for one in pictures.values():
-            change, apart = one["psnr_from_fp32"], one["divergence_from_fp32"]
-            cells.append(
-                f"{one['psnr']:.2f} / {one['ssim']:.3f}, {change['mean']:+.2f} ± {change['standard_error']:.2f} dB, "
-                f"{apart['mean']:.4f} nats"
-            )
-        print(f"| {name} | {size / 1e6:.1f} MB | {' | '.join(cells)} |", flush=True)
-    print("columns:", ", ".join(["bytes", *answers, *kinds]))
+    results: dict[str, Any] = {}
+    if arguments.row and arguments.out and arguments.out.is_file():
+        results = json.loads(arguments.out.read_text())
+        if any(results[name] != setting for name, setting in settings.items()):
+            raise SystemExit(f"{arguments.out} was measured with other settings: measure all rows")
+    comparison = Comparison(arguments.work, arguments.pictures)
+    for name in arguments.row or EXPORTS:
+        results[name] = measure(name, arguments.work, comparison, arguments.answers)
+        print(table_row(name, results[name]), flush=True)
+    print("columns:", ", ".join(["bytes", *phantoms.QUESTIONS, *phantoms.INSTRUCTIONS]))
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+        rows = {name: results[name] for name in EXPORTS if name in results}
+        arguments.out.write_text(json.dumps(settings | rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -62,5 +62,4 @@ def folds_of(checkpoint: Checkpoint) -> list[str]:
             folded.append(f"{name}: {language.vocab - first} of {language.vocab} head rows read per token")
     if checkpoint.vq is not None and "generation" in checkpoint.tasks:
         folded.append("post_quant_conv taken into the codebook")
-        folded.append(f"{len(checkpoint.vq.multipliers) - 1} upsampling convolutions run on the small picture")
     return folded

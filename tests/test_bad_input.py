@@ -288,6 +288,18 @@ def make(name: str, kind: Callable[[Path], object] = Path.mkdir) -> Callable[[Pl
     return path
 
 
+def pictures_of(*files: tuple[str, bytes]) -> Callable[[Place], Path]:
+    """A folder with these files."""
+
+    def path(place: Place) -> Path:
+        folder = make("pictures")(place)
+        for name, data in files:
+            (folder / name).write_bytes(data)
+        return folder
+
+    return path
+
+
 def too_large_for_float16(place: Place) -> list[object]:
     release = place.release()
     fill(COM, f"{DOWN}.lora_B.weight", 60_000.0)(release)
@@ -326,6 +338,25 @@ EXPORTS = {
         export("--block-size", 48, precision="int4"), "block size must be one of (32, 64, 128), got 48"
     ),
     "export: block size in words": Bad(export("--block-size", "many"), "Invalid value for '--block-size'"),
+    "export: unknown cache": Bad(export(cache="int4"), "cache must be one of fp32, fp16, int8, got 'int4'"),
+    "export: nothing to calibrate": Bad(
+        export(calibrate=GOLDEN / "images"), "pictures to calibrate with need integer matrices, int8 or int4, got fp32"
+    ),
+    "export: no folder to calibrate with": Bad(
+        export(calibrate=in_folder("nowhere"), precision="int4"), "No such file or directory: nowhere"
+    ),
+    "export: a picture for the folder": Bad(export(calibrate=PICTURE, precision="int4"), "Not a directory: wide.png"),
+    "export: calibrate with an empty folder": Bad(
+        export(calibrate=make("empty"), precision="int4"), "'empty' must hold pictures, found none"
+    ),
+    "export: calibrate with hidden files": Bad(
+        export(calibrate=pictures_of((".thumbnails", b"x")), precision="int4"),
+        "'pictures' must hold pictures, found none",
+    ),
+    "export: calibrate with what is no picture": Bad(
+        export("--block-size", 32, calibrate=pictures_of(("notes.txt", b"words")), precision="int4"),
+        "notes.txt: expected PNG, JPEG or DICOM, found another format",
+    ),
     "export: negative alpha": Bad(export("--hlora-alpha", -3), "hlora_alpha: expected a number above 0, found -3.0"),
     "export: alpha not a number": Bad(
         export("--hlora-alpha", "nan"), "hlora_alpha: expected a number above 0, found nan"

@@ -13,6 +13,7 @@ from onnx import TensorProto
 
 from healthgpt_edge.executors.onnx import value_of
 from healthgpt_edge.export.checkpoint import Checkpoint
+from healthgpt_edge.export.checkpoint.language import LanguageConfig
 from healthgpt_edge.export.graph.language import build_language, build_vocabulary, first_logit_row
 from healthgpt_edge.export.quantize import Storage, dequantise, quantise
 from healthgpt_edge.export.reference.language import KeyValueCache
@@ -86,10 +87,12 @@ class LanguageRun:
         return np.concatenate([others, outputs["logits"]], axis=-1)
 
 
-def write_graphs(checkpoint: Checkpoint, folder: Path, precision: str = "fp32", block_size: int = 128) -> None:
+def write_graphs(
+    checkpoint: Checkpoint, folder: Path, precision: str = "fp32", block_size: int = 128, cache: str | None = None
+) -> None:
     """The language graphs of every task of `checkpoint` in `folder`, as a bundle holds them."""
     (folder / "weights").mkdir()
-    storage = Storage.of(precision)
+    storage = Storage.of(precision, cache)
     base = WeightFile(folder / "weights/base.bin", "weights/base.bin")
     for task in checkpoint.tasks:
         own = WeightFile(folder / f"weights/{task}.bin", f"weights/{task}.bin")
@@ -157,11 +160,21 @@ def spliced(prompt_ids: list[int], vocab: int, patches: int) -> np.ndarray:
     return np.array([ids])
 
 
-class Float16Cache(KeyValueCache):
-    """Keys and values rounded to what a float16 cache keeps of them."""
+class RoundedCache(KeyValueCache):
+    """Keys and values rounded to what a cache of another type keeps of them."""
+
+    def __init__(self, config: LanguageConfig, capacity: int, cache_type: int) -> None:
+        super().__init__(config, capacity)
+        self._type = cache_type
 
     def extend(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return super().extend(layer, key.half().float(), value.half().float())
+        return super().extend(layer, self._kept(key), self._kept(value))
+
+    def _kept(self, rows: torch.Tensor) -> torch.Tensor:
+        if self._type == TensorProto.FLOAT16:
+            return rows.half().float()
+        scale = rows.abs().amax(dim=-1, keepdim=True) / 127
+        return (rows / scale).round() * scale
 
 
 def reference_logits(
@@ -170,6 +183,8 @@ def reference_logits(
     """Logits [T, V] at every position, the picture's included."""
     with torch.inference_mode():
         embeddings = model.embed(prompt_ids, None if features is None else torch.from_numpy(features))
-        cache = None if cache_type == TensorProto.FLOAT else Float16Cache(model.language, embeddings.shape[1])
+        cache = (
+            None if cache_type == TensorProto.FLOAT else RoundedCache(model.language, embeddings.shape[1], cache_type)
+        )
         found = model(embeddings, cache)
     return found[0].numpy()

@@ -22,7 +22,14 @@ from language_runs import (
     spliced,
     write_graphs,
 )
-from tolerances import LOGITS_8_BIT_LARGEST, LOGITS_8_BIT_MEAN, LOGITS_FLOAT16_CACHES, LOGITS_SAME_ARITHMETIC
+from onnx import TensorProto
+from tolerances import (
+    LOGITS_8_BIT_LARGEST,
+    LOGITS_8_BIT_MEAN,
+    LOGITS_FLOAT16_CACHES,
+    LOGITS_INT8_CACHES,
+    LOGITS_SAME_ARITHMETIC,
+)
 
 from healthgpt_edge.bundle import Bundle
 from healthgpt_edge.executors.onnx import OnnxExecutor
@@ -255,6 +262,24 @@ def test_the_body_computes_with_the_dequantised_weights(stored, system, task):
     difference = np.abs(found - expected)
     assert difference.max() < LOGITS_8_BIT_LARGEST
     assert difference.mean() < LOGITS_8_BIT_MEAN
+
+
+@each_task
+@pytest.mark.parametrize("optimised", [False, True])
+def test_int8_caches_keep_what_the_reference_rounds_to(tmp_path, system, task, optimised):
+    """All at once, and in two calls of which the second reads rounded rows."""
+    ids, token_ids, features = prompt(system, task)
+    with open_golden(system) as checkpoint:
+        write_graphs(checkpoint, tmp_path, cache="int8")
+    run = LanguageRun(tmp_path, task, optimised=optimised)
+    expected = reference_logits(model_of(system, task), ids, features, TensorProto.INT8)
+    found = run.forward(run.sequences(), token_ids, features, n=token_ids.shape[1])
+    assert_close(found[0], expected, LOGITS_INT8_CACHES)
+    sequences, half = run.sequences(), token_ids.shape[1] // 2
+    run.forward(sequences, token_ids[:, :half], features)
+    assert_close(run.forward(sequences, token_ids[:, half:], features)[0, 0], expected[-1], LOGITS_INT8_CACHES)
+    released = reference_logits(model_of(system, task), ids, features)
+    assert np.abs(expected - released).max() > 50 * LOGITS_INT8_CACHES
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
