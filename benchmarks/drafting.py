@@ -123,6 +123,9 @@ class FreeRows(RowCosts):
     def most(self) -> int:
         return self._rows // 2  # a pass may have twice as many
 
+    def known(self, rows: int) -> float | None:
+        return 1.0
+
     def line(self) -> tuple[float, float]:
         return 1.0, 0.0
 

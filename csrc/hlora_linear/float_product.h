@@ -17,34 +17,71 @@ SIMD_INLINE Floats LoadFloats(const void* values, int64_t at, int count) {
   return count >= Simd::kLanes ? Simd::Load(from) : Simd::Load(from, count);
 }
 
-// sums += the tile's `channels` channels, whose first number is at `at` of values, times kRows rows of x. Fetches what
-// lies `ahead` channels further.
+// Vectors of sums a row may have so that those of `rows` rows leave registers for weights and factors.
+constexpr int SumsPerRow(int rows) {
+  const int most = Simd::kRegisters * 3 / 4 / rows;
+  return most >= kVectors ? kVectors : most >= 4 ? 4 : 2;
+}
+
+// What will be read next: rows of a tile, `stride` bytes apart; from null nothing is fetched.
+struct Ahead {
+  const char* from;
+  int64_t stride;
+  int64_t bytes;  // of a row
+};
+
+// sums += the tile's `channels` channels, whose first number is at `at` of values, times kRows rows of x.
 template <Storage storage, int kRows>
 void MultiplyFloats(const void* values, int64_t at, int64_t stride, int64_t channels, const float* x, int64_t x_stride,
-                    int64_t ahead, float* sums, int64_t sums_stride) {
-  Floats totals[kRows][kVectors];
-  Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA {
-    Unroll<kVectors>([&](auto i)
-                         SIMD_INLINE_LAMBDA { totals[r][i] = Simd::Load(sums + r * sums_stride + i * Simd::kLanes); });
-  });
-  constexpr int64_t bytes = storage == Storage::kFloat16 ? 2 : 4;
-  for (int64_t channel = 0; channel < channels; ++channel) {
-    if (ahead != 0) {
-      const char* next = static_cast<const char*>(values) + (at + (channel + ahead) * stride) * bytes;
-      for (int64_t line = 0; line < kTile * bytes; line += 64) __builtin_prefetch(next + line);
+                    const Ahead& ahead, float* sums, int64_t sums_stride) {
+  constexpr int kSums = SumsPerRow(kRows);
+  for (int64_t vector = 0; vector < kVectors; vector += kSums) {
+    const int64_t first = vector * Simd::kLanes, fetched = ahead.bytes * vector / kVectors;
+    Floats totals[kRows][kSums];
+    Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA {
+      Unroll<kSums>([&](auto i) SIMD_INLINE_LAMBDA {
+        totals[r][i] = Simd::Load(sums + r * sums_stride + first + i * Simd::kLanes);
+      });
+    });
+    for (int64_t channel = 0; channel < channels; ++channel) {
+      if (ahead.from != nullptr) {
+        const char* next = ahead.from + channel * ahead.stride + fetched;
+        for (int64_t line = 0; line < ahead.bytes * kSums / kVectors; line += 64) __builtin_prefetch(next + line);
+      }
+      Floats weights[kSums];
+      Unroll<kSums>([&](auto i) SIMD_INLINE_LAMBDA {
+        weights[i] = LoadFloats<storage>(values, at + channel * stride + first + i * Simd::kLanes, Simd::kLanes);
+      });
+      Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA {
+        const Floats factor = Simd::Repeat(x[r * x_stride + channel]);
+        Unroll<kSums>([&](auto i) SIMD_INLINE_LAMBDA {
+          totals[r][i] = Simd::MultiplyAdd(factor, weights[i], totals[r][i]);
+          SIMD_KEEP(totals[r][i]);
+        });
+      });
     }
-    Floats factors[kRows];
-    Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA { factors[r] = Simd::Repeat(x[r * x_stride + channel]); });
-    Unroll<kVectors>([&](auto i) SIMD_INLINE_LAMBDA {
-      const Floats weights = LoadFloats<storage>(values, at + channel * stride + i * Simd::kLanes, Simd::kLanes);
-      Unroll<kRows>([&](auto r)
-                        SIMD_INLINE_LAMBDA { totals[r][i] = Simd::MultiplyAdd(factors[r], weights, totals[r][i]); });
+    Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA {
+      Unroll<kSums>([&](auto i) SIMD_INLINE_LAMBDA {
+        Simd::Store(sums + r * sums_stride + first + i * Simd::kLanes, totals[r][i]);
+      });
     });
   }
-  Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA {
-    Unroll<kVectors>([&](auto i)
-                         SIMD_INLINE_LAMBDA { Simd::Store(sums + r * sums_stride + i * Simd::kLanes, totals[r][i]); });
-  });
+}
+
+// Some channels of a tile as float32 (channels, kTile); past the last output zeros.
+template <Storage storage>
+void Widen(const void* values, int64_t at, int64_t stride, int64_t channels, int columns, float* to) {
+  for (int64_t channel = 0; channel < channels; ++channel, at += stride, to += kTile) {
+    if (columns == kTile) {
+      Unroll<kVectors>([&](auto i) SIMD_INLINE_LAMBDA {
+        Simd::Store(to + i * Simd::kLanes, LoadFloats<storage>(values, at + i * Simd::kLanes, Simd::kLanes));
+      });
+      continue;
+    }
+    for (int i = 0; i < kTile; i += Simd::kLanes) {
+      Simd::Store(to + i, i < columns ? LoadFloats<storage>(values, at + i, columns - i) : Simd::Repeat(0.0f));
+    }
+  }
 }
 
 // Few rows go over all tiles four channels at a time, as integers do with eight; more rows take widened tiles of a
@@ -52,39 +89,42 @@ void MultiplyFloats(const void* values, int64_t at, int64_t stride, int64_t chan
 template <Storage storage>
 void AddFloatProduct(const Matrix& matrix, const Input& input, int64_t first_block, int64_t end_block,
                      const Part& part) {
-  const int64_t end = Min(end_block * kFloatBlock, matrix.channels);
+  constexpr int64_t bytes = storage == Storage::kFloat16 ? 2 : 4;
+  const char* values = static_cast<const char*>(matrix.values);
+  const int64_t end = Min(end_block * kFloatBlock, matrix.channels), tiles = part.stride / kTile;
   const bool few = part.rows <= kFewRows;
   const int64_t step = few ? 4 : kFloatBlock;
   for (int64_t channel = first_block * kFloatBlock; channel < end; channel += step) {
     const int64_t channels = Min(step, end - channel);
-    for (int64_t tile = 0; tile < part.stride / kTile; ++tile) {
+    for (int64_t tile = 0; tile < tiles; ++tile) {
       const int columns = TileColumns(part, tile);
       const int64_t at = channel * matrix.outputs + part.column + tile * kTile;
       const bool in_place = few && columns == kTile;
+      // In place the next four channels of this tile; else the tile to the right, or the first one of the next block,
+      // or of the next part.
+      const bool below = channel + kFloatBlock < matrix.channels;
+      const int64_t beside = tile + 1 < tiles ? at + kTile
+                             : below          ? at + kFloatBlock * matrix.outputs - tile * kTile
+                                              : part.column + part.columns;
+      const int64_t next = in_place ? at + 4 * matrix.outputs : beside;
+      Ahead ahead = {values + next * bytes, matrix.outputs * bytes, kTile * bytes};
       float* widened = static_cast<float*>(part.unpacked);
-      if (!in_place) {
-        for (int64_t i = 0; i < channels; ++i) {
-          for (int64_t j = 0; j < kTile; j += Simd::kLanes) {
-            const int count = static_cast<int>(columns - j);
-            const int64_t from = at + i * matrix.outputs + j;
-            Simd::Store(widened + i * kTile + j,
-                        count > 0 ? LoadFloats<storage>(matrix.values, from, count) : Simd::Repeat(0.0f));
-          }
-        }
-      }
-      for (int64_t row = 0; row < part.rows; row += kRowsAtOnce) {
+      if (!in_place) Widen<storage>(matrix.values, at, matrix.outputs, channels, columns, widened);
+      for (int64_t row = 0; row < part.rows; row += kFloatRowsAtOnce) {
         const int64_t left = part.rows - row;
         const float* x = input.values + (part.row + row) * input.channels + channel;
         float* sums = part.sums + row * part.stride + tile * kTile;
         if (in_place) {
           const auto multiply =
               Pick(left, MultiplyFloats<storage, 1>, MultiplyFloats<storage, 2>, MultiplyFloats<storage, 3>);
-          multiply(matrix.values, at, matrix.outputs, channels, x, input.channels, 4, sums, part.stride);
+          multiply(matrix.values, at, matrix.outputs, channels, x, input.channels, ahead, sums, part.stride);
         } else {
-          const auto multiply = Pick(left, MultiplyFloats<Storage::kFloat32, 1>, MultiplyFloats<Storage::kFloat32, 2>,
-                                     MultiplyFloats<Storage::kFloat32, 3>);
-          multiply(widened, 0, kTile, channels, x, input.channels, 0, sums, part.stride);
+          constexpr Storage wide = Storage::kFloat32;
+          const auto multiply = Pick(left, MultiplyFloats<wide, 1>, MultiplyFloats<wide, 2>, MultiplyFloats<wide, 3>,
+                                     MultiplyFloats<wide, 4>, MultiplyFloats<wide, 5>, MultiplyFloats<wide, 6>);
+          multiply(widened, 0, kTile, channels, x, input.channels, ahead, sums, part.stride);
         }
+        ahead.from = nullptr;  // once is enough
       }
     }
   }

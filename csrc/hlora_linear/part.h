@@ -15,7 +15,8 @@ using Floats = Simd::Floats;
 
 constexpr int64_t kVectors = 8;                     // of sums per row
 constexpr int64_t kTile = kVectors * Simd::kLanes;  // outputs
-constexpr int64_t kRowsAtOnce = 3;                  // 24 of 32 registers hold their sums
+constexpr int64_t kRowsAtOnce = 3;                  // of integers: 24 of 32 registers hold their sums
+constexpr int64_t kFloatRowsAtOnce = 6;             // with fewer vectors each (SumsPerRow)
 constexpr int64_t kFewRows = 3;
 constexpr int64_t kRowsBySplit = 12;       // for as many or fewer, threads share the splits of the channels
 constexpr int64_t kFloatBlock = 64;        // channels of a tile of floats

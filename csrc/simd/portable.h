@@ -19,6 +19,7 @@ namespace {
 struct Simd {
   // Floats or 32-bit integers in a vector. Bytes holds 4 * kLanes bytes in lanes of 16.
   static constexpr int kLanes = 4;
+  static constexpr int kRegisters = 16;  // assumed
   struct Bytes {
     uint8_t at[16];
   };

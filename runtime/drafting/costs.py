@@ -31,6 +31,10 @@ class RowCosts:
         if len(self._samples[rows]) >= _FEWEST:
             self._known[rows] = min(self._samples[rows])
 
+    def known(self, rows: int) -> float | None:
+        """Seconds of a pass of so many rows; None if it was not timed often enough."""
+        return self._known.get(rows)
+
     @property
     def plain(self) -> float:
         """Seconds of a pass of one row; by the line where it was not timed."""

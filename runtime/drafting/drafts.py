@@ -25,7 +25,7 @@ _PICTURE_EXPONENT, _TEXT_EXPONENT = 0.6, 0.3
 # Most answers are shorter than what drafting takes to pay.
 _PLAIN_WORDS = 16
 # The share of a plain run's time that encoding the picture may take: Jacobi finds nearly as much without.
-_ENCODER_SHARE = 0.05
+_ENCODER_SHARE = 0.03
 
 
 class Drafts:
@@ -64,7 +64,7 @@ class Drafts:
         return Drafter(
             "input" if encoded else "jacobi",
             sources,
-            Pace(self.costs[task], _PICTURE_EXPONENT),
+            Pace(self.costs[task], _PICTURE_EXPONENT, codes.grid**2),
             allowed=lambda: mode != "auto" or self.agree(task),
             jacobi=mode != "input",
             newline=codes.newline,

@@ -23,6 +23,8 @@ _NEWEST = 0.05
 _LEAST_GAIN = 1.1
 # Where drafts do not pay, plain passes before they are tried anew; twice as many every time.
 _FIRST_WAIT = 64
+# Of the time of plain decoding, what passes with drafts may have taken more than plain ones for the same tokens.
+_MAY_LOSE = 0.03
 # Sizes so near the best count as good as it, and the largest of them is taken: it teaches Jacobi the most.
 _NEARLY = 0.95
 
@@ -32,11 +34,14 @@ class Pace:
 
     Tokens per pass are taken as rows ** exponent, the law that drafts of 4 to 32 rows follow on the trained phantom
     (docs/drafting.md). The exponent is measured in the request, the cost of rows on the machine. At exponent 0 drafts
-    are never right and a pass has one row: plain decoding.
+    are never right and a pass has one row: plain decoding. The estimate may be wrong, so a pass is made only if the
+    request could afford that all of its drafts are: `_MAY_LOSE` of what plain decoding takes for the tokens so far, or
+    for all of the `expected` ones where their number is known. What drafts gained before adds as much again at most.
     """
 
-    def __init__(self, costs: RowCosts, exponent: float) -> None:
-        self._costs, self._first = costs, exponent
+    def __init__(self, costs: RowCosts, exponent: float, expected: int = 0) -> None:
+        self._costs, self._first, self._expected = costs, exponent, expected
+        self._done, self._lost = 0, 0.0  # tokens, and seconds that drafts cost; below 0 they gained
         self._plain_left, self._wait = _PLAIN_PASSES, _FIRST_WAIT
         self._warm = False
         self._expect(exponent)
@@ -56,20 +61,34 @@ class Pace:
             return 1
         sizes = _SIZES[: np.searchsorted(_SIZES, max(4, 2 * known), side="right")]
         fixed, each = self._costs.line()
-        rates = sizes**self.exponent / (fixed + each * sizes)
-        if rates.max() >= _LEAST_GAIN / self._costs.plain:
+        seconds, plain = fixed + each * sizes, self._costs.plain
+        at_worst = seconds if known > 1 else plain * sizes
+        affordable = self._lost + at_worst - plain <= self._allowance()
+        sizes, seconds = sizes[affordable], seconds[affordable]
+        if not (sizes > 1).any():
+            return 1
+        rates = sizes**self.exponent / seconds
+        if rates.max() >= _LEAST_GAIN / plain:
             return int(sizes[rates >= _NEARLY * rates.max()][-1])
         # Plain passes from the next on. This one tells what rows cost by now, or an old cost would stand for good.
         self._plain_left, self._wait = self._wait, 2 * self._wait
         self._expect(self._first)
         return min(_FIRST_ROWS, int(sizes[-1]))
 
+    def _allowance(self) -> float:
+        """Seconds that drafts may lose."""
+        return _MAY_LOSE * max(self._done, self._expected) * self._costs.plain
+
     def learn(self, rows: int, tokens: int, seconds: float) -> None:
         """Note that a pass of `rows` took `seconds` and gave `tokens`."""
         if self._warm and rows in _SIZES:  # other sizes end a grid, too rarely to be timed well
             self._costs.record(rows, seconds)
         self._warm = True
+        self._done += tokens
         if rows > 1:
+            # What such passes take, not what this one did: others on the machine are no loss by drafts.
+            lost = (self._costs.known(rows) or seconds) - tokens * self._costs.plain
+            self._lost = max(self._lost + lost, -self._allowance())
             self._passes += 1
             newest = max(_NEWEST, 1 / self._passes)
             self._rows += newest * (rows - self._rows)
