@@ -46,7 +46,7 @@ void MultiplyFloats(const void* values, int64_t at, int64_t stride, int64_t chan
     for (int64_t channel = 0; channel < channels; ++channel) {
       if (ahead.from != nullptr) {
         const char* next = ahead.from + channel * ahead.stride + fetched;
-        for (int64_t line = 0; line < ahead.bytes * kSums / kVectors; line += 64) __builtin_prefetch(next + line);
+        for (int64_t line = 0; line < ahead.bytes * kSums / kVectors; line += 64) __builtin_prefetch(next + line, 0, 2);
       }
       Floats weights[kSums];
       Unroll<kSums>([&](auto i) SIMD_INLINE_LAMBDA {
