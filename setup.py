@@ -12,16 +12,20 @@ import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-# The module for Python, and the library that ONNX Runtime opens by its path: no module, so without the tag in its name.
-MODULE, LIBRARY = "_kernels", "healthgpt_onnxruntime"
+# The modules for Python, and the libraries that ONNX Runtime opens by their path: no modules, so without the tag in the
+# name.
+MODULES, LIBRARIES = ["_kernels"], ["healthgpt_onnxruntime"]
 CUDA = os.environ.get("HEALTHGPT_CUDA") == "1"
+if CUDA:
+    MODULES.append("_cuda")
+    LIBRARIES.append("healthgpt_onnxruntime_cuda")
 
 
 class CMakeBuild(build_ext):
-    """Builds MODULE and LIBRARY with CMake and Ninja; setuptools takes them to where the package is."""
+    """Builds MODULES and LIBRARIES with CMake and Ninja; setuptools takes them to where the package is."""
 
     def get_ext_filename(self, name: str) -> str:
-        if name.split(".")[-1] == LIBRARY:
+        if name.split(".")[-1] in LIBRARIES:
             return str(Path(*name.split("."))) + ".so"
         return super().get_ext_filename(name)
 
@@ -46,6 +50,6 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    ext_modules=[Extension(f"healthgpt_edge.{name}", sources=[]) for name in (MODULE, LIBRARY, *["_cuda"] * CUDA)],
+    ext_modules=[Extension(f"healthgpt_edge.{name}", sources=[]) for name in MODULES + LIBRARIES],
     cmdclass={"build_ext": CMakeBuild},
 )

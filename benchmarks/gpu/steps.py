@@ -93,7 +93,8 @@ class DecodeStep:
             self._linear(layer.qkv, self.hidden, self.packed.view(1, -1), epsilon=EPSILON)
             kernels.cached_attention(
                 *(self.packed, self.cosine, self.sine, self.past, layer.keys, layer.values, self.attended),
-                *(self.attention_memory, "float16", 0, stream),
+                self.attention_memory,
+                stream=stream,
             )
             self._linear(layer.o, self.attended.view(1, -1), self.hidden, residual=self.hidden)
             self._linear(layer.gate_up, self.hidden, self.gate_up, epsilon=EPSILON)

@@ -1,4 +1,4 @@
-// Rotary positions, cache append and attention over the cache on a GPU, for the few tokens of a decode step:
+// Rotary positions, cache append and attention over the cache on a GPU, made for the few tokens of a decode step:
 // cached_attention.h says the rest.
 #pragma once
 
@@ -6,6 +6,7 @@
 
 namespace healthgpt::cuda {
 
+// Of a launch. More tokens, those of a prompt, are as many launches.
 constexpr int64_t kMostDecodeTokens = 32;
 constexpr int64_t kMostHeadSize = 128;
 
@@ -17,14 +18,16 @@ struct CachedAttentionArguments {
   const float* key = nullptr;            // (B, S, K * D)  queries, keys and values side by side is read as it lies
   const float* value = nullptr;          // (B, S, K * D)
   int64_t query_stride = 0, key_stride = 0, value_stride = 0;
-  const float* cosine = nullptr;  // (B, S, D / 2) of the new positions
-  const float* sine = nullptr;    // (B, S, D / 2)
-  Storage cache = Storage::kFloat16;
-  void* keys = nullptr;  // (B, K, M, D) float16 or bfloat16: the new rows are written at past_length
-  void* values = nullptr;
-  float* output = nullptr;      // (B, S, H * D)
-  void* workspace = nullptr;    // of CachedAttentionWorkspaceBytes, zeros before the first of its calls
-  int64_t workspace_bytes = 0;  // one workspace serves all layers that follow each other in a stream
+  const float* cosine = nullptr;      // (B, S, D / 2) of the new positions
+  const float* sine = nullptr;        // (B, S, D / 2)
+  Storage cache = Storage::kFloat16;  // or kBFloat16, or kInt8 with a scale for each row of D
+  void* keys = nullptr;               // (B, K, M, D): the new rows are written at past_length
+  void* values = nullptr;             // (B, K, M, D)
+  float* key_scales = nullptr;        // (B, K, M), null but for kInt8
+  float* value_scales = nullptr;      // (B, K, M)
+  float* output = nullptr;            // (B, S, H * D)
+  void* workspace = nullptr;          // of CachedAttentionWorkspaceBytes, zeros before the first of its calls
+  int64_t workspace_bytes = 0;        // one workspace serves all layers that follow each other in a stream
 };
 
 int64_t CachedAttentionWorkspaceBytes(const CachedAttentionArguments& arguments);

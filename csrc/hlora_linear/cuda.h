@@ -26,6 +26,10 @@ struct HLoraLinearArguments {
   const float* residual = nullptr;  // (S, O) or null, added to the result; may be y
 };
 
+// The least stride at which every row of a matrix in aligned memory is read by wide loads. Others are gathered, which
+// costs a matrix of 68 columns little and a large one much.
+int64_t WideStride(Storage storage, int64_t outputs);
+
 // For any call with these matrices and at most these rows.
 int64_t HLoraLinearWorkspaceBytes(const HLoraLinearArguments& arguments);
 

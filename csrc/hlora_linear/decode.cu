@@ -323,11 +323,10 @@ Cut CutOf(const Matrix& matrix, int64_t adapter_channels) {
 Weights WeightsOf(const Matrix& matrix) {
   const int64_t load_bytes = matrix.storage == Storage::kInt4 ? 8 : 16;
   const int64_t row_bits = matrix.stride * ElementBits(matrix.storage);
-  const bool is_aligned =
-      row_bits % (8 * load_bytes) == 0 &&
-      reinterpret_cast<uintptr_t>(matrix.values) % static_cast<uintptr_t>(load_bytes) == 0 &&
-      // a lane's load may reach beyond the last output, not beyond the row
-      CeilDivide(matrix.outputs, TileOutputs(matrix.storage) / 8) * TileOutputs(matrix.storage) <= 8 * matrix.stride;
+  const bool is_aligned = row_bits % (8 * load_bytes) == 0 &&
+                          reinterpret_cast<uintptr_t>(matrix.values) % static_cast<uintptr_t>(load_bytes) == 0 &&
+                          // a lane's load may reach beyond the last output, not beyond the row
+                          WideStride(matrix.storage, matrix.outputs) <= matrix.stride;
   return {matrix.values,  matrix.scales, matrix.channels,
           matrix.outputs, matrix.stride, static_cast<int>(matrix.block_size),
           is_aligned};
@@ -421,6 +420,11 @@ Status Start(const Product& product, Storage storage, Stream stream) {
 }
 
 }  // namespace
+
+int64_t WideStride(Storage storage, int64_t outputs) {
+  const int64_t of_lane = TileOutputs(storage) / 8;
+  return CeilDivide(outputs, of_lane) * of_lane;
+}
 
 int64_t HLoraLinearWorkspaceBytes(const HLoraLinearArguments& arguments) { return 4 * PlacesOf(arguments).end; }
 

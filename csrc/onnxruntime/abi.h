@@ -69,7 +69,13 @@ struct OrtApi {
   void (*ReleaseTensorTypeAndShapeInfo)(OrtTensorTypeAndShapeInfo* info);
   void* gap_100;
   void (*ReleaseCustomOpDomain)(OrtCustomOpDomain* domain);
-  void* gap_102[172];
+  void* gap_102[91];
+  OrtStatus* (*KernelContext_GetGPUComputeStream)(const OrtKernelContext* context, void** stream);
+  void* gap_194[55];
+  // The value is in the memory of the kernel's provider, and null where the input is no constant.
+  OrtStatus* (*KernelInfoGetConstantInput_tensor)(const OrtKernelInfo* info, size_t index, int* is_constant,
+                                                  const OrtValue** value);
+  void* gap_250[24];
   // Calls function(state, index) for every index below count; batches 0 lets free threads take the next index.
   OrtStatus* (*KernelContext_ParallelFor)(const OrtKernelContext* context, void (*function)(void*, size_t),
                                           size_t count, size_t batches, void* state);
@@ -126,6 +132,8 @@ HEALTHGPT_IS_AT(OrtApi, KernelContext_GetOutput, 91);
 HEALTHGPT_IS_AT(OrtApi, ReleaseStatus, 93);
 HEALTHGPT_IS_AT(OrtApi, ReleaseTensorTypeAndShapeInfo, 99);
 HEALTHGPT_IS_AT(OrtApi, ReleaseCustomOpDomain, 101);
+HEALTHGPT_IS_AT(OrtApi, KernelContext_GetGPUComputeStream, 193);
+HEALTHGPT_IS_AT(OrtApi, KernelInfoGetConstantInput_tensor, 249);
 HEALTHGPT_IS_AT(OrtApi, KernelContext_ParallelFor, 274);
 HEALTHGPT_IS_AT(OrtCustomOp, GetInputMemoryType, 12);
 HEALTHGPT_IS_AT(OrtCustomOp, CreateKernelV2, 17);

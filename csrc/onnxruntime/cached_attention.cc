@@ -1,98 +1,20 @@
-// healthgpt::CachedAttention (export/graph/functions.py) by the launcher cached_attention.h.
+// Attention over the cache on the CPU, by the launcher cached_attention.h.
 #include "cached_attention/cached_attention.h"
 
 #include <cstring>
 
+#include "onnxruntime/attention_node.h"
 #include "onnxruntime/kernels.h"
-#include "onnxruntime/operator.h"
 
 namespace healthgpt {
 namespace {
 
 template <Storage storage>
-class CachedAttentionKernel {
-  static constexpr bool kHasScales = storage == Storage::kInt8;
-  static constexpr OrtElementType kCache = kHasScales                     ? kOrtInt8
-                                           : storage == Storage::kFloat16 ? kOrtFloat16
-                                                                          : kOrtFloat32;
-  static constexpr size_t kCacheBytes = kHasScales ? 1 : storage == Storage::kFloat16 ? 2 : 4;
+struct CpuAttention {
+  using Arguments = CachedAttentionArguments;
+  static constexpr Storage kStorage = storage;
 
- public:
-  static constexpr const char* kName = "CachedAttention";
-  static constexpr Operand kInputs[] = {
-      {"query", kOrtFloat32},
-      {"key", kOrtFloat32},
-      {"value", kOrtFloat32},
-      {"cosine", kOrtFloat32},
-      {"sine", kOrtFloat32},
-      {"past_length", kOrtInt64},
-      {"visible", kOrtBool},  // for the body alone: past_length and
-                              // window say the same
-      {"past_key", kCache},
-      {"past_value", kCache},
-      {"past_key_scale", kOrtFloat32, kOrtOptional},
-      {"past_value_scale", kOrtFloat32, kOrtOptional},
-  };
-  static constexpr Operand kOutputs[] = {
-      {"output", kOrtFloat32},
-      {"present_key", kCache},
-      {"present_value", kCache},
-      {"present_key_scale", kOrtFloat32, kOrtOptional},
-      {"present_value_scale", kOrtFloat32, kOrtOptional},
-  };
-
-  explicit CachedAttentionKernel(const Attributes& attributes)
-      : heads_(attributes.Integer("heads", 1, INT32_MAX)),
-        kv_heads_(attributes.Integer("kv_heads", 1, INT32_MAX)),
-        window_(attributes.Integer("window", 0, INT32_MAX)) {
-    if (heads_ % kv_heads_ != 0) {
-      throw std::invalid_argument("heads must be a multiple of " + std::to_string(kv_heads_) + " kv_heads, found " +
-                                  std::to_string(heads_));
-    }
-  }
-
-  void Compute(Call& call) const {
-    const Tensor query = call.Input(0), past_length = call.Input(5), past_key = call.Input(7);
-    if (query.rank != 3 || query.shape[2] == 0 || query.shape[2] % (2 * heads_) != 0) {
-      throw std::invalid_argument("query must be [B, S, " + std::to_string(heads_) + " heads of an even size], found " +
-                                  query.ShapeText());
-    }
-    if (past_key.rank != 4) {
-      throw std::invalid_argument("past_key must have 4 dimensions, found " + past_key.ShapeText());
-    }
-    CachedAttentionArguments arguments;
-    arguments.batch = query.shape[0];
-    arguments.tokens = query.shape[1];
-    arguments.heads = heads_;
-    arguments.kv_heads = kv_heads_;
-    arguments.head_size = query.shape[2] / heads_;
-    arguments.capacity = past_key.shape[2];
-    arguments.window = window_;
-    arguments.cache = storage;
-    CheckLengths(past_length, arguments);
-    arguments.past_length = past_length.As<int64_t>();
-    arguments.query = query.As<float>();
-    const int64_t kv_size = kv_heads_ * arguments.head_size, half = arguments.head_size / 2;
-    arguments.key = Rows(call.Input(1), arguments, kv_size);
-    arguments.value = Rows(call.Input(2), arguments, kv_size);
-    arguments.cosine = Rows(call.Input(3), arguments, half);
-    arguments.sine = Rows(call.Input(4), arguments, half);
-    arguments.keys = Present(call, 1, past_key, arguments, arguments.head_size, kCacheBytes);
-    arguments.values = Present(call, 2, call.Input(8), arguments, arguments.head_size, kCacheBytes);
-    if constexpr (kHasScales) {
-      const auto scales = [&](size_t output) {
-        return static_cast<float*>(Present(call, output, call.Input(output + 6), arguments, 1, sizeof(float)));
-      };
-      arguments.key_scales = scales(3);
-      arguments.value_scales = scales(4);
-    }
-    arguments.output = static_cast<float*>(call.Output(0, query.shape, query.rank));
-    if (query.elements > 0) CachedAttention(arguments, call.Threads());
-  }
-
- private:
-  static void CheckLengths(const Tensor& past_length, const CachedAttentionArguments& arguments) {
-    past_length.Expect({arguments.batch});
+  static void CheckLengths(const Tensor& past_length, const Arguments& arguments) {
     for (int64_t sequence = 0; sequence < arguments.batch; ++sequence) {
       const int64_t length = past_length.As<int64_t>()[sequence];
       if (length < 0 || length > arguments.capacity - arguments.tokens) {
@@ -103,31 +25,19 @@ class CachedAttentionKernel {
     }
   }
 
-  // The memory of an input (B, S, size).
-  static const float* Rows(const Tensor& tensor, const CachedAttentionArguments& arguments, int64_t size) {
-    tensor.Expect({arguments.batch, arguments.tokens, size});
-    return tensor.As<float>();
+  static void Copy(const Call&, void* to, const void* from, int64_t bytes) {
+    std::memcpy(to, from, static_cast<size_t>(bytes));
   }
 
-  // The memory of a grown cache, rows of `size` elements, which holds what the past one does: where the caller has
-  // bound the same memory to both, as the executor does, there is nothing to copy.
-  static void* Present(const Call& call, size_t index, const Tensor& past, const CachedAttentionArguments& arguments,
-                       int64_t size, size_t element_bytes) {
-    past.Expect({arguments.batch, arguments.kv_heads, arguments.capacity, size});
-    void* present = call.Output(index, past.shape, past.rank);
-    if (present != past.data) std::memcpy(present, past.data, static_cast<size_t>(past.elements) * element_bytes);
-    return present;
-  }
-
-  int64_t heads_, kv_heads_, window_;
+  void operator()(const Arguments& arguments, Call& call) const { CachedAttention(arguments, call.Threads()); }
 };
 
 }  // namespace
 
 const OrtCustomOp* CachedAttentionOperator(Storage cache) {
-  if (cache == Storage::kInt8) return Operator<CachedAttentionKernel<Storage::kInt8>>();
-  return cache == Storage::kFloat16 ? Operator<CachedAttentionKernel<Storage::kFloat16>>()
-                                    : Operator<CachedAttentionKernel<Storage::kFloat32>>();
+  if (cache == Storage::kInt8) return Operator<CachedAttentionKernel<CpuAttention<Storage::kInt8>>>();
+  return cache == Storage::kFloat16 ? Operator<CachedAttentionKernel<CpuAttention<Storage::kFloat16>>>()
+                                    : Operator<CachedAttentionKernel<CpuAttention<Storage::kFloat32>>>();
 }
 
 }  // namespace healthgpt

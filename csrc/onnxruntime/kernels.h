@@ -1,4 +1,4 @@
-// The operators of the domain "healthgpt" that this library has kernels for.
+// The operators of the domain "healthgpt" that the CPU has kernels for.
 #pragma once
 
 #include "hlora_linear/hlora_linear.h"

@@ -1,8 +1,5 @@
 // The library that SessionOptions.register_custom_ops_library opens: it gives the session our kernels for the nodes of
 // the domain "healthgpt". Without it, ONNX Runtime runs the same nodes by the function bodies in the graph.
-#include <memory>
-
-#include "onnxruntime/kernels.h"
 #include "onnxruntime/operator.h"
 
 namespace healthgpt {
@@ -13,12 +10,7 @@ class Domain {
  public:
   explicit Domain(const OrtApi& api) : api_(api) {
     Check(api, api.CreateCustomOpDomain("healthgpt", &domain_));
-    for (const OrtCustomOp* op :
-         {LinearOperator(), HLoraLinearOperator(), CachedAttentionOperator(Storage::kFloat32),
-          CachedAttentionOperator(Storage::kFloat16), CachedAttentionOperator(Storage::kInt8), ConvolutionOperator(),
-          EnlargedConvolutionOperator(), NormSwishConvolutionOperator(), ResidualConvolutionOperator()}) {
-      Check(api, api.CustomOpDomain_Add(domain_, op));
-    }
+    for (const OrtCustomOp* op : Operators()) Check(api, api.CustomOpDomain_Add(domain_, op));
   }
   ~Domain() { api_.ReleaseCustomOpDomain(domain_); }
   Domain(const Domain&) = delete;

@@ -28,6 +28,31 @@ class Description {
   OrtTensorTypeAndShapeInfo* info_ = nullptr;
 };
 
+Tensor Read(const OrtApi& api, const Operand& operand, const OrtValue* value) {
+  Tensor tensor;
+  tensor.name = operand.name;
+  const Description description(api, value);
+  Check(api, api.GetTensorElementType(description.info(), &tensor.type));
+  if (operand.type != kOrtUndefined && tensor.type != operand.type) {
+    throw std::invalid_argument(std::string(operand.name) + " must have the ONNX type " + std::to_string(operand.type) +
+                                ", found " + std::to_string(tensor.type));
+  }
+  Check(api, api.GetDimensionsCount(description.info(), &tensor.rank));
+  if (tensor.rank > Tensor::kMostDimensions) {
+    throw std::invalid_argument(std::string(operand.name) + " must have at most " +
+                                std::to_string(Tensor::kMostDimensions) + " dimensions, found " +
+                                std::to_string(tensor.rank));
+  }
+  Check(api, api.GetDimensions(description.info(), tensor.shape, tensor.rank));
+  size_t elements = 0;
+  Check(api, api.GetTensorShapeElementCount(description.info(), &elements));
+  tensor.elements = static_cast<int64_t>(elements);
+  // There is no function that gives const memory; no kernel writes to an input but as its own output.
+  Check(api, api.GetTensorMutableData(const_cast<OrtValue*>(value), &tensor.data));
+  tensor.given = true;
+  return tensor;
+}
+
 }  // namespace
 
 void Check(const OrtApi& api, OrtStatus* status) {
@@ -58,36 +83,28 @@ int64_t Attributes::Integer(const char* name, int64_t smallest, int64_t largest)
   return value;
 }
 
+Tensor Attributes::Constant(size_t index, const Operand& operand) const {
+  int is_constant = 0;
+  const OrtValue* value = nullptr;
+  Check(api_, api_.KernelInfoGetConstantInput_tensor(info_, index, &is_constant, &value));
+  return is_constant != 0 && value != nullptr ? Read(api_, operand, value) : Tensor();
+}
+
 Tensor Call::Input(size_t index) const {
   const Operand& operand = inputs_[index];
-  Tensor tensor;
-  tensor.name = operand.name;
   const OrtValue* value = nullptr;
   Check(api_, api_.KernelContext_GetInput(context_, index, &value));
-  if (value == nullptr) {
-    if (operand.characteristic == kOrtOptional) return tensor;
-    throw std::invalid_argument(std::string(operand.name) + " is missing");
-  }
-  const Description description(api_, value);
-  Check(api_, api_.GetTensorElementType(description.info(), &tensor.type));
-  if (operand.type != kOrtUndefined && tensor.type != operand.type) {
-    throw std::invalid_argument(std::string(operand.name) + " must have the ONNX type " + std::to_string(operand.type) +
-                                ", found " + std::to_string(tensor.type));
-  }
-  Check(api_, api_.GetDimensionsCount(description.info(), &tensor.rank));
-  if (tensor.rank > Tensor::kMostDimensions) {
-    throw std::invalid_argument(std::string(operand.name) + " must have at most " +
-                                std::to_string(Tensor::kMostDimensions) + " dimensions, found " +
-                                std::to_string(tensor.rank));
-  }
-  Check(api_, api_.GetDimensions(description.info(), tensor.shape, tensor.rank));
-  size_t elements = 0;
-  Check(api_, api_.GetTensorShapeElementCount(description.info(), &elements));
-  tensor.elements = static_cast<int64_t>(elements);
-  // There is no function that gives const memory; no kernel writes to an input but as its own output.
-  Check(api_, api_.GetTensorMutableData(const_cast<OrtValue*>(value), &tensor.data));
-  tensor.given = true;
+  if (value != nullptr) return Read(api_, operand, value);
+  if (operand.characteristic != kOrtOptional) throw std::invalid_argument(std::string(operand.name) + " is missing");
+  Tensor tensor;
+  tensor.name = operand.name;
   return tensor;
+}
+
+void* Call::Stream() const {
+  void* stream = nullptr;
+  Check(api_, api_.KernelContext_GetGPUComputeStream(context_, &stream));
+  return stream;
 }
 
 void* Call::Output(size_t index, const int64_t* shape, size_t rank) const {

@@ -21,11 +21,16 @@
 #include <iterator>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "onnxruntime/abi.h"
 #include "parallel.h"
 
 namespace healthgpt {
+
+// What tells one library of kernels from another; each defines these two.
+const char* Provider();  // that its kernels are for; null for the CPU
+std::vector<const OrtCustomOp*> Operators();
 
 struct Operand {
   const char* name;
@@ -62,6 +67,8 @@ class Attributes {
   Attributes(const OrtApi& api, const OrtKernelInfo* info) : api_(api), info_(info) {}
   // The integer called `name`; throws unless it is there and in range.
   int64_t Integer(const char* name, int64_t smallest, int64_t largest) const;
+  // The input at `index`, or one not given where its value is not known before the graph runs.
+  Tensor Constant(size_t index, const Operand& operand) const;
 
  private:
   const OrtApi& api_;
@@ -80,6 +87,9 @@ class Call {
 
   // ONNX Runtime's own threads, so that --threads counts for all nodes alike.
   Parallel Threads() { return Parallel(this, &Call::Run); }
+
+  // What a GPU's kernels follow each other in; null on the CPU.
+  void* Stream() const;
 
  private:
   static void Run(void* call, size_t count, Parallel::Task task, void* state);
@@ -118,7 +128,7 @@ const OrtCustomOp* Operator() {
     OrtCustomOp description = {};
     description.version = kOrtApiVersion;
     description.GetName = [](const OrtCustomOp*) { return Kernel::kName; };
-    description.GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };
+    description.GetExecutionProviderType = [](const OrtCustomOp*) { return Provider(); };
     description.GetInputTypeCount = [](const OrtCustomOp*) { return std::size(Kernel::kInputs); };
     description.GetInputType = [](const OrtCustomOp*, size_t index) { return Kernel::kInputs[index].type; };
     description.GetInputCharacteristic = [](const OrtCustomOp*, size_t index) {

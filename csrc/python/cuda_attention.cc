@@ -24,7 +24,7 @@ int64_t WorkspaceBytes(int64_t batch, int64_t tokens, int64_t heads, int64_t kv_
 void CachedAttention(const py::object& packed, const py::object& cosine, const py::object& sine,
                      const py::object& past_length, const py::object& keys, const py::object& values,
                      const py::object& output, const py::object& workspace, const std::string& storage, int64_t window,
-                     uintptr_t stream) {
+                     const py::object& key_scales, const py::object& value_scales, uintptr_t stream) {
   const std::vector<int64_t> cache = DeviceArray("keys", keys).shape(), given = DeviceArray("packed", packed).shape();
   if (given.size() != 3 || cache.size() != 4) throw py::value_error("packed must have 3 dimensions, the caches 4");
   cuda::CachedAttentionArguments arguments;
@@ -49,15 +49,20 @@ void CachedAttention(const py::object& packed, const py::object& cosine, const p
   arguments.sine = Floats("sine", sine, {given[0], given[1], size / 2});
   arguments.past_length =
       DeviceArray("past_length", past_length).Expect({given[0]}, Array::kInt, 64).data<const int64_t>();
+  const int bits = arguments.cache == cuda::Storage::kInt8 ? 8 : 16;
   for (const auto& [name, array] : {std::pair("keys", &keys), std::pair("values", &values)}) {
     const Array one = DeviceArray(name, *array);
-    if (one.shape() != cache_shape || one.bits() != 16) {
-      throw py::value_error(std::string(name) + " must be " + Array::Brackets(cache_shape) + " of 16 bits, got " +
-                            Array::Brackets(one.shape()) + " of " + std::to_string(one.bits()));
+    if (one.shape() != cache_shape || one.bits() != bits) {
+      throw py::value_error(std::string(name) + " must be " + Array::Brackets(cache_shape) + " of " +
+                            std::to_string(bits) + " bits, got " + Array::Brackets(one.shape()) + " of " +
+                            std::to_string(one.bits()));
     }
   }
   arguments.keys = DeviceArray("keys", keys).data<void>();
   arguments.values = DeviceArray("values", values).data<void>();
+  const std::vector<int64_t> rows = {given[0], cache[1], cache[2]};
+  arguments.key_scales = OptionalFloats("key_scales", key_scales, rows);
+  arguments.value_scales = OptionalFloats("value_scales", value_scales, rows);
   arguments.output = Floats("output", output, {given[0], given[1], query_size});
   const Array memory = DeviceArray("workspace", workspace);
   arguments.workspace = memory.data<void>();
@@ -73,9 +78,11 @@ void BindAttention(py::module_& module) {
              "Bytes of workspace; zeros before its first use.");
   module.def("cached_attention", &CachedAttention, py::arg("packed"), py::arg("cosine"), py::arg("sine"),
              py::arg("past_length"), py::arg("keys"), py::arg("values"), py::arg("output"), py::arg("workspace"),
-             py::arg("storage") = "float16", py::arg("window") = 0, py::arg("stream") = 0,
-             "Attention [B, S, H * D] over caches [B, K, M, D], which take the new keys and values in; packed "
-             "[B, S, (H + 2 K) * D] holds queries, keys and values. Operands as in csrc/cached_attention/cuda.h.");
+             py::arg("storage") = "float16", py::arg("window") = 0, py::arg("key_scales") = py::none(),
+             py::arg("value_scales") = py::none(), py::arg("stream") = 0,
+             "Attention [B, S, H * D] over caches [B, K, M, D], which take the new keys and values in, and int8 ones "
+             "their scales [B, K, M]; packed [B, S, (H + 2 K) * D] holds queries, keys and values. Operands as in "
+             "csrc/cached_attention/cuda.h.");
 }
 
 }  // namespace healthgpt

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
-import math
-import mmap
-import sys
+import threading
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,30 +12,55 @@ import onnxruntime
 
 from ..bundle import Bundle
 from ..errors import ExecutorError, HealthGPTError
-from . import RunAhead
+from ..manifest import CACHE_TYPES, PRECISIONS, Manifest
 from .contract import Value, cache_values, graph_values
+from .onnx_context import OnnxContext, Sequence, first_line, return_freed_memory
+from .onnx_memory import Buffer, Caches
 
-# Attention in the standard body reads the whole cache, so the cache grows in steps with the context: a step is small
-# beside a context, and copying at each step costs a fraction of a percent of the tokens in between.
-_CAPACITY_STEP_TOKENS = 256
-# A prefill's workspace is worth giving back, a decode step's is not, but over many steps the heap grows too.
-_TRIM_ABOVE_ROWS = 64
-_TRIM_EVERY_PASSES = 64
 _RESIDENT = ("vision", "language", "codes")
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-_KERNEL_LIBRARY = Path(__file__).parents[1] / "healthgpt_onnxruntime.so"
+_PACKAGE = Path(__file__).parents[1]
 
 
-def kernel_library() -> Path | None:
-    """The library that gives ONNX Runtime our CPU kernels for the named nodes; None where it was not built."""
-    return _KERNEL_LIBRARY if _KERNEL_LIBRARY.is_file() else None
+class Device(NamedTuple):
+    """What a name of a device stands for: ONNX Runtime's provider there, and what our kernels for it can do."""
+
+    provider: str
+    memory: str  # where arrays lie, by ONNX Runtime's name
+    library: Path  # the kernels for the named nodes; not there where it was not built
+    precisions: tuple[str, ...]  # that the kernels take, of weights
+    caches: tuple[str, ...]  # and of caches
+    # Attention in the standard body reads the whole cache, so the cache grows in steps with the context: a step is
+    # small beside a context, and copying at each step costs a fraction of a percent of the tokens in between. On a GPU
+    # the kernel reads what is filled, and growing goes through the host and ends the CUDA graphs.
+    step_tokens: int
+    has_graphs: bool  # whether decode steps can be CUDA graphs
+
+    def kernels(self, manifest: Manifest) -> Path | None:
+        """The library, where it is built and takes the bundle."""
+        takes = manifest.precision in self.precisions and manifest.cache_precision in self.caches
+        return self.library if takes and self.library.is_file() else None
+
+
+_CPU = "CPUExecutionProvider"
+DEVICES = {
+    "cpu": Device(_CPU, "cpu", _PACKAGE / "healthgpt_onnxruntime.so", PRECISIONS, tuple(CACHE_TYPES), 256, False),
+    "cuda": Device(
+        "CUDAExecutionProvider",
+        "cuda",
+        _PACKAGE / "healthgpt_onnxruntime_cuda.so",
+        ("fp16", "int8", "int4"),
+        ("fp16", "int8"),
+        1024,
+        True,
+    ),
+}
 
 
 class OnnxExecutor:
     """All graphs of the given tasks as ONNX Runtime sessions; weights are mapped from the bundle's files.
 
-    On the CPU our kernels compute the named nodes, where they are built and wanted; `name` says whether they do.
-    Otherwise ONNX Runtime runs the bodies that the graphs hold of them.
+    Our kernels compute the named nodes, where they are built, wanted and take the bundle; otherwise ONNX Runtime runs
+    the bodies that the graphs hold of them. `name` says which it is, and whether decode steps are CUDA graphs.
     """
 
     def __init__(
@@ -49,17 +72,20 @@ class OnnxExecutor:
         threads: int | None = None,
         kernels: bool = True,
     ) -> None:
-        if device not in _PROVIDERS:
+        if device not in DEVICES:
             raise ExecutorError(f"device must be cpu or cuda, found {device!r}")
-        provider = _PROVIDERS[device]
-        available = onnxruntime.get_available_providers()
+        self._device = DEVICES[device]
+        provider, available = self._device.provider, onnxruntime.get_available_providers()
         if provider not in available:
             raise ExecutorError(f"device {device} needs {provider}; this onnxruntime has {', '.join(available)}")
-        self._kernels = kernel_library() if kernels and device == "cpu" else None
-        self.name = f"onnx-{device}+kernels" if self._kernels else f"onnx-{device}"
+        self._kernels = self._device.kernels(bundle.manifest) if kernels else None
+        self._has_graphs = self._device.has_graphs and self._kernels is not None
         self.bundle = bundle
-        self._provider, self._threads = provider, threads
-        self._tasks = tasks
+        self._threads, self._tasks = threads, tasks
+        # On a GPU, sessions have one stream each, whose working memory passes share.
+        self._lock: AbstractContextManager[Any] = nullcontext() if device == "cpu" else threading.RLock()
+        # Of a GPU, what sequences have left: the CUDA graphs of one go with its memory.
+        self._left: dict[str, list[Sequence]] = {task: [] for task in tasks}
         # The rest (a faithful run's vocabulary, the encoder for drafts) is opened by who asks for it first.
         self._sessions = {
             (task, role): self._open(task, role)
@@ -67,6 +93,7 @@ class OnnxExecutor:
             for role in bundle.manifest.tasks[task].graphs
             if role in _RESIDENT
         }
+        self.name = f"onnx-{device}" + "+kernels" * (self._kernels is not None) + "+graphs" * self._has_graphs
 
     def _open(self, task: str, role: str) -> onnxruntime.InferenceSession:
         options = onnxruntime.SessionOptions()
@@ -84,11 +111,13 @@ class OnnxExecutor:
             self._register(options, self._kernels)
         path = self.bundle.graph(task, role)
         try:
-            session = onnxruntime.InferenceSession(str(path), options, providers=[self._provider])
+            session = self._create(path, options, role)
         except Exception as error:  # onnxruntime's own exceptions share no public base class
-            reason = _first_line(error).replace(str(path), path.name)
+            reason = first_line(error).replace(str(path), path.name)
             raise ExecutorError(f"ONNX Runtime cannot load {path.name}: {reason}") from error
-        _return_freed_memory()
+        if self._device.provider not in session.get_providers():  # ONNX Runtime went on without it
+            raise ExecutorError(f"{self._device.provider} could not start, for want of a GPU, CUDA or cuDNN")
+        return_freed_memory()
         found = {node.name: value_of(node) for node in [*session.get_inputs(), *session.get_outputs()]}
         expected = graph_values(self.bundle.manifest, task, role)
         for name in sorted(found.keys() | expected.keys()):
@@ -99,21 +128,62 @@ class OnnxExecutor:
                 )
         return session
 
+    def _create(self, path: Path, options: onnxruntime.SessionOptions, role: str) -> onnxruntime.InferenceSession:
+        def create(settings: dict[str, str]) -> onnxruntime.InferenceSession:
+            # Without onnxruntime's own way of falling back, which is to print and to go on with the CPU.
+            providers = [(self._device.provider, settings)]
+            return onnxruntime.InferenceSession(str(path), options, providers=providers, enable_fallback=False)
+
+        if role == "language" and self._has_graphs:
+            try:
+                return create({"enable_cuda_graph": "1"})
+            except Exception as error:
+                if "graph capture" not in str(error):
+                    raise
+                self._has_graphs = False  # a node is not on the GPU; the name will say so
+        return create({})
+
     @staticmethod
     def _register(options: onnxruntime.SessionOptions, library: Path) -> None:
         try:
             options.register_custom_ops_library(str(library))
         except Exception as error:
-            reason = _first_line(error).replace(str(library), library.name)
+            reason = first_line(error).replace(str(library), library.name)
             raise ExecutorError(f"ONNX Runtime cannot load {library.name}: {reason}") from error
 
     def features(self, task: str, pixels: np.ndarray) -> np.ndarray:
         (features,) = self.run(task, "vision", {"pixels": pixels[None]})
-        _return_freed_memory()
+        return_freed_memory()
         return np.asarray(features[0])
 
     def context(self, task: str, image_features: np.ndarray | None) -> OnnxContext:
-        return OnnxContext(self, task, image_features)
+        def vocabulary(hidden: np.ndarray) -> np.ndarray:
+            return self.run(task, "vocabulary", {"hidden": hidden})[0]
+
+        sequence = self._sequence(task, image_features)
+        return OnnxContext(sequence, vocabulary, self._lock, lambda left: self._keep(task, left))
+
+    def _sequence(self, task: str, image_features: np.ndarray | None) -> Sequence:
+        session, device, manifest = self.session(task, "language"), self._device, self.bundle.manifest
+        # Where graphs are captured, all sequences are of one size: with room for an image, seen or not.
+        patches = manifest.vision.patches if self._has_graphs else 1
+        if image_features is None:
+            image_features = np.zeros((patches, manifest.language.hidden), np.float32)
+        with self._lock:
+            if self._left[task]:
+                sequence = self._left[task].pop()
+                sequence.features.write(image_features[None])
+                return sequence
+            caches = Caches(cache_values(manifest), device.memory, device.step_tokens)
+            features = Buffer(np.ascontiguousarray(image_features[None]), device.memory)
+            graphs = self._has_graphs if device.has_graphs else None
+            return Sequence(session, caches, features, device.memory, graphs)
+
+    def _keep(self, task: str, sequence: Sequence) -> None:
+        """Take back what a sequence that is gone leaves; on the CPU that is freed."""
+        if self._has_graphs:
+            with self._lock:
+                self._left[task].append(sequence)
 
     def picture(self, codes: np.ndarray) -> np.ndarray:
         (image,) = self.run("generation", "codes", {"codes": codes[None]})
@@ -132,137 +202,15 @@ class OnnxExecutor:
 
     def run(self, task: str, role: str, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
         try:
-            return list(self.session(task, role).run(None, feeds))
+            with self._lock:
+                return list(self.session(task, role).run(None, feeds))
         except HealthGPTError:
             raise
         except Exception as error:
-            raise ExecutorError(f"ONNX Runtime failed in the {role} graph of {task}: {_first_line(error)}") from error
-
-
-class _Bound(NamedTuple):
-    """What passes of the same sizes (new tokens, positions asked for) are bound to: arrays to write and to read."""
-
-    sizes: tuple[int, int]
-    binding: Any
-    token_ids: np.ndarray
-    past_length: np.ndarray
-    logits: np.ndarray
-    hidden: np.ndarray | None
-
-
-class OnnxContext:
-    """Caches of one sequence, bound as input and output of every step, so that they are written in place."""
-
-    run_ahead: RunAhead | None = None
-
-    def __init__(self, executor: OnnxExecutor, task: str, image_features: np.ndarray | None) -> None:
-        language = executor.bundle.manifest.language
-        self._executor, self._task = executor, task
-        self._session = executor.session(task, "language")
-        self._cache_values = cache_values(executor.bundle.manifest)
-        self._caches: dict[str, Any] = {}
-        self._bound: _Bound | None = None
-        self._capacity = self._cache_bytes = self._passes = 0
-        if image_features is None:
-            image_features = np.zeros((1, language.hidden), np.float32)
-        self._image_features = np.ascontiguousarray(image_features[None])
-        self.length = 0
-
-    @property
-    def memory_bytes(self) -> int:
-        return self._cache_bytes + int(self._image_features.nbytes)
-
-    def forward(self, token_ids: np.ndarray, last_positions: int = 1, full_vocabulary: bool = False) -> np.ndarray:
-        self._reserve(self.length + len(token_ids))
-        if self._bound is None or self._bound.sizes != (len(token_ids), last_positions):
-            self._bound = self._bind(len(token_ids), last_positions)
-        bound = self._bound
-        bound.token_ids[0], bound.past_length[0] = token_ids, self.length
-        try:
-            self._session.run_with_iobinding(bound.binding)
-        except Exception as error:
-            raise ExecutorError(f"ONNX Runtime failed in the language graph: {_first_line(error)}") from error
-        self.length += len(token_ids)
-        self._passes += 1
-        if len(token_ids) > _TRIM_ABOVE_ROWS or self._passes % _TRIM_EVERY_PASSES == 0:
-            _return_freed_memory()
-        if full_vocabulary and bound.hidden is not None:
-            (other,) = self._executor.run(self._task, "vocabulary", {"hidden": bound.hidden})
-            return np.concatenate([other[0], bound.logits[0]], axis=-1)
-        return np.array(bound.logits[0])  # of its own: the next pass writes there again
-
-    def caches(self, length: int) -> dict[str, np.ndarray]:
-        return {name: cache.numpy()[:, :, :length] for name, cache in self._caches.items()}
-
-    def restore(self, caches: dict[str, np.ndarray]) -> None:
-        length = next(iter(caches.values())).shape[2]
-        self._reserve(length)
-        for name, cache in self._caches.items():
-            whole = cache.numpy()
-            whole[:, :, :length] = caches[name]
-            cache.update_inplace(whole)
-        self.length = length
-
-    def _bind(self, tokens: int, last_positions: int) -> _Bound:
-        """Bind everything for passes of this size: at decode steps of a small model that takes a tenth of the time."""
-        binding = self._session.io_binding()
-        outputs = {output.name: output for output in self._session.get_outputs()}
-        results = {
-            name: np.empty((1, last_positions, outputs[name].shape[-1]), np.float32)
-            for name in ("logits", "hidden")
-            if name in outputs
-        }
-        inputs = {
-            "token_ids": np.empty((1, tokens), np.int64),
-            "past_length": np.empty(1, np.int64),
-            "last_positions": np.array([last_positions], np.int64),
-        }
-        for name, array in [*inputs.items(), ("image_features", self._image_features)]:
-            binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
-        for name, cache in self._caches.items():
-            binding.bind_ortvalue_input(f"past_{name}", cache)
-            binding.bind_ortvalue_output(f"present_{name}", cache)
-        for name, array in results.items():
-            binding.bind_ortvalue_output(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
-        sizes = (tokens, last_positions)
-        return _Bound(
-            sizes, binding, inputs["token_ids"], inputs["past_length"], results["logits"], results.get("hidden")
-        )
-
-    def _reserve(self, length: int) -> None:
-        """Grow the caches to hold `length` tokens; what they hold already is kept."""
-        if length <= self._capacity:
-            return
-        capacity = -(-length // _CAPACITY_STEP_TOKENS) * _CAPACITY_STEP_TOKENS
-        sizes: dict[int | str, int] = {"B": 1, "M": capacity}
-        self._cache_bytes = 0
-        for name, value in self._cache_values.items():
-            grown = _zeros(tuple(sizes.get(size, size) for size in value.shape), np.dtype(value.type))
-            self._cache_bytes += grown.nbytes
-            if self._capacity:
-                grown[:, :, : self.length] = self._caches[name].numpy()[:, :, : self.length]
-            self._caches[name] = onnxruntime.OrtValue.ortvalue_from_numpy(grown)
-        self._capacity, self._bound = capacity, None
-        _return_freed_memory()
+            raise ExecutorError(f"ONNX Runtime failed in the {role} graph of {task}: {first_line(error)}") from error
 
 
 def value_of(node: Any) -> Value:
     """An input or output of a session as the contract writes it."""
     element = node.type.removeprefix("tensor(").removesuffix(")")
     return Value("float32" if element == "float" else element, node.shape)
-
-
-def _zeros(shape: tuple[Any, ...], dtype: np.dtype[Any]) -> np.ndarray:
-    """Zeros straight from the system, which get back to it when dropped; the heap would keep much of M3's caches."""
-    memory = mmap.mmap(-1, dtype.itemsize * math.prod(shape))
-    return np.frombuffer(memory, dtype).reshape(shape)
-
-
-def _return_freed_memory() -> None:
-    """Give back what was freed: at M3's size glibc would keep 1.1 GB per task from packing the weights alone."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0][:300]

@@ -16,7 +16,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from healthgpt_edge.executors.onnx import kernel_library
+from healthgpt_edge.executors.onnx import DEVICES
 from healthgpt_edge.export.graph.builder import DOMAIN, IR_VERSION, OPSET
 from healthgpt_edge.export.graph.functions import (
     cached_attention,
@@ -42,8 +42,8 @@ Operands = dict[str, np.ndarray | TensorProto | None]
 
 
 def library() -> Path:
-    path = kernel_library()
-    assert path is not None, "the kernels were not built"
+    path = DEVICES["cpu"].library
+    assert path.is_file(), "the kernels were not built"
     return path
 
 
@@ -69,7 +69,8 @@ def model(op: str, operands: Operands, results: dict[str, int], body: Any = None
     )
 
 
-def open_session(graph: onnx.ModelProto, kernels: bool, threads: int = 1, **settings: Any) -> Any:
+def open_session(graph: onnx.ModelProto, kernels: Path | bool, threads: int = 1, **settings: Any) -> Any:
+    """`kernels` is a library of them, or whether to take that of the CPU."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
@@ -77,13 +78,15 @@ def open_session(graph: onnx.ModelProto, kernels: bool, threads: int = 1, **sett
     for name, value in settings.items():
         setattr(options, name, value)
     if kernels:
-        options.register_custom_ops_library(str(library()))
+        options.register_custom_ops_library(str(library() if kernels is True else kernels))
     return onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def run(op: str, operands: Operands, results: dict[str, int], threads: int = 1, **more: Any) -> list[np.ndarray]:
+def run(
+    op: str, operands: Operands, results: dict[str, int], threads: int = 1, kernels: Path | bool = True, **more: Any
+) -> list[np.ndarray]:
     """By the kernel, from a graph without a body; by the body where one is given."""
-    session = open_session(model(op, operands, results, **more), "body" not in more, threads)
+    session = open_session(model(op, operands, results, **more), kernels if "body" not in more else False, threads)
     return session.run(None, {name: value for name, value in operands.items() if isinstance(value, np.ndarray)})
 
 

@@ -14,7 +14,7 @@ from golden_cases import Case, open_golden
 from onnx import TensorProto
 from tolerances import IMAGE_LEVELS, IMAGE_SHARE
 
-from healthgpt_edge.executors.onnx import kernel_library
+from healthgpt_edge.executors.onnx import DEVICES
 from healthgpt_edge.export.checkpoint import VqConfig
 from healthgpt_edge.export.graph.codes import build_codes
 from healthgpt_edge.export.graph.draft import build_draft
@@ -66,7 +66,7 @@ class Exported:
         options.intra_op_num_threads = 1
         options.log_severity_level = 4
         if kernels:
-            options.register_custom_ops_library(str(kernel_library()))
+            options.register_custom_ops_library(str(DEVICES["cpu"].library))
         session = onnxruntime.InferenceSession(self.paths[name], options, providers=["CPUExecutionProvider"])
         return session.run(None, {"codes" if name == "codes" else "pixels": values})[0]
 

@@ -20,6 +20,7 @@ import healthgpt_edge
 from healthgpt_edge import Sampling, Session, load
 from healthgpt_edge.bundle import Bundle
 from healthgpt_edge.errors import BundleError, ExecutorError, GenerationError, HealthGPTError, ImageError, PromptError
+from healthgpt_edge.executors.onnx import DEVICES
 from healthgpt_edge.images import prepare, read_image
 
 QUESTION = "What is in the image?"
@@ -313,7 +314,7 @@ def test_kernels_and_standard_bodies_compute_the_same(golden_bundle):
 
 def test_kernels_that_are_not_built_or_cannot_be_opened(golden_bundle, tmp_path, monkeypatch):
     path, library = golden_bundle("qwen"), tmp_path / "healthgpt_onnxruntime.so"
-    monkeypatch.setattr("healthgpt_edge.executors.onnx._KERNEL_LIBRARY", library)
+    monkeypatch.setitem(DEVICES, "cpu", DEVICES["cpu"]._replace(library=library))
     assert load(path, threads=1).executor.name == "onnx-cpu"
     library.write_bytes(b"no library")
     message = refusal(ExecutorError, lambda: load(path, threads=1))
@@ -322,7 +323,7 @@ def test_kernels_that_are_not_built_or_cannot_be_opened(golden_bundle, tmp_path,
 
 
 def test_a_command_says_that_kernels_are_not_built(golden_bundle, tmp_path, monkeypatch):
-    monkeypatch.setattr("healthgpt_edge.executors.onnx._KERNEL_LIBRARY", tmp_path / "healthgpt_onnxruntime.so")
+    monkeypatch.setitem(DEVICES, "cpu", DEVICES["cpu"]._replace(library=tmp_path / "healthgpt_onnxruntime.so"))
     words = ["answer", golden_bundle("qwen"), "--question", "What?", "--max-new-tokens", "1", "--json"]
     outcome = run(*words)
     assert (outcome.code, outcome.json["executor"]) == (0, "onnx-cpu")

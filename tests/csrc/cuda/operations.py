@@ -23,12 +23,12 @@ def hlora_prefill(device: Any) -> list[np.ndarray]:
     return [prefill(device, normal(np.random.default_rng(1), 40, 31), stored, 4, 33, bias)]
 
 
-def cached_attention(device: Any) -> list[np.ndarray]:
+def cached_attention(device: Any, cache: str) -> list[np.ndarray]:
     from test_attention import operands, run
 
-    given = operands(1, 8, 4, 2, 36, 230, [200], "float16")
-    output, keys, values = run(device, *given, 0, "float16")
-    return [output, keys[:, :, :208], values[:, :, :208]]
+    given = operands(1, 8, 4, 2, 36, 230, [200], cache)
+    output, *caches = run(device, *given, 0, cache)
+    return [output, *(one[:, :, :208] for one in caches)]
 
 
 def token_selection(device: Any, temperature: float) -> list[np.ndarray]:
@@ -71,7 +71,8 @@ def pixels(device: Any) -> list[np.ndarray]:
 OPERATIONS = {
     "hlora_linear": hlora_linear,
     "hlora_prefill": hlora_prefill,
-    "attention": cached_attention,
+    "attention": lambda device: cached_attention(device, "float16"),
+    "attention, int8": lambda device: cached_attention(device, "int8"),
     "greedy": lambda device: token_selection(device, 0.0),
     "sampling": lambda device: token_selection(device, 0.8),
     "gather_rows": gather_rows,

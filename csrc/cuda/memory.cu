@@ -1,0 +1,75 @@
+#include <cstring>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+#include "cuda/memory.h"
+
+#ifdef __CUDACC__
+#include <cuda_runtime.h>
+#endif
+
+namespace healthgpt::cuda {
+
+#ifdef __CUDACC__
+
+namespace {
+
+Status Text(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+
+}  // namespace
+
+Memory::Memory(int64_t bytes) : bytes_(bytes) {
+  const auto size = static_cast<size_t>(bytes);
+  Status wrong = Text(cudaMalloc(&data_, size));
+  if (wrong == nullptr) wrong = Text(cudaMemset(data_, 0, size));
+  if (wrong == nullptr) wrong = Text(cudaDeviceSynchronize());  // streams do not wait for the default one
+  if (wrong != nullptr) throw std::runtime_error("CUDA: " + std::to_string(bytes) + " bytes: " + wrong);
+}
+
+Memory::~Memory() {
+  if (data_ != nullptr) cudaFree(data_);
+}
+
+Status CopyRows(void* to, int64_t to_stride, const void* from, int64_t from_stride, int64_t bytes, int64_t rows) {
+  const Status wrong =
+      Text(cudaMemcpy2D(to, static_cast<size_t>(to_stride), from, static_cast<size_t>(from_stride),
+                        static_cast<size_t>(bytes), static_cast<size_t>(rows), cudaMemcpyDeviceToDevice));
+  return wrong != nullptr ? wrong : Text(cudaDeviceSynchronize());
+}
+
+Status Copy(void* to, const void* from, int64_t bytes, Stream stream) {
+  return Text(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyDeviceToDevice, stream));
+}
+
+#else
+
+namespace {
+
+constexpr std::align_val_t kAlignment{256};  // as cudaMalloc gives it
+
+}  // namespace
+
+Memory::Memory(int64_t bytes) : data_(::operator new(static_cast<size_t>(bytes), kAlignment)), bytes_(bytes) {
+  std::memset(data_, 0, static_cast<size_t>(bytes));
+}
+
+Memory::~Memory() {
+  if (data_ != nullptr) ::operator delete(data_, kAlignment);
+}
+
+Status CopyRows(void* to, int64_t to_stride, const void* from, int64_t from_stride, int64_t bytes, int64_t rows) {
+  for (int64_t row = 0; row < rows; ++row) {
+    Copy(static_cast<char*>(to) + row * to_stride, static_cast<const char*>(from) + row * from_stride, bytes, nullptr);
+  }
+  return nullptr;
+}
+
+Status Copy(void* to, const void* from, int64_t bytes, Stream) {
+  std::memcpy(to, from, static_cast<size_t>(bytes));
+  return nullptr;
+}
+
+#endif
+
+}  // namespace healthgpt::cuda

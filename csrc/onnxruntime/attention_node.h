@@ -1,0 +1,116 @@
+// The node healthgpt::CachedAttention (export/graph/functions.py) for whatever computes it.
+#pragma once
+
+#include <type_traits>
+
+#include "onnxruntime/operator.h"
+
+namespace healthgpt {
+
+// A Launcher says what its Arguments are and how its caches are stored (kStorage), is made with the session and called
+// as launcher(arguments, call). It has two functions besides: CheckLengths(past_length, arguments), which has nothing
+// to look at where the lengths are on a GPU, and Copy(call, to, from, bytes).
+template <class Launcher>
+class CachedAttentionKernel {
+  using Arguments = typename Launcher::Arguments;
+  static constexpr auto kStorage = Launcher::kStorage;
+  using Storage = std::remove_const_t<decltype(kStorage)>;
+  static constexpr bool kHasScales = kStorage == Storage::kInt8;
+  static constexpr OrtElementType kCache = kHasScales                      ? kOrtInt8
+                                           : kStorage == Storage::kFloat16 ? kOrtFloat16
+                                                                           : kOrtFloat32;
+  static constexpr int64_t kCacheBytes = kHasScales ? 1 : kStorage == Storage::kFloat16 ? 2 : 4;
+
+ public:
+  static constexpr const char* kName = "CachedAttention";
+  static constexpr Operand kInputs[] = {
+      {"query", kOrtFloat32},
+      {"key", kOrtFloat32},
+      {"value", kOrtFloat32},
+      {"cosine", kOrtFloat32},
+      {"sine", kOrtFloat32},
+      {"past_length", kOrtInt64},
+      {"visible", kOrtBool},  // for the body alone: past_length and
+                              // window say the same
+      {"past_key", kCache},
+      {"past_value", kCache},
+      {"past_key_scale", kOrtFloat32, kOrtOptional},
+      {"past_value_scale", kOrtFloat32, kOrtOptional},
+  };
+  static constexpr Operand kOutputs[] = {
+      {"output", kOrtFloat32},
+      {"present_key", kCache},
+      {"present_value", kCache},
+      {"present_key_scale", kOrtFloat32, kOrtOptional},
+      {"present_value_scale", kOrtFloat32, kOrtOptional},
+  };
+
+  explicit CachedAttentionKernel(const Attributes& attributes)
+      : heads_(attributes.Integer("heads", 1, INT32_MAX)),
+        kv_heads_(attributes.Integer("kv_heads", 1, INT32_MAX)),
+        window_(attributes.Integer("window", 0, INT32_MAX)) {
+    if (heads_ % kv_heads_ != 0) {
+      throw std::invalid_argument("heads must be a multiple of " + std::to_string(kv_heads_) + " kv_heads, found " +
+                                  std::to_string(heads_));
+    }
+  }
+
+  void Compute(Call& call) const {
+    const Tensor query = call.Input(0), past_length = call.Input(5), past_key = call.Input(7);
+    if (query.rank != 3 || query.shape[2] == 0 || query.shape[2] % (2 * heads_) != 0) {
+      throw std::invalid_argument("query must be [B, S, " + std::to_string(heads_) + " heads of an even size], found " +
+                                  query.ShapeText());
+    }
+    if (past_key.rank != 4) {
+      throw std::invalid_argument("past_key must have 4 dimensions, found " + past_key.ShapeText());
+    }
+    Arguments arguments;
+    arguments.batch = query.shape[0];
+    arguments.tokens = query.shape[1];
+    arguments.heads = heads_;
+    arguments.kv_heads = kv_heads_;
+    arguments.head_size = query.shape[2] / heads_;
+    arguments.capacity = past_key.shape[2];
+    arguments.window = window_;
+    arguments.cache = kStorage;
+    past_length.Expect({arguments.batch});
+    Launcher::CheckLengths(past_length, arguments);
+    arguments.past_length = past_length.As<int64_t>();
+    arguments.query = query.As<float>();
+    const int64_t size = arguments.head_size, half = size / 2;
+    arguments.key = Rows(call.Input(1), arguments, kv_heads_ * size);
+    arguments.value = Rows(call.Input(2), arguments, kv_heads_ * size);
+    arguments.cosine = Rows(call.Input(3), arguments, half);
+    arguments.sine = Rows(call.Input(4), arguments, half);
+    arguments.keys = Present(call, 1, past_key, arguments, size, kCacheBytes);
+    arguments.values = Present(call, 2, call.Input(8), arguments, size, kCacheBytes);
+    if constexpr (kHasScales) {
+      arguments.key_scales = static_cast<float*>(Present(call, 3, call.Input(9), arguments, 1, 4));
+      arguments.value_scales = static_cast<float*>(Present(call, 4, call.Input(10), arguments, 1, 4));
+    }
+    arguments.output = static_cast<float*>(call.Output(0, query.shape, query.rank));
+    if (query.elements > 0) launcher_(arguments, call);
+  }
+
+ private:
+  // The memory of an input (B, S, size).
+  static const float* Rows(const Tensor& tensor, const Arguments& arguments, int64_t size) {
+    tensor.Expect({arguments.batch, arguments.tokens, size});
+    return tensor.As<float>();
+  }
+
+  // The memory of a grown cache, rows of `size` elements, which holds what the past one does: where the caller has
+  // bound the same memory to both, as the executor does, there is nothing to copy.
+  static void* Present(const Call& call, size_t index, const Tensor& past, const Arguments& arguments, int64_t size,
+                       int64_t element_bytes) {
+    past.Expect({arguments.batch, arguments.kv_heads, arguments.capacity, size});
+    void* present = call.Output(index, past.shape, past.rank);
+    if (present != past.data) Launcher::Copy(call, present, past.data, past.elements * element_bytes);
+    return present;
+  }
+
+  int64_t heads_, kv_heads_, window_;
+  Launcher launcher_;
+};
+
+}  // namespace healthgpt

@@ -1,0 +1,43 @@
+// Attention over the cache on a GPU, by cached_attention/cuda.h.
+#include "cached_attention/cuda.h"
+#include "onnxruntime/attention_node.h"
+#include "onnxruntime/cuda.h"
+
+namespace healthgpt {
+namespace {
+
+template <cuda::Storage storage>
+class CudaAttention {
+ public:
+  using Arguments = cuda::CachedAttentionArguments;
+  static constexpr cuda::Storage kStorage = storage;
+
+  // They are on the GPU, so that a captured graph sees new ones: the caller keeps them in the caches.
+  static void CheckLengths(const Tensor&, const Arguments&) {}
+
+  static void Copy(const Call& call, void* to, const void* from, int64_t bytes) {
+    Raise(cuda::Copy(to, from, bytes, StreamOf(call)));
+  }
+
+  void operator()(Arguments arguments, Call& call) const {
+    arguments.query_stride = arguments.heads * arguments.head_size;
+    arguments.key_stride = arguments.value_stride = arguments.kv_heads * arguments.head_size;
+    arguments.workspace_bytes = cuda::CachedAttentionWorkspaceBytes(arguments);
+    const cuda::Stream stream = StreamOf(call);
+    const int64_t use = Workspaces::kAttention + arguments.batch * arguments.kv_heads;
+    arguments.workspace = workspaces_->Reserve(stream, use, arguments.workspace_bytes);
+    Raise(cuda::CachedAttention(arguments, stream));
+  }
+
+ private:
+  std::shared_ptr<Workspaces> workspaces_ = Workspaces::Get();
+};
+
+}  // namespace
+
+const OrtCustomOp* CudaCachedAttentionOperator(cuda::Storage cache) {
+  return cache == cuda::Storage::kInt8 ? Operator<CachedAttentionKernel<CudaAttention<cuda::Storage::kInt8>>>()
+                                       : Operator<CachedAttentionKernel<CudaAttention<cuda::Storage::kFloat16>>>();
+}
+
+}  // namespace healthgpt

@@ -1,0 +1,73 @@
+#include "onnxruntime/linear_node.h"
+
+#include <algorithm>
+
+namespace healthgpt {
+namespace {
+
+constexpr int64_t kBlockStep = 4, kLargestBlock = 256;
+
+}  // namespace
+
+MatrixOperand ReadMatrix(const Tensor& values, const Tensor& scales, int64_t block_size) {
+  if (values.rank != 2 || values.shape[0] < 1 || values.shape[1] < 1) {
+    throw std::invalid_argument(std::string(values.name) + " must be a matrix that is not empty, found " +
+                                values.ShapeText());
+  }
+  MatrixOperand matrix;
+  matrix.values = values.data;
+  matrix.type = values.type;
+  matrix.channels = values.shape[0];
+  matrix.outputs = values.shape[1];
+  if (values.type == kOrtFloat32 || values.type == kOrtFloat16) return matrix;
+  if (values.type != kOrtInt8 && values.type != kOrtInt4) {
+    throw std::invalid_argument(std::string(values.name) +
+                                " must be float32, float16, int8 or int4, found the ONNX type " +
+                                std::to_string(values.type));
+  }
+  if (block_size < kBlockStep || block_size > kLargestBlock || block_size % kBlockStep != 0) {
+    throw std::invalid_argument("block_size must be a multiple of 4 up to 256, found " + std::to_string(block_size));
+  }
+  if (!scales.given)
+    throw std::invalid_argument(std::string(values.name) + " is quantised and must come with " + scales.name);
+  scales.Expect({(matrix.channels + block_size - 1) / block_size, matrix.outputs});
+  matrix.scales = scales.As<float>();
+  matrix.block_size = block_size;
+  return matrix;
+}
+
+LinearOperands ReadLinear(Call& call, int64_t block_size, int64_t experts) {
+  const Tensor x = call.Input(0), bias = call.Input(3);
+  LinearOperands operands;
+  operands.weight = ReadMatrix(call.Input(1), call.Input(2), block_size);
+  const int64_t channels = operands.weight.channels, outputs = operands.weight.outputs;
+  if (x.rank == 0 || x.shape[x.rank - 1] != channels) {
+    throw std::invalid_argument("x must end in " + std::to_string(channels) + " channels, found " + x.ShapeText());
+  }
+  operands.rows = x.elements / channels;
+  operands.x = x.As<float>();
+  if (bias.given) {
+    bias.Expect({outputs});
+    operands.bias = bias.As<float>();
+  }
+  if (experts > 0) {
+    const Tensor adapter_in = call.Input(4), adapter_out = call.Input(6);
+    operands.adapter_in = ReadMatrix(adapter_in, call.Input(5), block_size);
+    operands.adapter_out = ReadMatrix(adapter_out, call.Input(7), block_size);
+    const int64_t rank = operands.adapter_out.channels;
+    if (rank % experts != 0) {
+      throw std::invalid_argument("the rank must be a multiple of " + std::to_string(experts) + " experts, found " +
+                                  std::to_string(rank));
+    }
+    adapter_in.Expect({channels, rank + experts});
+    adapter_out.Expect({rank, outputs});
+    operands.experts = experts;
+  }
+  int64_t shape[Tensor::kMostDimensions];
+  std::copy_n(x.shape, x.rank, shape);
+  shape[x.rank - 1] = outputs;
+  operands.y = static_cast<float*>(call.Output(0, shape, x.rank));
+  return operands;
+}
+
+}  // namespace healthgpt

@@ -1,0 +1,185 @@
+"""One sequence of the language graph by ONNX Runtime: passes bound to fixed memory, on a GPU as CUDA graphs."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import sys
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from ..errors import ExecutorError
+from . import RunAhead
+from .onnx_memory import Buffer, Caches
+
+# Decode steps and drafts (drafting.pace.MAX_ROWS) come again; passes of more tokens are prompts, and do not.
+MOST_STEP_ROWS = 64
+# A prefill's workspace is worth giving back, a decode step's is not, but over many steps the heap grows too.
+_TRIM_EVERY_PASSES = 64
+_NO_GRAPH = -1
+_graph_ids = itertools.count(1)
+
+
+class Pass:
+    """A pass of fixed sizes, bound to fixed memory: at decode steps of a small model binding takes a tenth of the time.
+
+    Where it is a CUDA graph, its first run captures it and the others replay it.
+    """
+
+    def __init__(
+        self, sequence: Sequence, tokens: int, last_positions: int, device: str, is_graph: bool | None
+    ) -> None:
+        session = sequence.session
+        self._session, self._binding = session, session.io_binding()
+        outputs = {output.name: output for output in session.get_outputs()}
+        self._token_ids = Buffer(np.zeros((1, tokens), np.int64), device)
+        self._past_length = Buffer(np.zeros(1, np.int64), device)
+        # The CPU has to know it, for it says where a slice begins.
+        self._last_positions = Buffer(np.array([last_positions], np.int64), "cpu")
+        self._results = {
+            name: Buffer(np.zeros((1, last_positions, outputs[name].shape[-1]), np.float32), device)
+            for name in ("logits", "hidden")
+            if name in outputs
+        }
+        inputs = {
+            "token_ids": self._token_ids,
+            "past_length": self._past_length,
+            "last_positions": self._last_positions,
+            "image_features": sequence.features,
+        }
+        for name, buffer in inputs.items():
+            self._binding.bind_ortvalue_input(name, buffer.value)
+        for name, buffer in sequence.caches.buffers.items():
+            self._binding.bind_ortvalue_input(f"past_{name}", buffer.value)
+            self._binding.bind_ortvalue_output(f"present_{name}", buffer.value)
+        for name, buffer in self._results.items():
+            self._binding.bind_ortvalue_output(name, buffer.value)
+        self._graph_id = next(_graph_ids) if is_graph else _NO_GRAPH
+        self._options = None
+        if is_graph is not None:  # a session that captures has to be told when not to
+            self._options = onnxruntime.RunOptions()
+            self._options.add_run_config_entry("gpu_graph_id", str(self._graph_id))
+
+    def run(self, token_ids: np.ndarray, past_length: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Logits and, where the graph gives them, hidden states, [1, n, ...]; the next run may write there again."""
+        self._token_ids.write(token_ids[None])
+        self._past_length.write(np.array([past_length], np.int64))
+        try:
+            self._session.run_with_iobinding(self._binding, self._options)
+        except Exception as error:  # onnxruntime's own exceptions share no public base class
+            raise ExecutorError(f"ONNX Runtime failed in the language graph: {first_line(error)}") from error
+        hidden = self._results.get("hidden")
+        return self._results["logits"].read(), hidden.read() if hidden else None
+
+    def release(self) -> None:
+        """Give back the CUDA graph, where ONNX Runtime can (1.31)."""
+        if self._graph_id != _NO_GRAPH and hasattr(self._session, "release_captured_graph"):
+            self._session.release_captured_graph(self._graph_id)
+
+
+class Sequence:
+    """What a sequence takes: its caches, its image's features [1, P, C], and the passes that are bound to them.
+
+    With `graphs` passes of few tokens are CUDA graphs, without they are not; None for a session that knows of none.
+    """
+
+    def __init__(
+        self,
+        session: onnxruntime.InferenceSession,
+        caches: Caches,
+        features: Buffer,
+        device: str,
+        graphs: bool | None,
+    ) -> None:
+        self.session, self.caches, self.features = session, caches, features
+        self._device, self._graphs = device, graphs
+        self._passes: dict[tuple[int, int], Pass] = {}
+
+    @property
+    def size_bytes(self) -> int:
+        return self.caches.size_bytes + self.features.size_bytes
+
+    def reserve(self, length: int, kept: int) -> bool:
+        """Have room for `length` tokens and keep what the first `kept` left; whether that took new memory."""
+        if not self.caches.reserve(length, kept):
+            return False
+        for one in self._passes.values():
+            one.release()
+        self._passes.clear()
+        return True
+
+    def run(self, token_ids: np.ndarray, past_length: int, last_positions: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """One pass, see Pass.run."""
+        sizes = (len(token_ids), last_positions)
+        is_step = len(token_ids) <= MOST_STEP_ROWS
+        bound = self._passes.get(sizes)
+        if bound is None:
+            bound = Pass(self, *sizes, self._device, is_step if self._graphs else self._graphs)
+            if not self._graphs:
+                self._passes.clear()  # binding again is cheap; its memory is not, where drafts differ in size
+            if is_step:
+                self._passes[sizes] = bound
+        return bound.run(token_ids, past_length)
+
+
+class OnnxContext:
+    """One sequence of a task. `sequence` is its own until it goes; then `give_back` takes it."""
+
+    run_ahead: RunAhead | None = None
+
+    def __init__(
+        self,
+        sequence: Sequence,
+        vocabulary: Callable[[np.ndarray], np.ndarray],
+        lock: AbstractContextManager[Any],
+        give_back: Callable[[Sequence], None],
+    ) -> None:
+        self._sequence, self._vocabulary, self._lock = sequence, vocabulary, lock
+        self._passes = 0
+        self.length = 0
+        weakref.finalize(self, give_back, sequence)
+
+    @property
+    def memory_bytes(self) -> int:
+        return self._sequence.size_bytes
+
+    def forward(self, token_ids: np.ndarray, last_positions: int = 1, full_vocabulary: bool = False) -> np.ndarray:
+        with self._lock:
+            self._reserve(self.length + len(token_ids))
+            logits, hidden = self._sequence.run(token_ids, self.length, last_positions)
+            self.length += len(token_ids)
+            self._passes += 1
+            if len(token_ids) > MOST_STEP_ROWS or self._passes % _TRIM_EVERY_PASSES == 0:
+                return_freed_memory()
+            if full_vocabulary and hidden is not None:
+                return np.concatenate([self._vocabulary(hidden)[0], logits[0]], axis=-1)
+            return np.array(logits[0])  # of its own: the next pass writes there again
+
+    def caches(self, length: int) -> dict[str, np.ndarray]:
+        return self._sequence.caches.rows(length)
+
+    def restore(self, caches: dict[str, np.ndarray]) -> None:
+        length = next(iter(caches.values())).shape[2]
+        self._reserve(length)
+        self._sequence.caches.restore(caches)
+        self.length = length
+
+    def _reserve(self, length: int) -> None:
+        if self._sequence.reserve(length, self.length):
+            return_freed_memory()
+
+
+def return_freed_memory() -> None:
+    """Give back what was freed: at M3's size glibc would keep 1.1 GB per task from packing the weights alone."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, as one line."""
+    return (str(error).splitlines() or [""])[0][:300]

@@ -1,0 +1,254 @@
+"""The nodes for ONNX Runtime's CUDA provider, in real sessions and a whole bundle, on this machine's CPU.
+
+The library is built of the CUDA sources for the host's fibers and registered for the CPU provider in place of CUDA's:
+all but CUDA itself, ONNX Runtime's provider for it and the time that things take is as on a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pybind11
+import pytest
+from onnx import numpy_helper
+from test_onnxruntime_library import (
+    BLOCK_SIZE,
+    FLOAT,
+    HEADS,
+    STORED,
+    attention_operands,
+    attention_results,
+    hlora_operands,
+    linear_operands,
+    run,
+)
+
+from healthgpt_edge import load, phantoms
+from healthgpt_edge.errors import ExecutorError
+from healthgpt_edge.executors.onnx import DEVICES
+from healthgpt_edge.export.bundle import export_bundle
+from healthgpt_edge.export.checkpoint import Checkpoint
+from healthgpt_edge.export.graph.functions import cached_attention, caches, hlora_linear, linear
+from healthgpt_edge.export.phantom.release import released_files
+
+ROOT = Path(__file__).parents[2]
+# Of the largest result. Up to 64 rows x is the sum of two float16, above it is rounded to one.
+FEW_ROWS, MANY_ROWS = 3e-6, 1e-3
+# Whole graphs beside the standard bodies: a prompt's linears and the caches round to float16; in int4 the bodies'
+# product rounds activations to 8 bits, which these kernels do not.
+LOGITS = {"fp16": 5e-3, "int4": 8e-2}
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    build = tmp_path_factory.mktemp("cuda-nodes")
+    configure = ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
+    configure += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+    path = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    for command in (configure, ["cmake", "--build", build, "--target", "healthgpt_onnxruntime_cuda_host"]):
+        done = subprocess.run(command, env=path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (found,) = build.rglob("healthgpt_onnxruntime_cuda_host.so")
+    return found
+
+
+def near(found: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
+    assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * np.abs(expected).max(initial=0))
+
+
+@pytest.mark.parametrize("storage", ["float16", "int8", "int4"])
+@pytest.mark.parametrize("rows", [0, 1, 33, 65])
+@pytest.mark.parametrize("outputs", [24, 33])
+def test_linear(library, storage, rows, outputs):
+    """Rows that begin where wide loads may, rows that the node copies so that they do, and int4 rows within a byte."""
+    operands = linear_operands((1, rows, 70), outputs, storage, True)
+    (found,) = run("Linear", operands, {"y": FLOAT}, kernels=library, block_size=BLOCK_SIZE)
+    body = linear(STORED[storage], True)
+    (expected,) = run("Linear", operands, {"y": FLOAT}, body=body, block_size=BLOCK_SIZE)
+    near(found, expected, FEW_ROWS if rows <= 64 else MANY_ROWS)
+
+
+@pytest.mark.parametrize("storage", ["float16", "int8", "int4"])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_hlora_linear(library, storage, rows):
+    operands, more = hlora_operands(storage, storage, rows=rows), {"block_size": BLOCK_SIZE, "experts": 4}
+    (found,) = run("HLoraLinear", operands, {"y": FLOAT}, kernels=library, **more)
+    body = hlora_linear(STORED[storage], STORED[storage], True)
+    (expected,) = run("HLoraLinear", operands, {"y": FLOAT}, body=body, **more)
+    near(found, expected, FEW_ROWS if rows == 1 else MANY_ROWS)  # there are two sequences of them
+
+
+def test_weights_that_are_no_constants(library):
+    """Nothing of them can be copied when the session is opened: they are read as they lie."""
+    operands, more = hlora_operands("float16", "float16"), {"block_size": BLOCK_SIZE, "experts": 4}
+    operands = {
+        name: one if one is None or name == "x" else numpy_helper.to_array(one) if name != "bias" else one
+        for name, one in operands.items()
+    }
+    (found,) = run("HLoraLinear", operands, {"y": FLOAT}, kernels=library, **more)
+    (expected,) = run("HLoraLinear", operands, {"y": FLOAT}, **more)
+    near(found, expected, FEW_ROWS)
+
+
+@pytest.mark.parametrize("cache", ["float16", "int8"])
+@pytest.mark.parametrize("tokens", [0, 2, 40])
+def test_cached_attention(library, cache, tokens):
+    operands = attention_operands(cache, tokens=tokens, capacity=90)
+    more = HEADS | {"window": 0}
+    found = run("CachedAttention", operands, attention_results(cache), kernels=library, **more)
+    expected = [operands["query"], *(operands[f"past_{kind}"] for kind in caches(STORED[cache]))]
+    if tokens:
+        expected = run(
+            "CachedAttention", operands, attention_results(cache), body=cached_attention(STORED[cache]), **more
+        )
+    near(found[0], expected[0], 1e-5)
+    for present, wanted in zip(found[1:], expected[1:], strict=True):
+        assert present.dtype == wanted.dtype
+        one = 1 if cache == "int8" and present.dtype == np.int8 else 1e-6  # a rotated key may fall to either of two
+        np.testing.assert_allclose(present.astype(float), wanted.astype(float), rtol=2e-3, atol=one)
+
+
+@pytest.mark.parametrize(
+    ("op", "operands", "results", "more", "message"),
+    [
+        ("Linear", linear_operands((5, 70), 24, "float32", True), {"y": FLOAT}, {"block_size": 0}, "found float32"),
+        (
+            "CachedAttention",
+            attention_operands("float16") | {"sine": np.zeros((1, 2, 4), np.float32)},
+            attention_results("float16"),
+            HEADS | {"window": 0},
+            "sine must be [2, 2, 4], found [1, 2, 4]",
+        ),
+    ],
+)
+def test_what_the_kernels_do_not_take_is_named(library, op, operands, results, more, message):
+    with pytest.raises(Exception) as caught:  # onnxruntime's own exceptions share no public base class
+        run(op, operands, results, kernels=library, **more)
+    assert f"{op}: " in str(caught.value) and message in str(caught.value)
+
+
+# --- a whole bundle ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory):
+    """The trained phantom: fp16; int4, with caches of bytes."""
+    folder = tmp_path_factory.mktemp("cuda-bundles")
+    with Checkpoint.open(**released_files(ROOT / "phantom")) as checkpoint:
+        export_bundle(checkpoint, folder / "fp16", precision="fp16", block_size=32)
+        export_bundle(checkpoint, folder / "int4", precision="int4", cache="int8", block_size=32)
+    return folder
+
+
+@pytest.fixture
+def cuda(library, monkeypatch):
+    """--device cuda, on the CPU; what ONNX Runtime does of it on a GPU alone, graphs among it, it ignores here."""
+    here = {"provider": "CPUExecutionProvider", "memory": "cpu", "library": library, "step_tokens": 320}
+    monkeypatch.setitem(DEVICES, "cuda", DEVICES["cuda"]._replace(**here))
+
+
+class Runs:
+    """Every pass of language graphs: its CUDA graph's number, and what it was bound to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seen: list[tuple[str, Any]] = []
+        plain = onnxruntime.InferenceSession.run_with_iobinding
+
+        def spy(session: Any, binding: Any, options: Any = None) -> None:
+            if options is not None:  # the standard bodies on the CPU know nothing of graphs
+                self.seen.append((options.get_run_config_entry("gpu_graph_id"), binding))
+            plain(session, binding, options)
+
+        monkeypatch.setattr(onnxruntime.InferenceSession, "run_with_iobinding", spy)
+
+
+def test_a_question_about_a_picture(bundles, cuda):
+    """All of it by the CUDA sources: tower, prompt and decode steps give the ids of the standard bodies."""
+    question = next(iter(phantoms.questions(phantoms.held_out(1)[0])))
+    found, expected = (
+        load(bundles / "fp16", tasks=("comprehension",), threads=1, verify=False, **how)
+        for how in ({"device": "cuda"}, {"kernels": False})
+    )
+    assert found.executor.name == "onnx-cuda+kernels+graphs"
+    answers = [one.answer(question.picture, question.text, max_new_tokens=4) for one in (found, expected)]
+    assert answers[0].token_ids == answers[1].token_ids and len(answers[0].token_ids) > 1
+
+
+@pytest.mark.parametrize(("precision", "task"), [("fp16", "comprehension"), ("int4", "generation")])
+def test_a_prompt_and_its_steps(bundles, cuda, monkeypatch, precision, task):
+    found, expected = (
+        load(bundles / precision, tasks=(task,), threads=1, verify=False, **how)
+        for how in ({"device": "cuda"}, {"kernels": False})
+    )
+    ids, runs = np.arange(80), Runs(monkeypatch)
+    wanted = expected.executor.context(task, None).forward(ids, last_positions=4)
+    runs.seen.clear()
+    context = found.executor.context(task, None)
+    logits = [context.forward(ids[:75])[:0], context.forward(ids[75:77], 1)]
+    logits += [context.forward(ids[at : at + 1]) for at in (77, 78, 79)]
+    near(np.concatenate(logits), wanted, LOGITS[precision])
+    (prompt, _), (pair, _), *steps = runs.seen
+    # A prompt is no graph. Steps of a size are one, bound once.
+    assert prompt == "-1" and len(set(steps)) == 1 and len({prompt, pair, steps[0][0]}) == 3
+
+
+def test_memory_and_graphs_are_used_again(bundles, cuda, monkeypatch):
+    session = load(bundles / "fp16", tasks=("comprehension",), threads=1, verify=False, device="cuda")
+    runs, executor = Runs(monkeypatch), session.executor
+
+    def step(context: Any) -> np.ndarray:
+        return context.forward(np.array([7]))
+
+    first = executor.context("comprehension", None)
+    logits = step(first)
+    second = executor.context("comprehension", np.full((256, 128), 3, np.float32))  # while the first is there
+    np.testing.assert_array_equal(step(second), logits)
+    del first
+    third = executor.context("comprehension", None)
+    np.testing.assert_array_equal(step(third), logits)
+    assert runs.seen[0] == runs.seen[2] != runs.seen[1]
+    # Where the caches grow, what they hold is kept, and the graph is another.
+    third.length = 319
+    step(third)
+    rows = third.caches(320)
+    third.forward(np.array([8]))
+    assert len({number for number, _ in runs.seen[2:4]}) == 1 and runs.seen[4][0] != runs.seen[3][0]
+    for name, one in third.caches(321).items():
+        np.testing.assert_array_equal(one[:, :, :320], rows[name])
+
+
+def test_a_pass_of_drafts_has_the_bits_of_plain_steps(bundles, cuda):
+    session = load(bundles / "fp16", tasks=("comprehension",), threads=1, verify=False, device="cuda")
+    assert session.drafts.agree("comprehension")
+
+
+def test_where_a_node_is_not_on_the_gpu_there_are_no_graphs(bundles, cuda, monkeypatch):
+    plain = onnxruntime.InferenceSession.__init__
+
+    def refuse(session: Any, path: str, options: Any, **more: Any) -> None:
+        if more["providers"][0][1]:
+            raise RuntimeError("This session cannot use the graph capture feature as requested by the user")
+        plain(session, path, options, **more)
+
+    monkeypatch.setattr(onnxruntime.InferenceSession, "__init__", refuse)
+    session = load(bundles / "fp16", tasks=("comprehension",), threads=1, verify=False, device="cuda")
+    assert session.executor.name == "onnx-cuda+kernels"
+
+
+def test_a_provider_that_does_not_start(bundles, cuda, monkeypatch):
+    monkeypatch.setattr(onnxruntime.InferenceSession, "get_providers", lambda session: [])
+    with pytest.raises(
+        ExecutorError, match=r"^CPUExecutionProvider could not start, for want of a GPU, CUDA or cuDNN$"
+    ):
+        load(bundles / "fp16", tasks=("comprehension",), device="cuda", verify=False)
+
+
+def test_an_fp32_bundle_runs_on_the_standard_bodies(golden_bundle, cuda):
+    assert load(golden_bundle("qwen"), device="cuda", verify=False).executor.name == "onnx-cuda"
