@@ -85,17 +85,16 @@ SIMD_INLINE Ints Dot(Ints sum, Bytes weights, Bytes x) {
   return storage == Storage::kInt4 ? Simd::Dot4(sum, weights, x) : Simd::Dot8(sum, weights, x);
 }
 
-// Dot products of kRows rows of x with a tile, of weights in the order of Interleave or of columns.
-template <Storage storage, int kRows>
+// Dot products of kRows rows of x with kSums vectors of a tile, of weights in the order of Interleave or of columns.
+template <Storage storage, int kRows, int kSums = kVectors>
 struct Products {
-  Ints at[kRows][kVectors];
-  Bytes x[kRows];
+  Ints at[kRows][kSums];
 
   SIMD_INLINE void Start(const int32_t* x_sums) {
     constexpr int offset = storage == Storage::kInt4 ? Simd::kOffset4 : Simd::kOffset8;
     Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA {
       const Ints start = Simd::RepeatInt(-offset * x_sums[r]);
-      Unroll<kVectors>([&](auto i) SIMD_INLINE_LAMBDA { at[r][i] = start; });
+      Unroll<kSums>([&](auto i) SIMD_INLINE_LAMBDA { at[r][i] = start; });
     });
   }
   SIMD_INLINE void Load(const int32_t* from) {
@@ -104,14 +103,48 @@ struct Products {
                            SIMD_INLINE_LAMBDA { at[r][i] = Simd::LoadInts(from + (r * kVectors + i) * Simd::kLanes); });
     });
   }
-  SIMD_INLINE void LoadX(const int8_t* from, int64_t stride) {
-    Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA { x[r] = Simd::Repeat4(from + r * stride); });
+  // Channels of an unpacked tile, whose vectors for these sums begin at `weights`.
+  SIMD_INLINE void Add(const uint8_t* weights, const int8_t* x, int64_t x_stride, int64_t channels) {
+    int64_t channel = 0;
+    if constexpr (storage == Storage::kInt4 && Simd::kPairsPerSum4 > 1) {
+      constexpr int64_t step = 4 * Simd::kPairsPerSum4;
+      for (; channel + step <= channels; channel += step) {
+        AddInPairs<Simd>(weights + channel * kTile, x + channel, x_stride);
+      }
+    }
+    for (; channel < channels; channel += 4) {
+      ForEach(weights + channel * kTile, x + channel, x_stride,
+              [&](auto r, auto i, Bytes loaded, Bytes bytes) SIMD_INLINE_LAMBDA {
+                at[r][i] = Dot<storage>(at[r][i], loaded, bytes);
+                SIMD_KEEP(at[r][i]);
+              });
+    }
   }
-  template <int i>
-  SIMD_INLINE void Add(Bytes weights) {
+  // So many channels that the sums of pairs fit in 16 bits: one instruction less per product, and unrolled, because
+  // GCC would copy each sum at every turn of a loop.
+  template <class Target>
+  SIMD_INLINE void AddInPairs(const uint8_t* weights, const int8_t* x, int64_t x_stride) {
+    Ints pairs[kRows][kSums];
+    Unroll<Target::kPairsPerSum4>([&](auto step) SIMD_INLINE_LAMBDA {
+      ForEach(weights + 4 * step * kTile, x + 4 * step, x_stride,
+              [&](auto r, auto i, Bytes loaded, Bytes bytes) SIMD_INLINE_LAMBDA {
+                const Ints product = Target::Pairs4(loaded, bytes);
+                pairs[r][i] = step == 0 ? product : Target::AddPairs(pairs[r][i], product);
+                SIMD_KEEP(pairs[r][i]);  // or GCC would add the products up later, and keep them until then
+              });
+    });
     Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA {
-      at[r][i] = Dot<storage>(at[r][i], weights, x[r]);
-      SIMD_KEEP(at[r][i]);
+      Unroll<kSums>([&](auto i) SIMD_INLINE_LAMBDA { at[r][i] = Target::AddWidened(at[r][i], pairs[r][i]); });
+    });
+  }
+  // use(row, sum, weights, x) for four channels of every row and vector.
+  template <class Use>
+  SIMD_INLINE static void ForEach(const uint8_t* weights, const int8_t* x, int64_t x_stride, const Use& use) {
+    Bytes loaded[kSums];
+    Unroll<kSums>([&](auto i) SIMD_INLINE_LAMBDA { loaded[i] = Simd::LoadBytes(weights + i * 4 * Simd::kLanes); });
+    Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA {
+      const Bytes bytes = Simd::Repeat4(x + r * x_stride);
+      Unroll<kSums>([&](auto i) SIMD_INLINE_LAMBDA { use(r, i, loaded[i], bytes); });
     });
   }
   SIMD_INLINE void Order() {
@@ -120,7 +153,7 @@ struct Products {
   SIMD_INLINE void AddTo(float* sums, int64_t stride, const float* scales, const float* x_scales) {
     Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA {
       const Floats x_scale = Simd::Repeat(x_scales[r]);
-      Unroll<kVectors>([&](auto i) SIMD_INLINE_LAMBDA {
+      Unroll<kSums>([&](auto i) SIMD_INLINE_LAMBDA {
         float* sum = sums + r * stride + i * Simd::kLanes;
         const Floats scale = Simd::Multiply(x_scale, Simd::Load(scales + i * Simd::kLanes));
         Simd::Store(sum, Simd::MultiplyAdd(Simd::ToFloats(at[r][i]), scale, Simd::Load(sum)));
@@ -242,15 +275,13 @@ void AddUnpackedTile(const Matrix& matrix, const Input& input, int64_t block, co
   const int64_t first = block * input.rows + part.row + row;
   const int8_t* x = input.bytes + first * size;
   const uint8_t* weights = static_cast<const uint8_t*>(part.unpacked);
-  Products<storage, kRows> products;
-  products.Start(input.sums + first);
-  for (int64_t channel = 0; channel < channels; channel += 4) {
-    products.LoadX(x + channel, size);
-    Unroll<kVectors>([&](auto i) SIMD_INLINE_LAMBDA {
-      products.template Add<i.value>(Simd::LoadBytes(weights + channel * kTile + i * 4 * Simd::kLanes));
-    });
+  for (int64_t column = 0; column < kTile; column += kSumsAtOnce * Simd::kLanes) {
+    Products<storage, kRows, kSumsAtOnce> products;
+    products.Start(input.sums + first);
+    products.Add(weights + 4 * column, x, size, channels);
+    products.AddTo(part.sums + row * part.stride + tile * kTile + column, part.stride, scales + column,
+                   input.scales + first);
   }
-  products.AddTo(part.sums + row * part.stride + tile * kTile, part.stride, scales, input.scales + first);
 }
 
 // sums += block `block` times the part's rows, tile by tile.
@@ -265,8 +296,8 @@ void AddBlockUnpacked(const Matrix& matrix, const Input& input, int64_t block, c
     float padded[kTile];
     const float* scales = TileScales(matrix, part, block, tile, padded);
     for (int64_t row = 0; row < part.rows; row += kRowsAtOnce) {
-      const auto add =
-          Pick(part.rows - row, AddUnpackedTile<storage, 1>, AddUnpackedTile<storage, 2>, AddUnpackedTile<storage, 3>);
+      const auto add = Pick(part.rows - row, AddUnpackedTile<storage, 1>, AddUnpackedTile<storage, 2>,
+                            AddUnpackedTile<storage, 3>, AddUnpackedTile<storage, kRowsAtOnce>);
       add(matrix, input, block, part, row, tile, scales);
     }
   }

@@ -13,10 +13,12 @@ using Bytes = Simd::Bytes;
 using Ints = Simd::Ints;
 using Floats = Simd::Floats;
 
-constexpr int64_t kVectors = 8;                     // of sums per row
+constexpr int kVectors = 8;                         // of sums per row
 constexpr int64_t kTile = kVectors * Simd::kLanes;  // outputs
-constexpr int64_t kRowsAtOnce = 3;                  // of integers: 24 of 32 registers hold their sums
-constexpr int64_t kFloatRowsAtOnce = 6;             // with fewer vectors each (SumsPerRow)
+// Rows and vectors of integer sums that registers hold at once: 24 of 32, or 8 of 16.
+constexpr int kRowsAtOnce = Simd::kRegisters >= 32 ? 3 : 4;
+constexpr int kSumsAtOnce = Simd::kRegisters >= 32 ? kVectors : 2;
+constexpr int64_t kFloatRowsAtOnce = 6;  // with fewer vectors each (SumsPerRow)
 constexpr int64_t kFewRows = 3;
 constexpr int64_t kRowsBySplit = 12;       // for as many or fewer, threads share the splits of the channels
 constexpr int64_t kFloatBlock = 64;        // channels of a tile of floats

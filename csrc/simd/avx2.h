@@ -24,8 +24,10 @@ struct Simd {
   static constexpr int kOffset4 = 8;
 #ifdef __AVXVNNI__
   static constexpr int kOffset8 = 128;
+  static constexpr int kPairsPerSum4 = 1;
 #else
   static constexpr int kOffset8 = 0;
+  static constexpr int kPairsPerSum4 = 8;  // 8 * 2 * 15 * 127 is below 2^15
 #endif
 
   static SIMD_INLINE Bytes LoadBytes(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
@@ -64,9 +66,13 @@ struct Simd {
   static SIMD_INLINE Ints Dot4(Ints sum, Bytes weights, Bytes x) { return _mm256_dpbusd_avx_epi32(sum, weights, x); }
   static SIMD_INLINE Ints Dot8(Ints sum, Bytes weights, Bytes x) { return _mm256_dpbusd_avx_epi32(sum, weights, x); }
 #else
-  static SIMD_INLINE Ints Dot4(Ints sum, Bytes weights, Bytes x) {
-    const __m256i pairs = _mm256_maddubs_epi16(weights, x);  // at most 2 * 15 * 127
+  static SIMD_INLINE Ints Pairs4(Bytes weights, Bytes x) { return _mm256_maddubs_epi16(weights, x); }
+  static SIMD_INLINE Ints AddPairs(Ints a, Ints b) { return _mm256_add_epi16(a, b); }
+  static SIMD_INLINE Ints AddWidened(Ints sum, Ints pairs) {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+  static SIMD_INLINE Ints Dot4(Ints sum, Bytes weights, Bytes x) {
+    return AddWidened(sum, _mm256_maddubs_epi16(weights, x));
   }
   static SIMD_INLINE Ints Dot8(Ints sum, Bytes weights, Bytes x) {
     return Dot4(sum, _mm256_abs_epi8(weights), _mm256_sign_epi8(x, weights));  // pairs are at most 2 * 128 * 127

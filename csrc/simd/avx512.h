@@ -21,6 +21,7 @@ struct Simd {
   // VPDPBUSD multiplies unsigned by signed bytes: weights are shifted to be unsigned.
   static constexpr int kOffset4 = 8;
   static constexpr int kOffset8 = 128;
+  static constexpr int kPairsPerSum4 = 1;
 
   static SIMD_INLINE Bytes LoadBytes(const void* from) { return _mm512_loadu_si512(from); }
   static SIMD_INLINE Bytes LoadBytes(const void* from, int count) {

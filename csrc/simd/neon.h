@@ -19,6 +19,7 @@ struct Simd {
   // --- bytes and dot products ---
   static constexpr int kOffset4 = 0;
   static constexpr int kOffset8 = 0;
+  static constexpr int kPairsPerSum4 = 1;
 
   static Bytes LoadBytes(const void* from) { return vld1q_u8(static_cast<const uint8_t*>(from)); }
   static Bytes LoadBytes(const void* from, int count) {

@@ -34,6 +34,8 @@ struct Simd {
   // What Shift4 and Shift8 add to a weight; the sum over x times this is taken off a dot product.
   static constexpr int kOffset4 = 0;
   static constexpr int kOffset8 = 0;
+  // Products of 4-bit weights whose sums of pairs fit in 16 bits; 1 where Dot4 makes no such pairs.
+  static constexpr int kPairsPerSum4 = 1;
 
   static Bytes LoadBytes(const void* from) { return LoadBytes(from, 16); }
   // The first count bytes, then zeros.
