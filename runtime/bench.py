@@ -154,11 +154,11 @@ def run(
         },
         "machine": machine.description(),
         "versions": {"python": platform.python_version()}
-        | {name: metadata.version(name) for name in ("healthgpt-edge", "numpy", "onnxruntime")},
+        | {name: _version(name) for name in ("healthgpt-edge", "numpy", "onnxruntime")},
         "settings": {
             "executor": session.executor.name,
             # In use, not only asked for: they may not be built.
-            "kernels": session.executor.name.endswith("+kernels"),
+            "kernels": "+kernels" in session.executor.name,
             "threads": bench.threads,
             "repeat": repeat,
             "weights_verified": False,
@@ -167,6 +167,16 @@ def run(
         "memory": memory,
         "rows": [timing.to_json() for timing in timings],
     }
+
+
+def _version(name: str) -> str | None:
+    """Of an installed package, which for a GPU has another name; None where it runs from its sources."""
+    for installed in (name, f"{name}-gpu"):
+        try:
+            return metadata.version(installed)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
 
 
 class _Bench:

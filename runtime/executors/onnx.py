@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import threading
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,6 +79,8 @@ class OnnxExecutor:
         provider, available = self._device.provider, onnxruntime.get_available_providers()
         if provider not in available:
             raise ExecutorError(f"device {device} needs {provider}; this onnxruntime has {', '.join(available)}")
+        if device == "cuda":
+            _load_cuda()
         self._kernels = self._device.kernels(bundle.manifest) if kernels else None
         self._has_graphs = self._device.has_graphs and self._kernels is not None
         self.bundle = bundle
@@ -208,6 +211,13 @@ class OnnxExecutor:
             raise
         except Exception as error:
             raise ExecutorError(f"ONNX Runtime failed in the {role} graph of {task}: {first_line(error)}") from error
+
+
+def _load_cuda() -> None:
+    """Open the CUDA libraries and cuDNN that other wheels brought, where ONNX Runtime knows how (1.21)."""
+    if hasattr(onnxruntime, "preload_dlls"):
+        with redirect_stdout(io.StringIO()):  # it prints what it does not find, which then may not be needed
+            onnxruntime.preload_dlls()
 
 
 def value_of(node: Any) -> Value:

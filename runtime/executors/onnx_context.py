@@ -17,7 +17,7 @@ from ..errors import ExecutorError
 from . import RunAhead
 from .onnx_memory import Buffer, Caches
 
-# Decode steps and drafts (drafting.pace.MAX_ROWS) come again; passes of more tokens are prompts, and do not.
+# Decode steps and drafts (drafting.pace.MAX_ROWS) come again; prompts do not, which have more tokens or come first.
 MOST_STEP_ROWS = 64
 # A prefill's workspace is worth giving back, a decode step's is not, but over many steps the heap grows too.
 _TRIM_EVERY_PASSES = 64
@@ -116,7 +116,7 @@ class Sequence:
     def run(self, token_ids: np.ndarray, past_length: int, last_positions: int) -> tuple[np.ndarray, np.ndarray | None]:
         """One pass, see Pass.run."""
         sizes = (len(token_ids), last_positions)
-        is_step = len(token_ids) <= MOST_STEP_ROWS
+        is_step = past_length > 0 and len(token_ids) <= MOST_STEP_ROWS
         bound = self._passes.get(sizes)
         if bound is None:
             bound = Pass(self, *sizes, self._device, is_step if self._graphs else self._graphs)
