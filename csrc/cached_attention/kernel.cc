@@ -207,7 +207,7 @@ void Attend(const Head& head, int64_t begin, int64_t count, float* memory) {
     const float* key_scales = head.scales(given.key_scales, start);
     const float* value_scales = head.scales(given.value_scales, start);
     // What is read next is fetched meanwhile: the values of this block, then the keys of the next.
-    const int64_t bytes = in_place ? keys * size * CacheBytes(cache) : 0;
+    const int64_t bytes = keys * size * CacheBytes(cache);
     Fetch(head.cached(given.values, start), bytes);
     const auto score = in_place ? ScoreRows<cache> : ScoreRows<Storage::kFloat32>;
     score(query, count, open(given.keys), keys, width, scores);
