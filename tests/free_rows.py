@@ -14,5 +14,8 @@ class FreeRows(RowCosts):
     def most(self) -> int:
         return 64
 
+    def known(self, rows: int) -> float | None:
+        return 1.0
+
     def line(self) -> tuple[float, float]:
         return 1.0, 0.0

@@ -24,7 +24,7 @@ _LEAST_GAIN = 1.1
 # Where drafts do not pay, plain passes before they are tried anew; twice as many every time.
 _FIRST_WAIT = 64
 # Of the time of plain decoding, what passes with drafts may have taken more than plain ones for the same tokens.
-_MAY_LOSE = 0.03
+_MAY_LOSE = 0.05
 # Sizes so near the best count as good as it, and the largest of them is taken: it teaches Jacobi the most.
 _NEARLY = 0.95
 
