@@ -172,11 +172,49 @@ SIMD_INLINE const float* TileScales(const Matrix& matrix, const Part& part, int6
   return padded;
 }
 
+// AddChannels of whole tiles of int4 where sums of pairs fit in 16 bits (and registers are few): the weights stay
+// packed, eight vectors of them, and every row unpacks them.
+template <class Target>
+SIMD_INLINE void AddPackedChannels(const uint8_t* from, int64_t stride, int64_t rows, const int8_t* x, int64_t x_stride,
+                                   const int32_t* x_sums, int32_t* waiting) {
+  Bytes packed[2][4];
+  Unroll<2>([&](auto half) SIMD_INLINE_LAMBDA {
+    FetchChannels<Storage::kInt4>(from + (kChannelsAhead + 4 * half) * stride, stride);
+    Unroll<4>([&](auto i) SIMD_INLINE_LAMBDA {
+      packed[half][i] = Target::Shift4(Target::LoadBytes(from + (4 * half + i) * stride));
+    });
+    Target::Interleave(packed[half]);
+  });
+  for (int64_t row = 0; row < rows; ++row) {
+    int32_t* sums = waiting + row * kTile;
+    const Bytes first = Target::Repeat4(x + row * x_stride), second = Target::Repeat4(x + row * x_stride + 4);
+    const auto add = [&](const auto& sum_of) SIMD_INLINE_LAMBDA {
+      Unroll<kVectors>([&](auto i) SIMD_INLINE_LAMBDA {
+        constexpr bool odd = i % 2 != 0;
+        const Bytes a = packed[0][i / 2], b = packed[1][i / 2];
+        const Ints pairs =
+            Target::AddPairs(Target::Pairs4(odd ? Target::OddNibbles(a) : Target::EvenNibbles(a), first),
+                             Target::Pairs4(odd ? Target::OddNibbles(b) : Target::EvenNibbles(b), second));
+        Target::StoreInts(sums + i * Target::kLanes, Target::AddWidened(sum_of(i), pairs));
+      });
+    };
+    if (x_sums != nullptr) {
+      const Ints start = Target::RepeatInt(-Target::kOffset4 * x_sums[row]);
+      add([&](auto) SIMD_INLINE_LAMBDA { return start; });
+    } else {
+      add([&](auto i) SIMD_INLINE_LAMBDA { return Target::LoadInts(sums + i * Target::kLanes); });
+    }
+  }
+}
+
 // Adds the products of eight channels from `channel` on, or those left, with a tile to those waiting (rows, kTile). The
 // weights stay in registers while the rows go by.
 template <Storage storage, bool kWhole>
 SIMD_INLINE void AddChannels(const uint8_t* from, int64_t stride, int64_t channels, int columns, int64_t rows,
                              const int8_t* x, int64_t x_stride, const int32_t* x_sums, int32_t* waiting) {
+  if constexpr (storage == Storage::kInt4 && kWhole && Simd::kPairsPerSum4 > 1) {
+    return AddPackedChannels<Simd>(from, stride, rows, x, x_stride, x_sums, waiting);
+  }
   constexpr int offset = storage == Storage::kInt4 ? Simd::kOffset4 : Simd::kOffset8;
   Bytes weights[2][kVectors];
   Unroll<2>([&](auto half) SIMD_INLINE_LAMBDA {
