@@ -17,8 +17,8 @@ LOGITS_FLOAT16_CACHES = 2.5e-3
 # The same with caches in int8; measured 1.1e-4. Float32 caches would differ by 0.09 to 0.17.
 LOGITS_INT8_CACHES = 1e-3
 # With int8 or int4 weights ONNX Runtime rounds activations to 8 bits as well: largest and mean difference from the
-# dequantised weights in float32, of logits with a standard deviation of 1.9; measured 0.52 and 0.042.
-LOGITS_8_BIT_LARGEST = 0.6
+# dequantised weights in float32, of logits with a standard deviation of 1.9; measured 0.61 and 0.042.
+LOGITS_8_BIT_LARGEST = 0.7
 LOGITS_8_BIT_MEAN = 0.06
 # The same of the vision tower's features, of order one; measured 0.070.
 FEATURES_8_BIT = 0.1
