@@ -1,6 +1,7 @@
 """Export a full-size M3 with random weights, then answer and generate with it: time, peak memory, bytes.
 
-    python -m benchmarks.full_size WORK_DIR [--precision fp16 --precision int4] [--run int4] [--out results.json]
+    python -m benchmarks.full_size WORK_DIR [--precision fp16 --precision int4] [--cache int8]
+        [--run int4 --run int4-int8] [--out results.json]
 
 Writes the checkpoint to WORK_DIR/m3 unless it is there (11 GB), the bundles beside it. Peak memory is the kernel's
 high-water mark of the exporting process (mapped file pages included), and of the running one also the anonymous part.
@@ -16,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import onnxruntime
@@ -43,12 +45,26 @@ def memory_mb() -> dict[str, int]:
     return memory | {"proportional": (machine.proportional_memory() or 0) >> 20}
 
 
-def export(checkpoint: Path, bundle: Path, precision: str) -> dict[str, object]:
+def memory_parts() -> dict[str, int]:
+    """The PSS of this process in MiB by what is mapped: the name of the file, or `anonymous`."""
+    parts: Counter[str] = Counter()
+    name = ""
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        words = line.split()
+        if not words[0].endswith(":"):  # the first line of a mapping, with a path in its last columns
+            name = Path(words[5]).name if len(words) > 5 and words[5].startswith("/") else "anonymous"
+        elif words[0] == "Pss:":
+            parts[name] += int(words[1])
+    return {name: kib >> 10 for name, kib in parts.most_common() if kib >> 10}
+
+
+def export(checkpoint: Path, bundle: Path, precision: str, cache: str | None) -> dict[str, object]:
     """Run the export command as a user does; returns seconds, peak MiB and bytes per part."""
     if bundle.exists():
         shutil.rmtree(bundle)
     options = [item for name, path in RELEASED.items() for item in (f"--{name}", str(checkpoint / path))]
     command = [sys.executable, "-m", "healthgpt_edge.cli", "export", *options, "--precision", precision]
+    command += ["--cache", cache] if cache else []
     begin = time.perf_counter()
     process = subprocess.Popen([*command, "--out", str(bundle), "--json"], stdout=subprocess.PIPE)
     assert process.stdout is not None
@@ -83,6 +99,7 @@ def run(bundle: Path, answer_tokens: int, threads: int | None) -> dict[str, obje
     made = session.generate(picture, "Reconstruct the image.", draft="none")
     result["generate"] = made.timings_ms | {"tokens": len(made.token_ids), "image": list(made.pixels.shape)}
     result["after_generate_mib"] = memory_mb()
+    result["after_generate_parts_mib"] = memory_parts()
     return result
 
 
@@ -90,6 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("--precision", action="append", default=[], help="export this one; may be repeated")
+    parser.add_argument("--cache", help="type of the caches of what is exported, if not the precision's own")
     parser.add_argument("--run", action="append", default=[], help="answer and generate with this one")
     parser.add_argument("--answer-tokens", type=int, default=64)
     parser.add_argument("--threads", type=int)
@@ -116,8 +134,9 @@ def main() -> None:
         if all(kept[name] == results[name] for name in results):
             results = kept
     for precision in arguments.precision:
-        results[f"export {precision}"] = export(checkpoint, arguments.work / f"bundle-{precision}", precision)
-        print(precision, json.dumps(results[f"export {precision}"]), flush=True)
+        name = f"{precision}-{arguments.cache}" if arguments.cache else precision
+        results[f"export {name}"] = export(checkpoint, arguments.work / f"bundle-{name}", precision, arguments.cache)
+        print(name, json.dumps(results[f"export {name}"]), flush=True)
     for precision in arguments.run:
         # A process of its own, so that its high-water mark is its own.
         command = [sys.executable, "-m", "benchmarks.full_size", str(arguments.work)]
