@@ -32,9 +32,8 @@ Memory::~Memory() {
 }
 
 Status CopyRows(void* to, int64_t to_stride, const void* from, int64_t from_stride, int64_t bytes, int64_t rows) {
-  const Status wrong =
-      Text(cudaMemcpy2D(to, static_cast<size_t>(to_stride), from, static_cast<size_t>(from_stride),
-                        static_cast<size_t>(bytes), static_cast<size_t>(rows), cudaMemcpyDeviceToDevice));
+  const Status wrong = Text(cudaMemcpy2D(to, static_cast<size_t>(to_stride), from, static_cast<size_t>(from_stride),
+                                         static_cast<size_t>(bytes), static_cast<size_t>(rows), cudaMemcpyDefault));
   return wrong != nullptr ? wrong : Text(cudaDeviceSynchronize());
 }
 

@@ -24,7 +24,7 @@ class Memory {
   int64_t bytes_ = 0;
 };
 
-// Copies `rows` of so many bytes from one place on the GPU to another, and waits until that is done.
+// Copies `rows` of so many bytes to the GPU, from there or from the host, and waits until that is done.
 Status CopyRows(void* to, int64_t to_stride, const void* from, int64_t from_stride, int64_t bytes, int64_t rows);
 
 Status Copy(void* to, const void* from, int64_t bytes, Stream stream);

@@ -94,7 +94,7 @@ def open_executor(
 ) -> Executor:
     """Open the executor called `name`, onnx or tensorrt, for `tasks` on cpu or cuda (None: where it runs by default).
 
-    threads and kernels are for the CPU. Raises ExecutorError.
+    threads are for the CPU, kernels for onnx. Raises ExecutorError.
     """
     if name == "onnx":
         from .onnx import OnnxExecutor
