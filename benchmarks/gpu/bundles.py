@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -41,6 +42,7 @@ class WrongAnswer(Exception):
 def phantom(work: Path, precision: str, cache: str | None, new_tokens: int) -> Path:
     """The trained phantom, which must give the CPU's ids for every kind of question."""
     bundle = work / f"phantom-{precision}"
+    shutil.rmtree(bundle, ignore_errors=True)  # of a run before
     with Checkpoint.open(**released_files(PHANTOM)) as checkpoint:
         export_bundle(checkpoint, bundle, precision=precision, cache=cache, block_size=32)
     sessions = [load(bundle, tasks=("comprehension",), device=device) for device in ("cuda", "cpu")]
