@@ -25,6 +25,8 @@ _LEAST_GAIN = 1.1
 _FIRST_WAIT = 64
 # Of the time of plain decoding, what passes with drafts may have taken more than plain ones for the same tokens.
 _MAY_LOSE = 0.05
+# Plain passes before it is asked anew what the request can afford: asking takes a tenth of a phantom's pass.
+_LOOK_AGAIN = 16
 # Sizes so near the best count as good as it, and the largest of them is taken: it teaches Jacobi the most.
 _NEARLY = 0.95
 
@@ -66,6 +68,7 @@ class Pace:
         affordable = self._lost + at_worst - plain <= self._allowance()
         sizes, seconds = sizes[affordable], seconds[affordable]
         if not (sizes > 1).any():
+            self._plain_left = _LOOK_AGAIN
             return 1
         rates = sizes**self.exponent / seconds
         if rates.max() >= _LEAST_GAIN / plain:

@@ -446,7 +446,7 @@ def test_drafts_that_turn_wrong_lose_little_of_what_they_gained():
         gained += tokens * 1.1 - (1.0 + 0.1 * rows)
         most = max(most, gained)
         assert most - gained <= 2 * 0.05 * 1.1 * (256 + 200)
-    assert gained > most / 2
+    assert most > 2 * 0.05 * 1.1 * (256 + 200)  # there was more to lose
 
 
 def test_another_process_that_takes_the_machine_is_no_loss_by_drafts():
