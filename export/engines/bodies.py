@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from onnx import FunctionProto, TensorProto, parser
 
-from ..graph.functions import GROUP_NORM_EPSILON
+from ..graph.functions import GROUP_NORM_EPSILON, ROTATED_HEADS
 
 _INTEGERS = (TensorProto.INT8, TensorProto.INT4)
 _HEADER = '<domain: "healthgpt", opset_import: ["" : 24]>'
@@ -107,22 +107,7 @@ def cached_attention(types: dict[str, int], compute: int) -> FunctionProto:
         CachedAttention <heads, kv_heads, window> (
             query, key, value, cosine, sine, past_length, visible, past_key, past_value
         ) => (output, present_key, present_value) {{
-            heads_scalar = Constant <value_int: int = @heads> ()
-            kv_heads_scalar = Constant <value_int: int = @kv_heads> ()
-            last = Constant <value_ints = [-1]> ()
-            keep = Constant <value_ints = [0, 0]> ()
-            heads_vector = Reshape (heads_scalar, last)
-            kv_heads_vector = Reshape (kv_heads_scalar, last)
-            query_shape = Concat <axis = 0> (keep, heads_vector, last)
-            key_shape = Concat <axis = 0> (keep, kv_heads_vector, last)
-            query_split = Reshape (query, query_shape)
-            key_split = Reshape (key, key_shape)
-            value_split = Reshape (value, key_shape)
-            query_heads = Transpose <perm = [0, 2, 1, 3]> (query_split)
-            key_heads = Transpose <perm = [0, 2, 1, 3]> (key_split)
-            value_heads = Transpose <perm = [0, 2, 1, 3]> (value_split)
-            query_rotated = RotaryEmbedding (query_heads, cosine, sine)
-            key_rotated = RotaryEmbedding (key_heads, cosine, sine)
+            {ROTATED_HEADS}
             query_rows = Cast <to = {compute}> (query_rotated)
             key_rows = Cast <to = {compute}> (key_rotated)
             value_rows = Cast <to = {compute}> (value_heads)

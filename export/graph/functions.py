@@ -86,6 +86,27 @@ def hlora_linear(linear_type: int, adapter_type: int, bias: bool) -> FunctionPro
     """)
 
 
+# What every body of CachedAttention begins with: heads apart, and rotary positions.
+ROTATED_HEADS = """
+    heads_scalar = Constant <value_int: int = @heads> ()
+    kv_heads_scalar = Constant <value_int: int = @kv_heads> ()
+    last = Constant <value_ints = [-1]> ()
+    keep = Constant <value_ints = [0, 0]> ()
+    heads_vector = Reshape (heads_scalar, last)
+    kv_heads_vector = Reshape (kv_heads_scalar, last)
+    query_shape = Concat <axis = 0> (keep, heads_vector, last)
+    key_shape = Concat <axis = 0> (keep, kv_heads_vector, last)
+    query_split = Reshape (query, query_shape)
+    key_split = Reshape (key, key_shape)
+    value_split = Reshape (value, key_shape)
+    query_heads = Transpose <perm = [0, 2, 1, 3]> (query_split)
+    key_heads = Transpose <perm = [0, 2, 1, 3]> (key_split)
+    value_heads = Transpose <perm = [0, 2, 1, 3]> (value_split)
+    query_rotated = RotaryEmbedding (query_heads, cosine, sine)
+    key_rotated = RotaryEmbedding (key_heads, cosine, sine)
+"""
+
+
 def caches(cache_type: int) -> dict[str, int]:
     """What a layer keeps, in the order of its node's inputs, and the type of each: rows, and scales of INT8 rows."""
     rows = dict.fromkeys(("key", "value"), cache_type)
@@ -145,22 +166,7 @@ def cached_attention(cache_type: int) -> FunctionProto:
         CachedAttention <heads, kv_heads, window> (
             query, key, value, cosine, sine, past_length, visible, {pasts}
         ) => (output, {presents}) {{
-            heads_scalar = Constant <value_int: int = @heads> ()
-            kv_heads_scalar = Constant <value_int: int = @kv_heads> ()
-            last = Constant <value_ints = [-1]> ()
-            keep = Constant <value_ints = [0, 0]> ()
-            heads_vector = Reshape (heads_scalar, last)
-            kv_heads_vector = Reshape (kv_heads_scalar, last)
-            query_shape = Concat <axis = 0> (keep, heads_vector, last)
-            key_shape = Concat <axis = 0> (keep, kv_heads_vector, last)
-            query_split = Reshape (query, query_shape)
-            key_split = Reshape (key, key_shape)
-            value_split = Reshape (value, key_shape)
-            query_heads = Transpose <perm = [0, 2, 1, 3]> (query_split)
-            key_heads = Transpose <perm = [0, 2, 1, 3]> (key_split)
-            value_heads = Transpose <perm = [0, 2, 1, 3]> (value_split)
-            query_rotated = RotaryEmbedding (query_heads, cosine, sine)
-            key_rotated = RotaryEmbedding (key_heads, cosine, sine)
+            {ROTATED_HEADS}
             {append_keys}
             {append_values}
             attended = Attention (query_rotated, {keys}, {values}, visible)

@@ -12,7 +12,7 @@ from healthgpt_edge.bundle import Bundle
 from healthgpt_edge.errors import ExecutorError
 from healthgpt_edge.executors import Choice
 from healthgpt_edge.executors.onnx import OnnxExecutor
-from healthgpt_edge.executors.tensorrt import DECODE, PREFILL
+from healthgpt_edge.executors.tensorrt_context import DECODE, PREFILL
 from healthgpt_edge.export.engines.build import default_settings
 from healthgpt_edge.prompt import Tokenizer
 from healthgpt_edge.session import Session
