@@ -98,8 +98,7 @@ class TensorRtContext:
 
     def forward(self, token_ids: np.ndarray, last_positions: int = 1, full_vocabulary: bool = False) -> np.ndarray:
         settings, count = self._executor.settings, len(token_ids)
-        if self.length + count > settings.max_context:
-            raise self._too_long(count)
+        self._require_room(count)
         logits, first, silent = [], 0, count - last_positions
         while first < count:
             end = min(first + settings.prefill_rows, count)
@@ -140,8 +139,7 @@ class TensorRtContext:
 
     def _run_ahead(self, token_id: int, count: int, choice: Choice) -> np.ndarray:
         executor, buffers = self._executor, self._buffers
-        if self.length + count > executor.settings.max_context:
-            raise self._too_long(count)
+        self._require_room(count)
         name = self._results["logits"]
         if self._chooser is None:
             first_id = self._manifest.tasks[self._task].first_logit
@@ -191,11 +189,11 @@ class TensorRtContext:
             tensors[name] = Tensor(memory.address, (1, given, buffers.rows[name]))
         return tensors
 
-    def _too_long(self, count: int) -> ExecutorError:
-        return ExecutorError(
-            f"the engines hold {self._executor.settings.max_context} tokens, found {self.length + count}: "
-            "build with --max-context"
-        )
+    def _require_room(self, count: int) -> None:
+        """Raises ExecutorError unless the caches hold `count` tokens more."""
+        most, needed = self._executor.settings.max_context, self.length + count
+        if needed > most:
+            raise ExecutorError(f"the engines hold {most} tokens, found {needed}: build with --max-context")
 
     @property
     def _results(self) -> dict[str, str]:
