@@ -221,6 +221,9 @@ def decode(
             return Decoded(new_ids, by_pass)
         context.length -= 1 + len(drafts) - len(fresh)  # forget what the wrong drafts left in the caches
         left = min(max_new_tokens - len(new_ids), grammar.left() or max_new_tokens)
+        if context.room is not None:
+            # What looks ahead must not be what is refused: the run may end before the room does.
+            left = min(left, max(1, context.room))
         choice = None
         if drafter:
             later = selector.guess(rows[len(fresh) :], grammar) if len(fresh) < len(rows) else []

@@ -37,6 +37,11 @@ class Context(Protocol):
     length: int
 
     @property
+    def room(self) -> int | None:
+        """How many tokens it takes before `forward` refuses more; None where the caches grow."""
+        ...
+
+    @property
     def memory_bytes(self) -> int:
         """Bytes that its caches hold."""
         ...

@@ -130,6 +130,7 @@ class Sequence:
 class OnnxContext:
     """One sequence of a task. `sequence` is its own until it goes; then `give_back` takes it."""
 
+    room: int | None = None
     run_ahead: RunAhead | None = None
 
     def __init__(

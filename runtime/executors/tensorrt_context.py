@@ -93,6 +93,10 @@ class TensorRtContext:
         self.length = 0
 
     @property
+    def room(self) -> int | None:
+        return self._executor.settings.max_context - self.length
+
+    @property
     def memory_bytes(self) -> int:
         return self._caches.size_bytes + self._features.size_bytes
 

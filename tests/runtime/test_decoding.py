@@ -22,6 +22,11 @@ class FakeContext:
     rows: list[list[float]]
     asked: list[tuple[list[int], bool]] = field(default_factory=list)
     length: int = 0
+    capacity: int | None = None
+
+    @property
+    def room(self) -> int | None:
+        return None if self.capacity is None else self.capacity - self.length
 
     def forward(self, token_ids: np.ndarray, last_positions: int = 1, full_vocabulary: bool = False) -> np.ndarray:
         assert token_ids.dtype == np.int64 and last_positions == 1
@@ -324,9 +329,9 @@ class Ahead:
         return np.array(given + [0] * (count - len(given)), np.int64)
 
 
-def run_on_device(first: int, ids: list[int], grammar=None, selector=None, rows: int = 8, **options):
+def run_on_device(first: int, ids: list[int], grammar=None, selector=None, rows: int = 8, room=None, **options):
     """Decode from a prefill whose greatest logit is at `first`, row 0 being id 0."""
-    context = FakeContext([])
+    context = FakeContext([], capacity=room)
     ahead = Ahead(context, ids)
     options = {"stop_ids": frozenset(), "max_new_tokens": 100} | options
     selector = selector or Selector(GREEDY, 1.0, 0)
@@ -349,6 +354,14 @@ def test_a_device_goes_on_from_its_last_id_and_no_further_than_the_limit():
     done, ahead, context = run_on_device(3, [4, 5, 6, 7] * 3, max_new_tokens=12)
     assert done.ids == [3, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6] and done.by_pass == [1] * 12
     assert ahead.asked == [(3, 8), (7, 3)] and context.length == 11
+
+
+def test_a_device_goes_no_further_than_its_caches():
+    """Where they are full it is asked for one more, and refuses that as it would the host."""
+    done, ahead, _ = run_on_device(3, [4, 5, 6, 7, 1, 2, 3, 4, 5, 7, 6, 2], stop_ids=frozenset({2}), room=10)
+    assert done.ids == [3, 4, 5, 6, 7, 1, 2] and ahead.asked == [(3, 8)]
+    done, ahead, _ = run_on_device(3, [4, 5, 6, 7, 1, 5, 3, 4, 5, 7, 2], stop_ids=frozenset({2}), room=10)
+    assert done.ids[-3:] == [5, 7, 2] and ahead.asked == [(3, 8), (4, 2), (7, 1)]
 
 
 def test_a_device_chooses_codes_row_by_row_and_the_end_costs_no_pass():

@@ -20,7 +20,7 @@ from healthgpt_edge.drafting.pace import MAX_ROWS, Pace
 from healthgpt_edge.drafting.pictures import input_sources, own_sources
 from healthgpt_edge.drafting.sources import Rule, Table
 from healthgpt_edge.drafting.words import word_sources
-from healthgpt_edge.errors import GenerationError
+from healthgpt_edge.errors import ExecutorError, GenerationError
 
 VOCABULARY = 9
 
@@ -28,8 +28,8 @@ VOCABULARY = 9
 class Model:
     """A sequence of a model whose logits depend on every token before: a wrong one left in the caches shows."""
 
-    def __init__(self, prompt: list[int]) -> None:
-        self.ids = list(prompt)
+    def __init__(self, prompt: list[int], capacity: int | None = None) -> None:
+        self.ids, self.capacity = list(prompt), capacity
         self.passes: list[int] = []
 
     @property
@@ -41,8 +41,14 @@ class Model:
         assert length <= len(self.ids)
         del self.ids[length:]
 
+    @property
+    def room(self) -> int | None:
+        return None if self.capacity is None else self.capacity - self.length
+
     def forward(self, token_ids: np.ndarray, last_positions: int = 1, full_vocabulary: bool = False) -> np.ndarray:
         assert token_ids.dtype == np.int64 and len(token_ids) == last_positions
+        if self.room is not None and len(token_ids) > self.room:
+            raise ExecutorError("no room")
         self.passes.append(len(token_ids))
         rows = []
         for token_id in token_ids.tolist():
@@ -77,9 +83,9 @@ PROMPT = [3, 1, 4]
 GREEDY = Sampling()
 
 
-def run(drafter=None, *, sampling=GREEDY, penalty=1.0, grid=None, stop_ids=frozenset(), limit=24):
+def run(drafter=None, *, sampling=GREEDY, penalty=1.0, grid=None, stop_ids=frozenset(), limit=24, capacity=None):
     """Decode after PROMPT; returns the result, the model, and the grammar."""
-    model = Model(PROMPT)
+    model = Model(PROMPT, capacity)
     # Codes 0 to 5, 6 ends, 7 is a new line, 8 is a word.
     grammar = CodeGrid(first=0, count=6, end=6, newline=7, total=grid) if grid else FreeText()
     done = decode(
@@ -157,6 +163,17 @@ def test_a_stop_or_the_limit_inside_a_draft_ends_the_run():
     assert stopped.ids == plain.ids[: place + 1]
     for limit in range(1, 8):
         assert run(Planted(plain.ids, 12), limit=limit)[0].ids == plain.ids[:limit]
+
+
+def test_drafts_end_where_the_caches_do():
+    """An answer that just fits is not refused for what was drafted behind its end."""
+    plain, _, _ = run(limit=24)
+    place = next(place for place, token_id in enumerate(plain.ids) if token_id not in plain.ids[:place] and place > 2)
+    stop, capacity = frozenset({plain.ids[place]}), len(PROMPT) + place
+    assert run(Planted(plain.ids, 12), stop_ids=stop, capacity=capacity)[0].ids == plain.ids[: place + 1]
+    for drafter in (None, Planted(plain.ids, 12)):
+        with pytest.raises(ExecutorError, match="no room"):
+            run(drafter, stop_ids=stop, capacity=capacity - 1)
 
 
 def test_sampled_choices_take_the_numbers_of_plain_sampling():

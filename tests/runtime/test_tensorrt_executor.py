@@ -1,5 +1,6 @@
 """The TensorRT executor on engines that are doubles: the original's ids through the graphs that TensorRT gets."""
 
+import dataclasses
 from functools import cache
 
 import numpy as np
@@ -102,6 +103,25 @@ def test_a_picture_chosen_on_the_device_has_the_hosts_codes(choosing):
     executor.device.kernels = None
     expected = generate()
     assert found.token_ids == expected.token_ids and found.tokens_by_pass == expected.tokens_by_pass
+
+
+def test_an_answer_that_just_fits_the_caches_is_given(choosing, monkeypatch):
+    """Its last token needs no place, and what would be chosen behind that is not asked for."""
+    bundle, executor, _ = choosing("m3")
+    case = Case("m3_com_wide")
+    expected = case.record["output_ids"]
+    assert len(expected) < case.max_new_tokens  # it ends by a stop token
+    session = session_of(bundle, executor)
+
+    def answer(max_context):
+        settings = dataclasses.replace(executor.settings, max_context=max_context, prefill_rows=MAX_ROWS)
+        monkeypatch.setattr(executor, "settings", settings)
+        return session.answer(case.image, case.question, max_new_tokens=case.max_new_tokens, draft="none")
+
+    prompt = len(session._spliced(answer(MAX_CONTEXT).prompt_ids))
+    assert answer(prompt + len(expected) - 1).token_ids == expected
+    with pytest.raises(ExecutorError, match="build with --max-context"):
+        answer(prompt + len(expected) - 2)
 
 
 def test_a_run_ahead_that_is_too_long_is_refused_before_it_is_written(choosing):
