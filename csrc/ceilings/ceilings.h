@@ -13,8 +13,8 @@ namespace healthgpt {
 // like those of the mapped weight files.
 double ReadBandwidth(int threads, int64_t bytes);
 
-// Operations per second (a multiplication and an addition are two) of the kernels' int8 dot products into int32,
-// operands in registers.
+// Operations per second (a multiplication and an addition are two) of the kernels' products of bytes with 4-bit
+// weights, unpacked, into int32: operands in registers, in the order of instructions that the target has for them.
 double Int8Rate(int threads);
 
 // The same of float32 multiply-adds.

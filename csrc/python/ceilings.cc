@@ -39,7 +39,7 @@ void BindCeilings(py::module_& module) {
   module.def("read_bandwidth", &ReadBandwidth, py::arg("threads"), py::arg("mebibytes") = 512,
              "Bytes per second that this many threads read from a buffer of this size.");
   module.def("int8_rate", &Rate<healthgpt::Int8Rate>, py::arg("threads"),
-             "int8 operations per second of the kernels' dot products on this many threads.");
+             "Operations per second of the kernels' products of bytes with 4-bit weights on this many threads.");
   module.def("float32_rate", &Rate<healthgpt::Float32Rate>, py::arg("threads"),
              "float32 operations per second of multiply-adds on this many threads.");
 }

@@ -10,7 +10,7 @@
 // Its vectors are arrays, which no register holds.
 #undef SIMD_KEEP
 #undef SIMD_HOLD
-#define SIMD_HOLD(vector) asm volatile("" : : "m"(vector))
+#define SIMD_HOLD(vector) asm volatile("" : "+m"(vector))
 #define SIMD_KEEP(vector) static_cast<void>(vector)
 
 namespace healthgpt {

@@ -134,6 +134,9 @@ def test_ceilings_of_this_machine():
     assert kernels.read_bandwidth(1, 64) > 1e8
     for rate in (kernels.int8_rate, kernels.float32_rate):
         assert rate(1) > 1e8
+    # An instruction multiplies at most four times as many bytes as floats, and no more of them start in a cycle: a
+    # higher ratio means that the compiler took products out of the loop. Twice that, as others may slow one of the two.
+    assert kernels.int8_rate(1) < 8 * kernels.float32_rate(1)
     with pytest.raises(ValueError, match=r"^\[ceilings\] threads must be between 1 and 1024, got 0$"):
         kernels.read_bandwidth(0, 64)
     with pytest.raises(ValueError, match=r"^\[ceilings\] mebibytes must be between 1 and 1048576, got 0$"):
