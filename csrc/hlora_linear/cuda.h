@@ -19,6 +19,9 @@ struct HLoraLinearArguments {
   float* y = nullptr;           // (S, O), not the memory of x
   void* workspace = nullptr;    // of HLoraLinearWorkspaceBytes, zeros before the first of its calls
   int64_t workspace_bytes = 0;  // one workspace serves all linears that follow each other in a stream
+  // Where experts of several plugins share one router: each can be silenced, and they need not have equal ranks.
+  const int32_t* expert_of = nullptr;  // (R), the expert that a column of A belongs to; null for equal shares of R
+  const float* route_bias = nullptr;   // (E) or null, added to every row's routes
   // What a decode step does to the input and to the result on its way, at no launch of its own.
   bool normalise = false;  // x / sqrt(mean(x^2) + epsilon) before it is multiplied
   float epsilon = 0;

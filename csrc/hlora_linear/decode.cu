@@ -38,6 +38,8 @@ struct Product {
   float* inverse_norm;  // (rows)
   const float* low;     // z (rows, rank + experts), read in the second launch
   int64_t rank, experts;
+  const int32_t* expert_of;
+  const float* route_bias;
   const float* bias;
   const float* residual;
   float* y;         // (rows, outputs); z in the first launch
@@ -83,18 +85,22 @@ __device__ inline void LoadInput(const Product& product, int64_t row, int64_t ch
 // The softmax of a row's routes.
 struct Gate {
   const float* routes;
+  const float* bias;
   float scale, largest, inverse_sum;
 
-  __device__ float operator()(int64_t expert) const {
-    return expf(LoadFresh(routes + expert) * scale - largest) * inverse_sum;
+  __device__ float Route(int64_t expert) const {
+    const float route = LoadFresh(routes + expert) * scale;
+    return bias == nullptr ? route : route + LoadFresh(bias + expert);
   }
+  __device__ float operator()(int64_t expert) const { return expf(Route(expert) - largest) * inverse_sum; }
 };
 
 __device__ inline Gate RowGate(const Product& product, int64_t row) {
-  Gate gate = {product.low + row * (product.rank + product.experts) + product.rank, 1.0f, 0.0f, 1.0f};
+  const float* const routes = product.low + row * (product.rank + product.experts) + product.rank;
+  Gate gate = {routes, product.route_bias, 1.0f, 0.0f, 1.0f};
   if (product.inverse_norm != nullptr) gate.scale = LoadFresh(product.inverse_norm + row);
-  float largest = LoadFresh(gate.routes) * gate.scale, sum = 0.0f;
-  for (int64_t i = 1; i < product.experts; ++i) largest = fmaxf(largest, LoadFresh(gate.routes + i) * gate.scale);
+  float largest = gate.Route(0), sum = 0.0f;
+  for (int64_t i = 1; i < product.experts; ++i) largest = fmaxf(largest, gate.Route(i));
   gate.largest = largest;
   for (int64_t i = 0; i < product.experts; ++i) sum += gate(i);
   gate.inverse_sum = 1.0f / sum;
@@ -107,7 +113,11 @@ __device__ inline void LoadGated(const Product& product, const Gate& gate, int64
   const float* at = product.low + row * (product.rank + product.experts);
   for (int i = 0; i < 4; ++i) {
     const int64_t here = channel + i;
-    values[i] = here < product.rank ? LoadFresh(at + here) * gate(here * product.experts / product.rank) : 0.0f;
+    values[i] = 0.0f;
+    if (here >= product.rank) continue;
+    const int64_t expert =
+        product.expert_of == nullptr ? here * product.experts / product.rank : product.expert_of[here];
+    values[i] = LoadFresh(at + here) * gate(expert);
   }
 }
 
@@ -391,7 +401,9 @@ Status Check(const HLoraLinearArguments& given) {
     for (const Matrix* adapter : {&given.adapter_in, &given.adapter_out}) {
       if (const Status wrong = CheckMatrix(*adapter, given.weight.storage)) return wrong;
     }
-    if (given.adapter_out.channels % given.experts != 0) return "[hlora_linear] rank must be a multiple of experts";
+    if (given.expert_of == nullptr && given.adapter_out.channels % given.experts != 0) {
+      return "[hlora_linear] rank must be a multiple of experts";
+    }
     if (given.adapter_in.channels != given.weight.channels || given.adapter_out.outputs != given.weight.outputs ||
         given.adapter_in.outputs != given.adapter_out.channels + given.experts) {
       return "[hlora_linear] adapter_in must be (C, R + E) and adapter_out (R, O)";
@@ -459,6 +471,8 @@ Status HLoraLinear(const HLoraLinearArguments& given, Stream stream) {
     product.low = memory + places.low;
     product.rank = rank;
     product.experts = given.experts;
+    product.expert_of = given.expert_of;
+    product.route_bias = given.route_bias;
   }
   product.weight = WeightsOf(given.weight);
   product.cut = CutOf(given.weight, rank);

@@ -47,16 +47,19 @@ __global__ void __launch_bounds__(kThreads, 1) BiasKernel(const float* bias, int
 // A block per row: the softmax of its routes times its low numbers.
 template <class Number>
 __global__ void __launch_bounds__(kThreads, 1)
-    GateKernel(const float* low, int64_t rank, int64_t experts, Number* gated) {
+    GateKernel(const float* low, int64_t rank, int64_t experts, const int32_t* expert_of, const float* route_bias,
+               Number* gated) {
   WaitForPrevious();
   AllowNext();
   const float* const row = low + blockIdx.x * (rank + experts);
-  const float* const routes = row + rank;
-  float largest = routes[0], sum = 0.0f;
-  for (int64_t i = 1; i < experts; ++i) largest = fmaxf(largest, routes[i]);
-  for (int64_t i = 0; i < experts; ++i) sum += expf(routes[i] - largest);
+  const auto route = [&](int64_t expert) {
+    return row[rank + expert] + (route_bias == nullptr ? 0.0f : route_bias[expert]);
+  };
+  float largest = route(0), sum = 0.0f;
+  for (int64_t i = 1; i < experts; ++i) largest = fmaxf(largest, route(i));
+  for (int64_t i = 0; i < experts; ++i) sum += expf(route(i) - largest);
   for (int64_t i = threadIdx.x; i < rank; i += kThreads) {
-    const float gate = expf(routes[i * experts / rank] - largest) / sum;
+    const float gate = expf(route(expert_of == nullptr ? i * experts / rank : expert_of[i]) - largest) / sum;
     gated[blockIdx.x * rank + i] = Round(row[i] * gate, Number());
   }
 }
@@ -111,7 +114,9 @@ Status Check(const HLoraPrefillArguments& given) {
     for (const Matrix* adapter : {&given.adapter_in, &given.adapter_out}) {
       if (const Status wrong = CheckMatrix(*adapter, given.weight.storage)) return wrong;
     }
-    if (given.adapter_out.channels % given.experts != 0) return "[hlora_prefill] rank must be a multiple of experts";
+    if (given.expert_of == nullptr && given.adapter_out.channels % given.experts != 0) {
+      return "[hlora_prefill] rank must be a multiple of experts";
+    }
     if (given.adapter_in.channels != given.weight.channels || given.adapter_out.outputs != given.weight.outputs ||
         given.adapter_in.outputs != given.adapter_out.channels + given.experts) {
       return "[hlora_prefill] adapter_in must be (C, R + E) and adapter_out (R, O)";
@@ -168,8 +173,8 @@ struct Prefill {
     Status wrong = Launch(RoundKernel<Number>, pieces, block, stream, given.x, count, x);
     if (wrong == nullptr && given.experts > 0) wrong = Multiply(x, given.adapter_in, low, false);
     if (wrong == nullptr && given.experts > 0) {
-      wrong =
-          Launch(GateKernel<Number>, rows, block, stream, static_cast<const float*>(low), rank, given.experts, gated);
+      wrong = Launch(GateKernel<Number>, rows, block, stream, static_cast<const float*>(low), rank, given.experts,
+                     given.expert_of, given.route_bias, gated);
     }
     if (wrong == nullptr && given.bias != nullptr) {
       wrong = Launch(BiasKernel, rows, block, stream, given.bias, given.weight.outputs, given.y);

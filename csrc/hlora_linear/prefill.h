@@ -10,12 +10,14 @@ struct HLoraPrefillArguments {
   int64_t rows = 0;     // S
   int64_t experts = 0;  // E; 0 for a plain linear, without adapters
   const float* x = nullptr;
-  Matrix weight;                // (C, O)
-  const float* bias = nullptr;  // (O) or null
-  Matrix adapter_in;            // (C, R + E): A, then the router; stored as weight is
-  Matrix adapter_out;           // (R, O); stored as weight is
-  float* y = nullptr;           // (S, O)
-  void* workspace = nullptr;    // of HLoraPrefillWorkspaceBytes; holds nothing between calls
+  Matrix weight;                       // (C, O)
+  const float* bias = nullptr;         // (O) or null
+  Matrix adapter_in;                   // (C, R + E): A, then the router; stored as weight is
+  Matrix adapter_out;                  // (R, O); stored as weight is
+  const int32_t* expert_of = nullptr;  // (R) or null, and
+  const float* route_bias = nullptr;   // (E) or null, as in cuda.h
+  float* y = nullptr;                  // (S, O)
+  void* workspace = nullptr;           // of HLoraPrefillWorkspaceBytes; holds nothing between calls
   int64_t workspace_bytes = 0;
 };
 

@@ -24,13 +24,13 @@ class CudaAttention {
     arguments.key_stride = arguments.value_stride = arguments.kv_heads * arguments.head_size;
     arguments.workspace_bytes = cuda::CachedAttentionWorkspaceBytes(arguments);
     const cuda::Stream stream = StreamOf(call);
-    const int64_t use = Workspaces::kAttention + arguments.batch * arguments.kv_heads;
+    const int64_t use = cuda::Workspaces::kAttention + arguments.batch * arguments.kv_heads;
     arguments.workspace = workspaces_->Reserve(stream, use, arguments.workspace_bytes);
     Raise(cuda::CachedAttention(arguments, stream));
   }
 
  private:
-  std::shared_ptr<Workspaces> workspaces_ = Workspaces::Get();
+  std::shared_ptr<cuda::Workspaces> workspaces_ = cuda::Workspaces::Get();
 };
 
 }  // namespace

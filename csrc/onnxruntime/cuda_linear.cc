@@ -1,16 +1,10 @@
-// The linears on a GPU: few rows by hlora_linear/cuda.h, many by hlora_linear/prefill.h.
-#include <algorithm>
-
-#include "hlora_linear/cuda.h"
-#include "hlora_linear/prefill.h"
+// The linears on a GPU, of any number of rows: hlora_linear/rows.h.
+#include "hlora_linear/rows.h"
 #include "onnxruntime/cuda.h"
 #include "onnxruntime/linear_node.h"
 
 namespace healthgpt {
 namespace {
-
-// As many as a pass of drafts has at most (runtime/drafting/pace.py): a row of it must have the bits of a plain step.
-constexpr int64_t kMostExactRows = 64;
 
 cuda::Storage StorageOf(OrtElementType type) {
   switch (type) {
@@ -69,37 +63,14 @@ class WideMatrix {
 class CudaLinear {
  public:
   CudaLinear(const Attributes& attributes, bool has_adapters)
-      : workspaces_(Workspaces::Get()), weight_(std::make_unique<WideMatrix>(attributes, 1)) {
+      : workspaces_(cuda::Workspaces::Get()), weight_(std::make_unique<WideMatrix>(attributes, 1)) {
     if (!has_adapters) return;
     adapter_in_ = std::make_unique<WideMatrix>(attributes, 4);
     adapter_out_ = std::make_unique<WideMatrix>(attributes, 6);
   }
 
   void operator()(const LinearOperands& operands, Call& call) const {
-    const cuda::Stream stream = StreamOf(call);
-    if (operands.rows > kMostExactRows) return Prefill(operands, stream);
-    for (int64_t first = 0; first < operands.rows; first += cuda::kMostDecodeRows) {
-      auto arguments = Arguments<cuda::HLoraLinearArguments>(operands);
-      arguments.rows = std::min(operands.rows - first, cuda::kMostDecodeRows);
-      arguments.x += first * operands.weight.channels;
-      arguments.y += first * operands.weight.outputs;
-      arguments.workspace_bytes = cuda::HLoraLinearWorkspaceBytes(arguments);
-      arguments.workspace = workspaces_->Reserve(stream, Workspaces::kDecode, arguments.workspace_bytes);
-      Raise(cuda::HLoraLinear(arguments, stream));
-    }
-  }
-
- private:
-  void Prefill(const LinearOperands& operands, cuda::Stream stream) const {
-    auto arguments = Arguments<cuda::HLoraPrefillArguments>(operands);
-    arguments.workspace_bytes = cuda::HLoraPrefillWorkspaceBytes(arguments);
-    arguments.workspace = workspaces_->Reserve(stream, Workspaces::kPrefill, arguments.workspace_bytes);
-    Raise(cuda::HLoraPrefill(arguments, stream));
-  }
-
-  template <class Result>
-  Result Arguments(const LinearOperands& operands) const {
-    Result arguments;
+    cuda::HLoraLinearArguments arguments;
     arguments.rows = operands.rows;
     arguments.experts = operands.experts;
     arguments.x = operands.x;
@@ -110,10 +81,11 @@ class CudaLinear {
       arguments.adapter_in = adapter_in_->Of(operands.adapter_in);
       arguments.adapter_out = adapter_out_->Of(operands.adapter_out);
     }
-    return arguments;
+    Raise(cuda::HLoraLinearRows(arguments, *workspaces_, StreamOf(call)));
   }
 
-  std::shared_ptr<Workspaces> workspaces_;
+ private:
+  std::shared_ptr<cuda::Workspaces> workspaces_;
   std::unique_ptr<WideMatrix> weight_, adapter_in_, adapter_out_;
 };
 

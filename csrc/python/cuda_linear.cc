@@ -3,6 +3,7 @@
 
 #include "hlora_linear/cuda.h"
 #include "hlora_linear/prefill.h"
+#include "hlora_linear/rows.h"
 #include "python/cuda.h"
 
 namespace py = pybind11;
@@ -44,6 +45,17 @@ struct StoredMatrix {
   cuda::Matrix matrix;
 };
 
+// Operands of a router whose experts are those of several plugins.
+template <class Arguments>
+void ReadRouter(const py::object& expert_of, const py::object& route_bias, Arguments& arguments) {
+  if (!expert_of.is_none()) {
+    const Array given("expert_of", expert_of, kDevice);
+    given.Expect({arguments.adapter_out.channels}, Array::kInt, 32);
+    arguments.expert_of = given.data<int32_t>();
+  }
+  arguments.route_bias = OptionalFloats("route_bias", route_bias, {arguments.experts});
+}
+
 template <class Arguments>
 Arguments Matrices(int64_t rows, const StoredMatrix& weight, const StoredMatrix* adapter_in,
                    const StoredMatrix* adapter_out, int64_t experts) {
@@ -69,8 +81,8 @@ int64_t WorkspaceBytes(int64_t rows, const StoredMatrix& weight, const StoredMat
 
 void HLoraLinear(const py::object& x, const StoredMatrix& weight, const py::object& y, const py::object& workspace,
                  const py::object& bias, const StoredMatrix* adapter_in, const StoredMatrix* adapter_out,
-                 int64_t experts, std::optional<float> epsilon, bool pair_input, const py::object& residual,
-                 uintptr_t stream) {
+                 int64_t experts, const py::object& expert_of, const py::object& route_bias,
+                 std::optional<float> epsilon, bool pair_input, const py::object& residual, uintptr_t stream) {
   const std::vector<int64_t> shape = DeviceArray("x", x).shape();
   if (shape.size() != 2) throw py::value_error("x must have 2 dimensions");
   auto arguments = Matrices<cuda::HLoraLinearArguments>(shape[0], weight, adapter_in, adapter_out, experts);
@@ -79,6 +91,7 @@ void HLoraLinear(const py::object& x, const StoredMatrix& weight, const py::obje
   arguments.y = Floats("y", y, {rows, outputs});
   arguments.bias = OptionalFloats("bias", bias, {outputs});
   arguments.residual = OptionalFloats("residual", residual, {rows, outputs});
+  ReadRouter(expert_of, route_bias, arguments);
   arguments.normalise = epsilon.has_value();
   arguments.epsilon = epsilon.value_or(0.0f);
   arguments.pair_input = pair_input;
@@ -97,17 +110,33 @@ int64_t PrefillWorkspaceBytes(int64_t rows, const StoredMatrix& weight, const St
 
 void HLoraPrefill(const py::object& x, const StoredMatrix& weight, const py::object& y, const py::object& workspace,
                   const py::object& bias, const StoredMatrix* adapter_in, const StoredMatrix* adapter_out,
-                  int64_t experts, uintptr_t stream) {
+                  int64_t experts, const py::object& expert_of, const py::object& route_bias, uintptr_t stream) {
   const std::vector<int64_t> shape = DeviceArray("x", x).shape();
   if (shape.size() != 2) throw py::value_error("x must have 2 dimensions");
   auto arguments = Matrices<cuda::HLoraPrefillArguments>(shape[0], weight, adapter_in, adapter_out, experts);
   arguments.x = Floats("x", x, {shape[0], weight.matrix.channels});
   arguments.y = Floats("y", y, {shape[0], weight.matrix.outputs});
   arguments.bias = OptionalFloats("bias", bias, {weight.matrix.outputs});
+  ReadRouter(expert_of, route_bias, arguments);
   const Array memory = DeviceArray("workspace", workspace);
   arguments.workspace = memory.data<void>();
   arguments.workspace_bytes = memory.bytes();
   Raise(cuda::HLoraPrefill(arguments, StreamOf(stream)));
+}
+
+void HLoraLinearRows(const py::object& x, const StoredMatrix& weight, const py::object& y, const py::object& bias,
+                     const StoredMatrix* adapter_in, const StoredMatrix* adapter_out, int64_t experts,
+                     const py::object& expert_of, const py::object& route_bias, uintptr_t stream) {
+  // Never freed: at the process' end CUDA may be gone before it.
+  static auto& workspaces = *new std::shared_ptr(cuda::Workspaces::Get());
+  const std::vector<int64_t> shape = DeviceArray("x", x).shape();
+  if (shape.size() != 2) throw py::value_error("x must have 2 dimensions");
+  auto arguments = Matrices<cuda::HLoraLinearArguments>(shape[0], weight, adapter_in, adapter_out, experts);
+  arguments.x = Floats("x", x, {shape[0], weight.matrix.channels});
+  arguments.y = Floats("y", y, {shape[0], weight.matrix.outputs});
+  arguments.bias = OptionalFloats("bias", bias, {weight.matrix.outputs});
+  ReadRouter(expert_of, route_bias, arguments);
+  Raise(cuda::HLoraLinearRows(arguments, *workspaces, StreamOf(stream)));
 }
 #endif
 
@@ -127,8 +156,9 @@ void BindLinear(py::module_& module) {
              "Bytes of workspace for at most so many rows; zeros before its first use.");
   module.def("hlora_linear", &HLoraLinear, py::arg("x"), py::arg("weight"), py::arg("y"), py::arg("workspace"),
              py::arg("bias") = py::none(), py::arg("adapter_in") = py::none(), py::arg("adapter_out") = py::none(),
-             py::arg("experts") = 0, py::arg("epsilon") = py::none(), py::arg("pair_input") = false,
-             py::arg("residual") = py::none(), py::arg("stream") = 0,
+             py::arg("experts") = 0, py::arg("expert_of") = py::none(), py::arg("route_bias") = py::none(),
+             py::arg("epsilon") = py::none(), py::arg("pair_input") = false, py::arg("residual") = py::none(),
+             py::arg("stream") = 0,
              "y [S, O] = x W + b + gate(x R) * (x A) B for at most 32 rows; operands as in csrc/hlora_linear/cuda.h, "
              "an epsilon normalises x.");
 #ifndef HEALTHGPT_WITHOUT_CUBLASLT
@@ -137,9 +167,17 @@ void BindLinear(py::module_& module) {
              "Bytes of workspace for this many rows.");
   module.def("hlora_prefill", &HLoraPrefill, py::arg("x"), py::arg("weight"), py::arg("y"), py::arg("workspace"),
              py::arg("bias") = py::none(), py::arg("adapter_in") = py::none(), py::arg("adapter_out") = py::none(),
-             py::arg("experts") = 0, py::arg("stream") = 0,
+             py::arg("experts") = 0, py::arg("expert_of") = py::none(), py::arg("route_bias") = py::none(),
+             py::arg("stream") = 0,
              "y [S, O] = x W + b + gate(x R) * (x A) B for many rows, by cuBLASLt; operands as in "
              "csrc/hlora_linear/prefill.h.");
+  module.def("hlora_linear_rows", &HLoraLinearRows, py::arg("x"), py::arg("weight"), py::arg("y"),
+             py::arg("bias") = py::none(), py::arg("adapter_in") = py::none(), py::arg("adapter_out") = py::none(),
+             py::arg("experts") = 0, py::arg("expert_of") = py::none(), py::arg("route_bias") = py::none(),
+             py::arg("stream") = 0,
+             "y [S, O] = x W + b + gate(x R) * (x A) B for any number of rows, with working memory of its own for each "
+             "stream; operands as in csrc/hlora_linear/cuda.h.");
+  module.attr("hlora_linear_version") = cuda::kHLoraLinearVersion;
 #endif
 }
 

@@ -8,19 +8,21 @@ import numpy as np
 
 
 def hlora_linear(device: Any) -> list[np.ndarray]:
-    from test_linear import normal, operands, run
+    from test_linear import EXPERT_OF, SILENT, normal, operands, run
 
-    stored, _, bias = operands(device, "int4", (200, 136, 32, 4, 32, 0))
+    stored, _, bias = operands(device, "int4", (200, 136, 32, 5, 32, 0))
     x = normal(np.random.default_rng(1), 9, 200)
-    return [run(device, x, stored, 4, bias=bias, epsilon=1e-5, outputs=136)]
+    router = {"expert_of": EXPERT_OF, "route_bias": SILENT["first"].astype(np.float32)}
+    return [run(device, x, stored, 5, bias=bias, epsilon=1e-5, outputs=136, **router)]
 
 
 def hlora_prefill(device: Any) -> list[np.ndarray]:
-    from test_linear import normal, operands
+    from test_linear import ROUTERS, SHARED, normal, operands
     from test_prefill import prefill
 
-    stored, _, bias = operands(device, "int4", (31, 33, 8, 4, 32, 0))
-    return [prefill(device, normal(np.random.default_rng(1), 40, 31), stored, 4, 33, bias)]
+    stored, _, bias = operands(device, "int4", SHARED)
+    x = normal(np.random.default_rng(1), 40, SHARED[0])
+    return [prefill(device, x, stored, SHARED[3], SHARED[1], bias, **ROUTERS["first"])]
 
 
 def cached_attention(device: Any, cache: str) -> list[np.ndarray]:

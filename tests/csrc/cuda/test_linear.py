@@ -44,7 +44,9 @@ def operands(device, storage, size, seed=0):
     return stored, exact, normal(random, outputs)
 
 
-def formula(x, exact, experts, bias=None, residual=None, epsilon=None, pair_input=False):
+def formula(
+    x, exact, experts, bias=None, residual=None, epsilon=None, pair_input=False, expert_of=None, route_bias=None
+):
     x = x.astype(np.float64)
     if pair_input:
         gate, up = np.split(x, 2, axis=-1)
@@ -55,9 +57,12 @@ def formula(x, exact, experts, bias=None, residual=None, epsilon=None, pair_inpu
     if experts:
         rank = len(exact["adapter_out"])
         low = x @ exact["adapter_in"]
-        routes = np.exp(low[:, rank:] - low[:, rank:].max(-1, keepdims=True))
+        routes = low[:, rank:] + (0 if route_bias is None else route_bias)
+        routes = np.exp(routes - routes.max(-1, keepdims=True))
         gate = routes / routes.sum(-1, keepdims=True)
-        y = y + (np.repeat(gate, rank // experts, axis=1) * low[:, :rank]) @ exact["adapter_out"]
+        if expert_of is None:
+            expert_of = np.repeat(np.arange(experts), rank // experts)
+        y = y + (gate[:, expert_of] * low[:, :rank]) @ exact["adapter_out"]
     return y + (0 if bias is None else bias) + (0 if residual is None else residual)
 
 
@@ -116,6 +121,38 @@ def test_the_result_may_replace_the_residual(device):
     np.testing.assert_allclose(device.get(y), formula(x, exact, 4, residual=before), rtol=0, atol=2e-5)
 
 
+# Two plugins of unequal ranks side by side, as in a TensorRT engine: 2 experts of 4 columns, then 3 of 8.
+SHARED = (70, 33, 32, 5, 32, 0)
+EXPERT_OF = np.repeat(np.arange(5, dtype=np.int32), [4, 4, 8, 8, 8])
+SILENT = {"first": np.array([0, 0, -1e30, -1e30, -1e30]), "second": np.array([-1e30, -1e30, 0, 0, 0])}
+ROUTERS = {name: {"expert_of": EXPERT_OF, "route_bias": bias.astype(np.float32)} for name, bias in SILENT.items()}
+ROUTERS |= {"both": {"expert_of": EXPERT_OF}, "biased": {"route_bias": np.linspace(-2, 2, 4, dtype=np.float32)}}
+
+
+def alone(exact, columns, experts):
+    """The matrices of one plugin of those that share a router."""
+    rank, routes = len(exact["adapter_out"]), [len(exact["adapter_out"]) + expert for expert in experts]
+    own = exact["adapter_in"][:, [*range(*columns.indices(rank)), *routes]]
+    return exact | {"adapter_in": own, "adapter_out": exact["adapter_out"][columns]}
+
+
+@each_storage
+@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("epsilon", [None, 1e-5])
+def test_a_router_of_several_plugins(device, storage, name, epsilon):
+    size = (70, 33, 32, 4, 32, 0) if name == "biased" else SHARED
+    stored, exact, bias = operands(device, storage, size)
+    x = normal(np.random.default_rng(1), 11, size[0]) * 2
+    expected = formula(x, exact, size[3], bias, epsilon=epsilon, **ROUTERS[name])
+    found = run(device, x, stored, size[3], bias=bias, epsilon=epsilon, outputs=size[1], **ROUTERS[name])
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE[storage] * np.abs(expected).max())
+    parts = {"first": (slice(0, 8), range(2)), "second": (slice(8, 32), range(2, 5))}
+    if name in parts:  # what is silent leaves no trace
+        columns, experts = parts[name]
+        expected = formula(x, alone(exact, columns, experts), len(experts), bias, epsilon=epsilon)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE[storage] * np.abs(expected).max())
+
+
 @each_storage
 def test_a_row_depends_on_no_other_row(device, storage):
     """All 32 rows at once, one by one and in pieces give the same bits, in one workspace used again and again."""
@@ -149,6 +186,9 @@ def test_wrong_operands_are_named(device):
         ({"x": np.zeros((2, 64), np.float16)}, "x must hold float32, got float16"),
         ({"bias": bias[:-1]}, r"bias must be \[72\], got \[71\]"),
         ({"experts": 3}, "rank must be a multiple of experts"),
+        ({"expert_of": np.zeros(7, np.int32)}, r"expert_of must be \[8\], got \[7\]"),
+        ({"expert_of": np.zeros(8, np.int64)}, "expert_of must hold int32, got int64"),
+        ({"route_bias": np.zeros(5, np.float32)}, r"route_bias must be \[4\], got \[5\]"),
         ({"experts": 2}, r"adapter_in must be \(C, R \+ E\)"),
         ({"workspace": device.workspace(64, 16)}, "the workspace is too small"),
         (

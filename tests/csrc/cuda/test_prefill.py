@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from test_linear import each_storage, formula, normal, operands
+from test_linear import ROUTERS, SHARED, each_storage, formula, normal, operands, run
 
 # x, and what is gated, are rounded to 11 bits, 8 for bfloat16: relative to the largest result.
 TOLERANCE = {"float16": 1e-3, "bfloat16": 8e-3, "int8": 1e-3, "int4": 1e-3}
 
 
-def prefill(device, x, stored, experts, outputs, bias=None):
+def prefill(device, x, stored, experts, outputs, bias=None, **router):
     if not hasattr(device.kernels, "hlora_prefill"):
         pytest.skip("built without cuBLASLt")
     matrices = stored if experts else {"weight": stored["weight"]}
     needed = device.kernels.hlora_prefill_workspace_bytes(len(x), experts=experts, **matrices)
     workspace, y = device.workspace(needed, 0), device.poisoned(len(x), outputs)
-    bias = None if bias is None else device.put(bias)
-    device.kernels.hlora_prefill(device.put(x), y=y, workspace=workspace, bias=bias, experts=experts, **matrices)
+    more = {name: device.put(value) for name, value in {"bias": bias, **router}.items() if value is not None}
+    device.kernels.hlora_prefill(device.put(x), y=y, workspace=workspace, experts=experts, **matrices, **more)
     return device.get(y)
 
 
@@ -32,6 +32,38 @@ def test_equals_the_formula(device, storage, size, has_bias):
         expected = formula(x, exact, experts, bias)
         found = prefill(device, x, stored, experts, size[1], bias)
         np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE[storage] * np.abs(expected).max())
+
+
+@each_storage
+@pytest.mark.parametrize("name", ["first", "second", "both"])
+def test_a_router_of_several_plugins(device, storage, name):
+    stored, exact, bias = operands(device, storage, SHARED)
+    x = normal(np.random.default_rng(1), 40, SHARED[0])
+    expected = formula(x, exact, SHARED[3], bias, **ROUTERS[name])
+    found = prefill(device, x, stored, SHARED[3], SHARED[1], bias, **ROUTERS[name])
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE[storage] * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("rows", [1, 33, 64, 65])
+@pytest.mark.parametrize("experts", [0, 5])
+def test_any_number_of_rows(device, rows, experts):
+    """By the kernels of few rows or of many, to their bits: all that there is, and x and y go on where they stopped."""
+    if not hasattr(device.kernels, "hlora_linear_rows"):
+        pytest.skip("built without cuBLASLt")
+    stored, _, bias = operands(device, "int4", SHARED)
+    x = normal(np.random.default_rng(1), rows, SHARED[0])
+    router = ROUTERS["second"] if experts else {}
+    given = {name: device.put(value) for name, value in {"bias": bias, **router}.items()}
+    matrices = stored if experts else {"weight": stored["weight"]}
+    y = device.poisoned(rows, SHARED[1])
+    device.kernels.hlora_linear_rows(device.put(x), y=y, experts=experts, **matrices, **given)
+    if rows > 64:
+        expected = prefill(device, x, stored, experts, SHARED[1], bias, **router)
+    else:
+        more = {"bias": bias, "outputs": SHARED[1], **router}
+        pieces = [run(device, x[at : at + 32], stored, experts, **more) for at in range(0, rows, 32)]
+        expected = np.concatenate(pieces)
+    np.testing.assert_array_equal(device.get(y), expected)
 
 
 def test_wrong_operands_are_named(device):
