@@ -44,7 +44,8 @@ class Grammar(Protocol):
         ...
 
     def restrict(self, scores: np.ndarray, first: int) -> np.ndarray:
-        """The scores [..., rows], row 0 being id `first`, with -inf where a token may not come next."""
+        """The scores [..., rows], row 0 being id `first`, with -inf where a token may not come next: the same tokens
+        for as long as none is forced."""
         ...
 
     def advance(self, token_id: int) -> None: ...
@@ -79,16 +80,18 @@ class CodeGrid:
     def __init__(self, first: int, count: int, end: int, newline: int, total: int) -> None:
         self.codes: list[int] = []
         self._first, self._count, self._end, self._newline, self._total = first, count, end, newline, total
+        self._allowed: dict[tuple[int, int], np.ndarray] = {}  # by the first id and the number of the scores
 
     def forced(self) -> int | None:
         return self._end if len(self.codes) == self._total else None
 
     def restrict(self, scores: np.ndarray, first: int) -> np.ndarray:
-        kept = np.full_like(scores, -np.inf)
-        codes = slice(self._first - first, self._first - first + self._count)
-        kept[..., codes] = scores[..., codes]
-        kept[..., self._newline - first] = scores[..., self._newline - first]
-        return kept
+        sizes = first, scores.shape[-1]
+        if sizes not in self._allowed:
+            ids = first + np.arange(scores.shape[-1])
+            is_code = (ids >= self._first) & (ids < self._first + self._count)
+            self._allowed[sizes] = is_code | (ids == self._newline)
+        return np.where(self._allowed[sizes], scores, np.float32(-np.inf))
 
     def advance(self, token_id: int) -> None:
         if self._first <= token_id < self._first + self._count:
@@ -113,10 +116,10 @@ class Selector:
 
         Raises GenerationError where a logit is not finite: a picture or an answer from NaN would look like one.
         """
-        if not np.isfinite(logits).all():
-            bad = int(np.count_nonzero(~np.isfinite(logits)))
-            raise GenerationError(f"the model must give finite logits, found {bad} NaN or infinite of {logits.size}")
-        (token_id,) = self.guess(logits[None], grammar)
+        return next(Choices(self, logits[None], grammar))
+
+    def count(self, token_id: int) -> int:
+        """Count an id that was chosen, and return it."""
         if self._numbers:
             self._numbers.popleft()
         self._seen.add(token_id)
@@ -134,8 +137,12 @@ class Selector:
         """Count an id that a device has chosen, and return it; raises GenerationError as `choose` does."""
         if token_id < 0:
             raise GenerationError("the model must give finite logits, found NaN or infinite ones")
-        self._seen.add(token_id)
-        return token_id
+        return self.count(token_id)
+
+    @property
+    def foresees(self) -> bool:
+        """Whether what `guess` gives does not depend on what is chosen before."""
+        return self._penalty == 1.0
 
     def guess(self, logits: np.ndarray, grammar: Grammar) -> list[int]:
         """What `choose` would give for each of logits [n, rows] in turn, as far as can be told before it has."""
@@ -148,7 +155,7 @@ class Selector:
             scores[:, ids] = np.where(seen < 0, seen * self._penalty, seen / self._penalty)
         scores = grammar.restrict(scores, self._first)
         if self._sampling.temperature == 0:
-            return [int(choice) + self._first for choice in scores.argmax(axis=-1)]
+            return [choice + self._first for choice in scores.argmax(axis=-1).tolist()]
         while len(self._numbers) < len(scores):
             self._numbers.append(self._random.random())
         return [self._sample(row, number) + self._first for row, number in zip(scores, self._numbers, strict=False)]
@@ -164,6 +171,40 @@ class Selector:
         kept = int(np.searchsorted(cumulative, self._sampling.top_p, side="left")) + 1
         kept = min(kept, len(order))
         return int(order[np.searchsorted(cumulative[:kept], number * cumulative[kept - 1], side="right")])
+
+
+class Choices:
+    """What `selector` chooses for each of logits [n, rows] in turn, as it is taken; and what it would for the others.
+
+    Taking one raises GenerationError as `Selector.choose` does; rows behind the last one taken may hold anything.
+    """
+
+    def __init__(self, selector: Selector, logits: np.ndarray, grammar: Grammar) -> None:
+        self._selector, self._logits, self._grammar = selector, logits, grammar
+        self._are_finite = bool(np.isfinite(logits).all())
+        self._guesses = selector.guess(logits, grammar) if selector.foresees else None
+        self._taken = 0
+
+    def __iter__(self) -> Iterator[int]:
+        return self
+
+    def __next__(self) -> int:
+        if self._taken == len(self._logits):
+            raise StopIteration
+        logits = self._logits[self._taken]
+        if not self._are_finite and (bad := int(np.count_nonzero(~np.isfinite(logits)))):
+            raise GenerationError(f"the model must give finite logits, found {bad} NaN or infinite of {logits.size}")
+        token_id = self._guesses[self._taken] if self._guesses else self._selector.guess(logits[None], self._grammar)[0]
+        self._taken += 1
+        return self._selector.count(token_id)
+
+    def later(self) -> list[int]:
+        """The choices that were not taken, as far as can be told."""
+        if self._taken == len(self._logits):
+            return []
+        if self._guesses:
+            return self._guesses[self._taken :]
+        return self._selector.guess(self._logits[self._taken :], self._grammar)
 
 
 class Decoded(NamedTuple):
@@ -199,8 +240,9 @@ def decode(
     by_pass: list[int] = []
     seconds = None
     vocabulary = logits.shape[-1]
-    rows, passes = logits[-1:], 1
-    chosen: Iterator[int] = (selector.choose(row, grammar) for row in rows)
+    passes = 1
+    choices = Choices(selector, logits[-1:], grammar)
+    chosen: Iterator[int] = choices
     while True:
         known, ended = len(new_ids), False
         for token_id, draft in zip(chosen, [*drafts, None], strict=True):
@@ -218,6 +260,8 @@ def decode(
         begin, fresh = time.perf_counter(), new_ids[known:]
         by_pass += _shared_out(len(fresh), passes)
         if ended:
+            if drafter:
+                drafter.catch_up()
             return Decoded(new_ids, by_pass)
         context.length -= 1 + len(drafts) - len(fresh)  # forget what the wrong drafts left in the caches
         left = min(max_new_tokens - len(new_ids), grammar.left() or max_new_tokens)
@@ -226,8 +270,7 @@ def decode(
             left = min(left, max(1, context.room))
         choice = None
         if drafter:
-            later = selector.guess(rows[len(fresh) :], grammar) if len(fresh) < len(rows) else []
-            drafter.learn(fresh, drafts, later, seconds)
+            drafter.learn(fresh, drafts, choices.later(), seconds)
             drafts = drafter.draft(left - 1)
         elif run_ahead and not full_vocabulary:
             choice = selector.choice(grammar, vocabulary)
@@ -239,7 +282,7 @@ def decode(
             continue
         ids = np.array([new_ids[-1], *drafts], np.int64)
         rows, passes = context.forward(ids, last_positions=len(ids), full_vocabulary=full_vocabulary), 1
-        chosen = (selector.choose(row, grammar) for row in rows)
+        chosen = choices = Choices(selector, rows, grammar)
         seconds = time.perf_counter() - begin
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import deque
 
-import numpy as np
-
 # The least of the last few times counts, of these at least: others on the machine only ever add to one.
-_FEWEST, _MOST = 3, 5
+_FEWEST, MOST_TIMES = 3, 5
+# A clock may stand still between two of its ticks.
+_LEAST_SECONDS = 1e-9
 
 
 class RowCosts:
@@ -16,20 +16,22 @@ class RowCosts:
     def __init__(self) -> None:
         self._samples: dict[int, deque[float]] = {}
         self._known: dict[int, float] = {}
+        self._line: tuple[float, float] | None = None  # through the known sizes, once it was asked for
 
     @property
     def most(self) -> int:
         """The most rows of which the cost is known; 0 before any is."""
-        return max(list(self._known), default=0)
+        return max(self._known.copy(), default=0)  # requests on other threads add to it
 
     def record(self, rows: int, seconds: float) -> None:
         """Note the time of a pass; the first of its size, which still allocates and unpacks, does not count."""
         if rows not in self._samples:
-            self._samples[rows] = deque(maxlen=_MOST)
+            self._samples[rows] = deque(maxlen=MOST_TIMES)
             return
-        self._samples[rows].append(seconds)
-        if len(self._samples[rows]) >= _FEWEST:
-            self._known[rows] = min(self._samples[rows])
+        self._samples[rows].append(max(seconds, _LEAST_SECONDS))
+        if len(self._samples[rows]) >= _FEWEST and (least := min(self._samples[rows])) != self._known.get(rows):
+            self._known[rows] = least
+            self._line = None
 
     def known(self, rows: int) -> float | None:
         """Seconds of a pass of so many rows; None if it was not timed often enough."""
@@ -45,12 +47,22 @@ class RowCosts:
 
         A pass reads the weights once and computes for every row. Until two sizes are known rows are free.
         """
-        known = dict(self._known)  # requests on other threads add to it
-        if len(known) < 2:
-            return next(iter(known.values()), 1.0), 0.0
-        rows, seconds = np.array(list(known)), np.array(list(known.values()))
-        weights = seconds**-2.0 / (seconds**-2.0).sum()
-        mean_rows, mean_seconds = float(weights @ rows), float(weights @ seconds)
-        slope = float((weights * (rows - mean_rows)) @ seconds / (weights @ (rows - mean_rows) ** 2))
-        slope = min(max(slope, 0.0), mean_seconds / mean_rows)  # neither part of a pass takes less than no time
-        return mean_seconds - slope * mean_rows, slope
+        line = self._line
+        if line is None:
+            line = self._line = _fit(self._known.copy())
+        return line
+
+
+def _fit(known: dict[int, float]) -> tuple[float, float]:
+    """RowCosts.line through seconds by rows."""
+    if len(known) < 2:
+        return next(iter(known.values()), 1.0), 0.0
+    # In plain Python: for a dozen sizes numpy would take longer than a row of a small model.
+    weights = {rows: seconds**-2.0 for rows, seconds in known.items()}
+    total = sum(weights.values())
+    mean_rows = sum(weights[rows] * rows for rows in known) / total
+    mean_seconds = sum(weights[rows] * seconds for rows, seconds in known.items()) / total
+    spread = sum(weight * (rows - mean_rows) ** 2 for rows, weight in weights.items())
+    slope = sum(weights[rows] * (rows - mean_rows) * seconds for rows, seconds in known.items()) / spread
+    slope = min(max(slope, 0.0), mean_seconds / mean_rows)  # neither part of a pass takes less than no time
+    return mean_seconds - slope * mean_rows, slope

@@ -6,7 +6,6 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 from .jacobi import Jacobi
 from .pace import Pace
@@ -58,23 +57,36 @@ class Drafter:
         self._place = 0  # of the next token among all new ones
         # The last guess at each place and its source, until it is known what stands there.
         self._guesses: dict[int, tuple[str, int]] = {}
+        # What was told and is not learnt yet: during plain passes nothing asks for it.
+        self._told: list[tuple[Sequence[int], Sequence[int], Sequence[int], float | None]] = []
+        self._told_tokens, self._plain_passes = 0, 0
 
     def draft(self, most: int) -> list[int]:
         """Up to `most` tokens that may come next, in order; none where a plain pass pays best."""
-        known = len(self._ids)
         drafts: list[int] = []
-        count = min(self.pace.rows() - 1, most) if self._place >= self._plain else 0
+        if self._told_tokens < self._plain:
+            return drafts
+        if self._plain_passes:
+            self._plain_passes -= 1
+            return drafts
+        self.catch_up()
+        count, self._plain_passes = min(self.pace.rows() - 1, most), self.pace.plain_passes()
         if count < 1:
             return drafts
+        known = len(self._ids)
         for source in self._sources:
             source.learn(self._ids)
-        ranked = sorted(self._sources, key=lambda source: -self.acceptance[source.name].rate)
+        rates = {name: acceptance.rate for name, acceptance in self.acceptance.items()}
+        trusted = [(rates.get(source.name, Acceptance().rate), source) for source in self._sources]
+        trusted.sort(key=lambda one: -one[0])
+        last = self._last
         for _ in range(count):
-            last = drafts[-1] if drafts else self._last
-            token_id = self._newline if self._breaks_after(last) else self._guess(self._place + len(drafts), ranked)
+            due = self._breaks_after(last)
+            token_id = self._newline if due else self._guess(self._place + len(drafts), rates, trusted)
             if token_id is None:
                 break
             drafts.append(token_id)
+            last = token_id
             if token_id != self._newline:
                 self._ids.append(token_id)
         del self._ids[known:]
@@ -89,35 +101,51 @@ class Drafter:
         `choices` are what the model would put after `ids`, going by the rest of `drafts`: one for each row that is
         left, so that `drafts` end one before them.
         """
-        for token_id in ids:
-            self._score(token_id)
-            if token_id == self._newline:
-                self._breaks = True
-            else:
-                self._breaks &= not self._breaks_after(self._last)
-                self._ids.append(token_id)
-            self._last = token_id
-            self._place += 1
-        if self._jacobi and choices:
-            self._jacobi.learn(self._place, drafts[len(ids) :], choices)
-        if seconds is not None:
-            self.pace.learn(1 + len(drafts), len(ids), seconds)
+        self._told.append((ids, drafts, choices, seconds))
+        self._told_tokens += len(ids)
 
-    def _score(self, token_id: int) -> None:
-        """Count for and against the guesses at the next place: the one followed, and the model's own in any case."""
+    def catch_up(self) -> None:
+        """Learn what was told; to be called at the end, too, for what passes took outlives the request."""
+        plain_seconds: list[float] = []
+        for ids, drafts, choices, seconds in self._told:
+            for token_id in ids:
+                self._take(token_id)
+            if self._jacobi and choices:
+                self._jacobi.learn(self._place, drafts[len(ids) :], choices)
+            if seconds is None:
+                continue
+            if not drafts:
+                plain_seconds.append(seconds)
+                continue
+            self.pace.learn_plain(plain_seconds)
+            plain_seconds = []
+            self.pace.learn(1 + len(drafts), len(ids), seconds)
+        self.pace.learn_plain(plain_seconds)
+        self._told = []
+
+    def _take(self, token_id: int) -> None:
+        """Learn the next token, and what it says of the guesses at it: the one followed, and the model's own."""
         followed = self._guesses.pop(self._place, None)
         own = self._jacobi.guess(self._place) if self._jacobi else None
-        for guess in {followed, own} - {None}:
-            name, guessed = cast(tuple[str, int], guess)
-            self.acceptance[name].tried += 1
-            self.acceptance[name].right += guessed == token_id
+        for guess in (followed, own if own != followed else None):
+            if guess:
+                acceptance = self.acceptance[guess[0]]
+                acceptance.tried += 1
+                acceptance.right += guess[1] == token_id
+        if token_id == self._newline:
+            self._breaks = True
+        else:
+            self._breaks &= not self._breaks_after(self._last)
+            self._ids.append(token_id)
+        self._last = token_id
+        self._place += 1
 
-    def _guess(self, place: int, ranked: Sequence[Source]) -> int | None:
+    def _guess(self, place: int, rates: dict[str, float], trusted: Sequence[tuple[float, Source]]) -> int | None:
         """The most trusted guess at the token at `place`, which follows `self._ids`; None where there is none."""
         guess = self._jacobi.guess(place) if self._jacobi else None
-        trust = self.acceptance[guess[0]].rate if guess else 0.0
-        for source in ranked:
-            if self.acceptance[source.name].rate <= trust:
+        trust = rates.get(guess[0], Acceptance().rate) if guess else 0.0
+        for rate, source in trusted:
+            if rate <= trust:
                 break
             if (token_id := source.guess(self._ids)) is not None:
                 guess = source.name, token_id

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
+
+# By whether the token stands behind the first choice, and whether the choice is what was drafted.
+_NAMES = (("jacobi first new", "jacobi first same"), ("jacobi later new", "jacobi later same"))
 
 
 class Jacobi:
@@ -26,7 +30,6 @@ class Jacobi:
         There is one choice more than drafts. One equal to its draft is at the fixed point as far as it can see, and
         the first one follows a draft that was wrong: so they are measured apart.
         """
-        for index, choice in enumerate(choices):
-            same = index < len(drafts) and drafts[index] == choice
-            name = f"jacobi {'first' if index == 0 else 'later'} {'same' if same else 'new'}"
+        for index, (draft, choice) in enumerate(zip_longest(drafts, choices)):
+            name = _NAMES[index > 0][draft == choice]
             self._choices[place + index] = (name, choice)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
-import numpy as np
-
-from .costs import RowCosts
+from .costs import MOST_TIMES, RowCosts
 
 # Beyond this a pass is arithmetic on every machine, and drafts so far ahead are rarely right.
 MAX_ROWS = 64
-_SIZES = np.array([1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, MAX_ROWS])
+_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, MAX_ROWS)
 # The size that the expected exponent stands for before anything is measured, and the passes it counts for: Jacobi takes
 # several to settle the first codes, while those behind them settle, too.
 _FIRST_ROWS, _FIRST_PASSES = 8, 10
@@ -61,22 +60,29 @@ class Pace:
         if self._plain_left or not known:
             self._plain_left = max(self._plain_left - 1, 0)
             return 1
-        sizes = _SIZES[: np.searchsorted(_SIZES, max(4, 2 * known), side="right")]
         fixed, each = self._costs.line()
-        seconds, plain = fixed + each * sizes, self._costs.plain
-        at_worst = seconds if known > 1 else plain * sizes
-        affordable = self._lost + at_worst - plain <= self._allowance()
-        sizes, seconds = sizes[affordable], seconds[affordable]
-        if not (sizes > 1).any():
+        plain, exponent, may_lose = self._costs.plain, self.exponent, self._allowance() - self._lost
+        rates: dict[int, float] = {}  # tokens a second, by the rows that can be afforded
+        for rows in _SIZES:
+            seconds = fixed + each * rows
+            if rows <= max(4, 2 * known) and (seconds if known > 1 else plain * rows) - plain <= may_lose:
+                rates[rows] = rows**exponent / seconds
+        most = max(rates, default=1)
+        if most == 1:
             self._plain_left = _LOOK_AGAIN
             return 1
-        rates = sizes**self.exponent / seconds
-        if rates.max() >= _LEAST_GAIN / plain:
-            return int(sizes[rates >= _NEARLY * rates.max()][-1])
+        best = max(rates.values())
+        if best >= _LEAST_GAIN / plain:
+            return max(rows for rows, rate in rates.items() if rate >= _NEARLY * best)
         # Plain passes from the next on. This one tells what rows cost by now, or an old cost would stand for good.
         self._plain_left, self._wait = self._wait, 2 * self._wait
         self._expect(self._first)
-        return min(_FIRST_ROWS, int(sizes[-1]))
+        return min(_FIRST_ROWS, most)
+
+    def plain_passes(self) -> int:
+        """How many passes from the next on will be plain, whatever is learnt; `rows` is not asked for them."""
+        passes, self._plain_left = self._plain_left, 0
+        return passes
 
     def _allowance(self) -> float:
         """Seconds that drafts may lose."""
@@ -96,3 +102,11 @@ class Pace:
             newest = max(_NEWEST, 1 / self._passes)
             self._rows += newest * (rows - self._rows)
             self._tokens += newest * (tokens - self._tokens)
+
+    def learn_plain(self, seconds: Sequence[float]) -> None:
+        """Note what passes of one row took, of which each gave a token."""
+        told = seconds[-1 - MOST_TIMES :]  # the first one of a session does not count, and of the others no more
+        self._done += len(seconds) - len(told)
+        self._warm |= len(seconds) > len(told)
+        for one in told:
+            self.learn(1, 1, one)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from .sources import Rule, Source, Table
@@ -18,31 +16,19 @@ def input_sources(grid: np.ndarray, first: int) -> list[Source]:
     """
     codes = [first + int(code) for code in grid.ravel()]
     width = grid.shape[1]
-
-    def drawn(place: int) -> int | None:
-        return codes[place] if place < len(codes) else None
-
     return [
-        Table("input, left and above", lambda ids, place: (drawn(place), _left(ids, place), _above(ids, place, width))),
-        Table("input and left", lambda ids, place: (drawn(place), _left(ids, place))),
-        Rule("input", lambda ids: drawn(len(ids))),
-        Table("input table", lambda ids, place: drawn(place)),
+        Table("input, left and above", (1, width), codes),
+        Table("input and left", (1,), codes),
+        Rule("input", lambda ids: codes[len(ids)] if len(ids) < len(codes) else None),
+        Table("input table", (), codes),
     ]
 
 
 def own_sources(width: int) -> list[Source]:
     """Sources that know nothing but the tokens so far, in rows of `width`."""
     return [
-        Table("left and above", lambda ids, place: (_left(ids, place), _above(ids, place, width))),
-        Table("two to the left", lambda ids, place: (_left(ids, place), _left(ids, place - 1))),
-        Rule("above", lambda ids: _above(ids, len(ids), width)),
-        Rule("left", lambda ids: _left(ids, len(ids))),
+        Table("left and above", (1, width)),
+        Table("two to the left", (1, 2)),
+        Rule("above", lambda ids: ids[-width] if len(ids) >= width else None),
+        Rule("left", lambda ids: ids[-1] if ids else None),
     ]
-
-
-def _left(ids: Sequence[int], place: int) -> int | None:
-    return ids[place - 1] if place > 0 else None
-
-
-def _above(ids: Sequence[int], place: int, width: int) -> int | None:
-    return ids[place - width] if place >= width else None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from itertools import chain, repeat
 from typing import Protocol
 
 
@@ -31,17 +32,28 @@ class Rule:
 
 
 class Table:
-    """Guesses what came last in the same surroundings; `surroundings(ids, place)` are those of the token at `place`."""
+    """Guesses what came last in the same surroundings: the tokens at the distances `back`, and what was `drawn` at the
+    place itself, where the input has a code for it; None stands for what is not there."""
 
-    def __init__(self, name: str, surroundings: Callable[[Sequence[int], int], Hashable]) -> None:
-        self.name, self._surroundings = name, surroundings
+    def __init__(self, name: str, back: Sequence[int] = (), drawn: Sequence[int] = ()) -> None:
+        self.name, self._back, self._drawn = name, back, drawn
         self._followers: dict[Hashable, int] = {}
         self._learnt = 0
 
     def guess(self, ids: Sequence[int]) -> int | None:
-        return self._followers.get(self._surroundings(ids, len(ids)))
+        place = len(ids)
+        near: list[int | None] = [ids[place - distance] if distance <= place else None for distance in self._back]
+        if self._drawn:
+            near.append(self._drawn[place] if place < len(self._drawn) else None)
+        return self._followers.get(tuple(near))
 
     def learn(self, ids: Sequence[int]) -> None:
-        for place in range(self._learnt, len(ids)):
-            self._followers[self._surroundings(ids, place)] = ids[place]
-        self._learnt = len(ids)
+        # Column by column: a row of a picture costs little more than one token.
+        first, self._learnt = self._learnt, len(ids)
+        columns: list[Iterable[int | None]] = [
+            chain(repeat(None, min(distance, self._learnt) - first), ids[max(0, first - distance) :])
+            for distance in self._back
+        ]
+        if self._drawn:
+            columns.append(chain(self._drawn[first:], repeat(None)))
+        self._followers.update(zip(zip(*columns, strict=False), ids[first:], strict=False))

@@ -78,6 +78,9 @@ class Planted:
         self.told.append((list(ids), list(drafts), list(choices)))
         self.place += len(ids)
 
+    def catch_up(self) -> None:
+        pass
+
 
 PROMPT = [3, 1, 4]
 GREEDY = Sampling()
@@ -242,8 +245,14 @@ class Rows:
     def rows(self) -> int:
         return self._rows
 
+    def plain_passes(self) -> int:
+        return 0
+
     def learn(self, rows: int, tokens: int, seconds: float) -> None:
         self.learnt.append((rows, tokens))
+
+    def learn_plain(self, seconds: list[float]) -> None:
+        self.learnt += [(1, 1)] * len(seconds)
 
 
 def test_the_source_that_proved_right_is_followed():
@@ -300,11 +309,29 @@ def test_newlines_are_drafted_where_the_model_writes_them():
 
 
 def test_tables_repeat_what_came_last():
-    table = Table("left", lambda ids, place: ids[place - 1] if place else None)
+    table = Table("left", (1,))
     assert table.guess([1]) is None
     table.learn([5, 1, 2])
     table.learn([5, 1, 2, 1, 3])
     assert (table.guess([]), table.guess([9, 1]), table.guess([2])) == (5, 3, 1)
+
+
+@given(st.lists(st.integers(0, 3), max_size=30), st.lists(st.integers(0, 3), max_size=12), st.data())
+def test_a_table_learns_in_parts_what_it_learns_token_by_token(ids, drawn, data):
+    back = data.draw(st.lists(st.integers(1, 9), unique=True, min_size=0 if drawn else 1, max_size=3))
+    followers = {}
+
+    def surroundings(place):
+        return *(ids[place - far] if far <= place else None for far in back), *drawn[place : place + 1]
+
+    table, place = Table("", back, drawn), 0
+    while place < len(ids):
+        place = data.draw(st.integers(place + 1, len(ids)))
+        table.learn(ids[:place])
+    for place, token_id in enumerate(ids):
+        followers[surroundings(place)] = token_id
+    for place in range(len(ids) + 1):
+        assert table.guess(ids[:place]) == followers.get(surroundings(place))
 
 
 def test_sources_of_a_picture():
@@ -506,6 +533,21 @@ def test_a_requests_first_pass_is_not_timed():
         pace.learn(1, 1, 100.0)
         pace.learn(1, 1, 1.0)
     assert costs.plain == 1.0
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 6, 7, 40])
+def test_plain_passes_are_learnt_together_as_one_by_one(count):
+    costs, paces = (RowCosts(), RowCosts()), []
+    times = np.random.default_rng(count).uniform(1.0, 2.0, count).tolist()
+    for together, own in enumerate(costs):
+        paces.append(Pace(own, 0.6, 300))
+        if together:
+            paces[-1].learn_plain(times)
+        for seconds in [] if together else times:
+            paces[-1].learn(1, 1, seconds)
+    (one_by_one, first), (at_once, second) = ((vars(pace).copy(), pace) for pace in paces)
+    assert one_by_one.pop("_costs")._samples == at_once.pop("_costs")._samples
+    assert one_by_one == at_once and [first.rows() for _ in range(4)] == [second.rows() for _ in range(4)]
 
 
 # --- whether it may -------------------------------------------------------------------------------------------------
