@@ -19,9 +19,9 @@ constexpr int64_t RowBytes(int64_t outputs) {
   return storage == Storage::kInt4 ? outputs / 2 : outputs;
 }
 
-// Four channels of a tile will be wanted soon.
+// Bytes of a tile's width that will be wanted soon: four times, `stride` apart.
 template <Storage storage>
-SIMD_INLINE void FetchChannels(const uint8_t* from, int64_t stride) {
+SIMD_INLINE void Fetch(const uint8_t* from, int64_t stride) {
   for (int64_t i = 0; i < 4; ++i) {
     for (int64_t line = 0; line < TileBytes<storage>(); line += 64) __builtin_prefetch(from + i * stride + line, 0, 2);
   }
@@ -172,65 +172,60 @@ SIMD_INLINE const float* TileScales(const Matrix& matrix, const Part& part, int6
   return padded;
 }
 
-// AddChannels of whole tiles of int4 where sums of pairs fit in 16 bits (and registers are few): the weights stay
-// packed, eight vectors of them, and every row unpacks them.
-template <class Target>
-SIMD_INLINE void AddPackedChannels(const uint8_t* from, int64_t stride, int64_t rows, const int8_t* x, int64_t x_stride,
-                                   const int32_t* x_sums, int32_t* waiting) {
-  Bytes packed[2][4];
-  Unroll<2>([&](auto half) SIMD_INLINE_LAMBDA {
-    FetchChannels<Storage::kInt4>(from + (kChannelsAhead + 4 * half) * stride, stride);
-    Unroll<4>([&](auto i) SIMD_INLINE_LAMBDA {
-      packed[half][i] = Target::Shift4(Target::LoadBytes(from + (4 * half + i) * stride));
-    });
-    Target::Interleave(packed[half]);
+// What eight channels of a tile fetch: eight times a tile's width.
+struct Next {
+  const uint8_t* from;
+  int64_t stride;
+};
+
+// Adds the products of eight channels of whole tiles of int4 to those waiting (tiles, kRows, kTile), where sums of
+// pairs fit in 16 bits and registers are few: the weights of a tile stay packed in eight of them.
+template <class Target, int kRows>
+void AddPackedChannels(const uint8_t* from, int64_t stride, Next next, int64_t next_tile, int64_t tiles,
+                       const int8_t* x, int64_t x_stride, int32_t* waiting) {
+  Bytes bytes[kRows][2];
+  Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA {
+    Unroll<2>([&](auto half) SIMD_INLINE_LAMBDA { bytes[r][half] = Target::Repeat4(x + r * x_stride + 4 * half); });
   });
-  for (int64_t row = 0; row < rows; ++row) {
-    int32_t* sums = waiting + row * kTile;
-    const Bytes first = Target::Repeat4(x + row * x_stride), second = Target::Repeat4(x + row * x_stride + 4);
-    const auto add = [&](const auto& sum_of) SIMD_INLINE_LAMBDA {
-      Unroll<kVectors>([&](auto i) SIMD_INLINE_LAMBDA {
-        constexpr bool odd = i % 2 != 0;
-        const Bytes a = packed[0][i / 2], b = packed[1][i / 2];
-        const Ints pairs =
-            Target::AddPairs(Target::Pairs4(odd ? Target::OddNibbles(a) : Target::EvenNibbles(a), first),
-                             Target::Pairs4(odd ? Target::OddNibbles(b) : Target::EvenNibbles(b), second));
-        Target::StoreInts(sums + i * Target::kLanes, Target::AddWidened(sum_of(i), pairs));
+  constexpr int64_t width = TileBytes<Storage::kInt4>();
+  for (int64_t tile = 0; tile < tiles; ++tile, from += width, next.from += next_tile, waiting += kRows * kTile) {
+    Bytes packed[2][4];
+    Unroll<2>([&](auto half) SIMD_INLINE_LAMBDA {
+      Fetch<Storage::kInt4>(next.from + 4 * half * next.stride, next.stride);
+      Unroll<4>([&](auto i) SIMD_INLINE_LAMBDA {
+        packed[half][i] = Target::Shift4(Target::LoadBytes(from + (4 * half + i) * stride));
       });
-    };
-    if (x_sums != nullptr) {
-      const Ints start = Target::RepeatInt(-Target::kOffset4 * x_sums[row]);
-      add([&](auto) SIMD_INLINE_LAMBDA { return start; });
-    } else {
-      add([&](auto i) SIMD_INLINE_LAMBDA { return Target::LoadInts(sums + i * Target::kLanes); });
-    }
+      Target::Interleave(packed[half]);
+    });
+    Unroll<kVectors>([&](auto i) SIMD_INLINE_LAMBDA {
+      const auto nibbles = [&](auto half) SIMD_INLINE_LAMBDA {
+        return i % 2 != 0 ? Target::OddNibbles(packed[half][i / 2]) : Target::EvenNibbles(packed[half][i / 2]);
+      };
+      const Bytes first = nibbles(Constant<0>{}), second = nibbles(Constant<1>{});
+      Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA {
+        int32_t* sums = waiting + r * kTile + i * Target::kLanes;
+        const Ints pairs = Target::AddPairs(Target::Pairs4(first, bytes[r][0]), Target::Pairs4(second, bytes[r][1]));
+        Target::StoreInts(sums, Target::AddWidened(Target::LoadInts(sums), pairs));
+      });
+    });
   }
 }
 
-// Adds the products of eight channels from `channel` on, or those left, with a tile to those waiting (rows, kTile). The
-// weights stay in registers while the rows go by.
+// Adds the products of eight channels, or those left, with a tile to those waiting (rows, kTile). The weights stay in
+// registers while the rows go by.
 template <Storage storage, bool kWhole>
-SIMD_INLINE void AddChannels(const uint8_t* from, int64_t stride, int64_t channels, int columns, int64_t rows,
-                             const int8_t* x, int64_t x_stride, const int32_t* x_sums, int32_t* waiting) {
-  if constexpr (storage == Storage::kInt4 && kWhole && Simd::kPairsPerSum4 > 1) {
-    return AddPackedChannels<Simd>(from, stride, rows, x, x_stride, x_sums, waiting);
-  }
-  constexpr int offset = storage == Storage::kInt4 ? Simd::kOffset4 : Simd::kOffset8;
+SIMD_INLINE void AddChannels(const uint8_t* from, int64_t stride, Next next, int64_t channels, int columns,
+                             int64_t rows, const int8_t* x, int64_t x_stride, int32_t* waiting) {
   Bytes weights[2][kVectors];
   Unroll<2>([&](auto half) SIMD_INLINE_LAMBDA {
-    FetchChannels<storage>(from + (kChannelsAhead + 4 * half) * stride, stride);
+    Fetch<storage>(next.from + 4 * half * next.stride, next.stride);
     LoadChannels<storage, kWhole>(from + 4 * half * stride, stride, channels - 4 * half, columns,
                                   [&](auto i, Bytes loaded) SIMD_INLINE_LAMBDA { weights[half][i] = loaded; });
   });
   for (int64_t row = 0; row < rows; ++row) {
     int32_t* sums = waiting + row * kTile;
     Ints totals[kVectors];
-    if (x_sums != nullptr) {
-      const Ints start = Simd::RepeatInt(-offset * x_sums[row]);
-      Unroll<kVectors>([&](auto i) SIMD_INLINE_LAMBDA { totals[i] = start; });
-    } else {
-      Unroll<kVectors>([&](auto i) SIMD_INLINE_LAMBDA { totals[i] = Simd::LoadInts(sums + i * Simd::kLanes); });
-    }
+    Unroll<kVectors>([&](auto i) SIMD_INLINE_LAMBDA { totals[i] = Simd::LoadInts(sums + i * Simd::kLanes); });
     Unroll<2>([&](auto half) SIMD_INLINE_LAMBDA {
       if (!kWhole && channels <= 4 * half) return;  // behind x's last channels of the block lie those of the next
       const Bytes bytes = Simd::Repeat4(x + row * x_stride + 4 * half);
@@ -250,17 +245,40 @@ void AddBlockInPlace(const Matrix& matrix, const Input& input, int64_t block, co
   const int8_t* x = input.bytes + first * size;
   const uint8_t* values =
       static_cast<const uint8_t*>(matrix.values) + block * size * stride + RowBytes<storage>(part.column);
-  int32_t* waiting = static_cast<int32_t*>(part.unpacked);
+  int32_t* waiting = static_cast<int32_t*>(part.unpacked);  // (tiles, rows, kTile)
+  constexpr int offset = storage == Storage::kInt4 ? Simd::kOffset4 : Simd::kOffset8;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    for (int64_t row = 0; row < rows; ++row) {
+      const Ints start = Simd::RepeatInt(-offset * input.sums[first + row]);
+      Unroll<kVectors>([&](auto i) SIMD_INLINE_LAMBDA {
+        Simd::StoreInts(waiting + (tile * rows + row) * kTile + i * Simd::kLanes, start);
+      });
+    }
+  }
+  // Short rows are fetched in the order of the file, long ones each by itself.
+  constexpr int64_t width = TileBytes<storage>();
+  const bool in_order = stride < kWideBytes && part.columns == matrix.outputs;
+  const int64_t next_stride = in_order ? width : stride, next_tile = in_order ? 8 * width : width;
   for (int64_t channel = 0; channel < channels; channel += 8) {
-    const int32_t* x_sums = channel == 0 ? input.sums + first : nullptr;
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      const uint8_t* from = values + channel * stride + tile * TileBytes<storage>();
-      int32_t* sums = waiting + tile * rows * kTile;
+    const uint8_t* from = values + channel * stride;
+    const uint8_t* next = from + (in_order ? kBytesAhead : kChannelsAhead * stride);
+    int64_t tile = 0;
+    if constexpr (storage == Storage::kInt4 && Simd::kPairsPerSum4 > 1) {
+      if (channel + 8 <= channels) {
+        tile = part.columns / kTile;
+        const auto add = Pick(rows, AddPackedChannels<Simd, 1>, AddPackedChannels<Simd, 2>, AddPackedChannels<Simd, 3>);
+        add(from, stride, {next, next_stride}, next_tile, tile, x + channel, size, waiting);
+      }
+    }
+    for (; tile < tiles; ++tile) {
+      const Next fetched = {next + tile * next_tile, next_stride};
       const int columns = TileColumns(part, tile);
+      const uint8_t* at = from + tile * width;
+      int32_t* sums = waiting + tile * rows * kTile;
       if (channel + 8 <= channels && columns == kTile) {
-        AddChannels<storage, true>(from, stride, 8, kTile, rows, x + channel, size, x_sums, sums);
+        AddChannels<storage, true>(at, stride, fetched, 8, kTile, rows, x + channel, size, sums);
       } else {
-        AddChannels<storage, false>(from, stride, channels - channel, columns, rows, x + channel, size, x_sums, sums);
+        AddChannels<storage, false>(at, stride, fetched, channels - channel, columns, rows, x + channel, size, sums);
       }
     }
   }
@@ -292,7 +310,7 @@ void UnpackTile(const Matrix& matrix, int64_t block, const Part& part, int64_t t
       continue;
     }
     const uint8_t* from = values + row * stride + RowBytes<storage>(column);
-    FetchChannels<storage>(from + ahead, stride);
+    Fetch<storage>(from + ahead, stride);
     Ints weights[kVectors];
     const auto keep = [&](auto i, Bytes loaded) SIMD_INLINE_LAMBDA { weights[i] = Simd::AsInts(loaded); };
     if (columns == kTile && channel + 4 <= channels) {

@@ -3,7 +3,7 @@
 // A matrix is worked through in tiles of kTile outputs, whose sums for up to three rows fill the registers: eight
 // vectors per row. There are two ways through it:
 //   few rows    Bytes are the limit. The file is read as it lies, eight channels at a time over all tiles of the run,
-//               and the sums of all its tiles wait in the first cache.
+//               and the sums of all its tiles wait in a cache.
 //   more rows   Arithmetic is. A block of channels of one tile is unpacked once into the first cache, and its sums then
 //               stay in registers for the whole block.
 // Threads share the splits of the channels while the sums of whole runs fit beside each other, and parts of the outputs
@@ -132,11 +132,12 @@ struct Call {
   void FewRows() const {
     const Matrix& matrix = given.weight;
     const int64_t outputs = matrix.outputs, reductions = has_adapter() ? into.splits : 0;
-    parallel(static_cast<size_t>(reductions + weight.splits * weight.runs), [&](size_t task) {
+    const int64_t run_columns = RunColumns(outputs, rows), runs = CeilDivide(outputs, run_columns);
+    parallel(static_cast<size_t>(reductions + weight.splits * runs), [&](size_t task) {
       const int64_t index = static_cast<int64_t>(task) - reductions;
       if (index < 0) return Reduce(static_cast<int64_t>(task), 0, rows);
-      const int64_t split = index / weight.runs, column = index % weight.runs * weight.columns;
-      const int64_t columns = Min(weight.columns, outputs - column);
+      const int64_t split = index / runs, column = index % runs * run_columns;
+      const int64_t columns = Min(run_columns, outputs - column);
       const Part part = TaskPart(0, rows, column, columns, UnpackedBytes(matrix, rows, columns));
       AddProduct(matrix, x, weight.first_block(split), weight.first_block(split + 1), part);
       for (int64_t r = 0; r < rows; ++r) {

@@ -20,13 +20,17 @@ constexpr int kRowsAtOnce = Simd::kRegisters >= 32 ? 3 : 4;
 constexpr int kSumsAtOnce = Simd::kRegisters >= 32 ? kVectors : 2;
 constexpr int64_t kFloatRowsAtOnce = 6;  // with fewer vectors each (SumsPerRow)
 constexpr int64_t kFewRows = 3;
-constexpr int64_t kRowsBySplit = 12;       // for as many or fewer, threads share the splits of the channels
+// For as many or fewer, threads share the splits of the channels.
+constexpr int64_t kRowsBySplit = Simd::kRegisters >= 32 ? 12 : 6;
 constexpr int64_t kFloatBlock = 64;        // channels of a tile of floats
-constexpr int64_t kChannelsAhead = 16;     // fetched before they are read: by few rows,
-constexpr int64_t kTilesAhead = 4;         // and by more
+constexpr int64_t kChannelsAhead = 8;      // fetched before they are read, by few rows of a wide matrix;
+constexpr int64_t kBytesAhead = 24 << 10;  // of one whose rows in the file are shorter than kWideBytes;
+constexpr int64_t kWideBytes = 2048;
+constexpr int64_t kTilesAhead = 4;         // and by more rows
 constexpr int64_t kTaskBytes = 384 << 10;  // of a task's sums, to stay in the second cache
 constexpr int64_t kRowsPerTask = 384;
-constexpr int64_t kRunColumns = 10240;  // of a run for few rows: their sums about fill the first cache
+// Sums that a run of few rows keeps in the second cache, and the outputs that it has in any case.
+constexpr int64_t kRunSums = 64 << 10, kRunColumns = 10 << 10;
 constexpr int64_t kPartsPerMatrix = 8;  // at least, where it is large enough
 
 bool IsInteger(Storage storage) { return storage == Storage::kInt4 || storage == Storage::kInt8; }
@@ -47,24 +51,21 @@ SIMD_INLINE int TileColumns(const Part& part, int64_t tile) {
 }
 
 // How a product is cut, by its shape alone: the sums of a split of the channels are made apart and added in order, so a
-// row gets the same bits whoever computes them. For few rows the splits are what threads share: each then reads a run
-// of the file that is as long as the sums it keeps in the first cache allow. (Prefetchers run past the end of a short
-// run, into what another thread reads.)
+// row gets the same bits whoever computes them. For few rows the splits are what threads share.
 struct Cut {
-  int64_t columns;  // of a run
-  int64_t runs;     // side by side
   int64_t splits;
   int64_t blocks;
 
-  explicit Cut(const Matrix& matrix) {
-    blocks = BlocksOf(matrix);
-    runs = CeilDivide(matrix.outputs, kRunColumns);
-    columns = RoundUp(CeilDivide(matrix.outputs, runs), kTile);
-    runs = CeilDivide(matrix.outputs, columns);
-    splits = Min(blocks, Max(1, kPartsPerMatrix / runs));
-  }
+  explicit Cut(const Matrix& matrix) : blocks(BlocksOf(matrix)) { splits = Min(blocks, kPartsPerMatrix); }
   int64_t first_block(int64_t split) const { return blocks * split / splits; }
 };
+
+// The outputs that few rows go over side by side: all of them, if their sums stay in the second cache, for whole rows
+// lie one behind the other in the file. (Prefetchers run past the end of a short run, into what another thread reads.)
+int64_t RunColumns(int64_t outputs, int64_t rows) {
+  const int64_t runs = CeilDivide(outputs, Max(kRunColumns, kRunSums / rows));
+  return RoundUp(CeilDivide(outputs, runs), kTile);
+}
 
 // Whether so few rows go over a matrix as it lies in the file.
 bool InPlace(const Matrix& matrix, int64_t rows) {
