@@ -58,6 +58,14 @@ SIMD_INLINE void LoadChannels(const uint8_t* from, int64_t stride, int64_t chann
   });
 }
 
+// Whether so many channels of a tile can be loaded whole. What lies behind the outputs belongs to the next channel and
+// counts for nothing, for its scales are zero (TileScales); only the matrix' end must not be passed.
+template <Storage storage>
+SIMD_INLINE bool IsWhole(const Matrix& matrix, const uint8_t* from, int64_t stride, int64_t channels, int columns) {
+  const uint8_t* end = static_cast<const uint8_t*>(matrix.values) + matrix.channels * stride;
+  return columns == kTile || end - from >= (channels - 1) * stride + TileBytes<storage>();
+}
+
 // Eight vectors in the order of LoadChannels, to that of columns.
 template <Storage storage>
 SIMD_INLINE void OrderColumns(Ints (&vectors)[kVectors]) {
@@ -265,7 +273,8 @@ void AddBlockInPlace(const Matrix& matrix, const Input& input, int64_t block, co
     int64_t tile = 0;
     if constexpr (storage == Storage::kInt4 && Simd::kPairsPerSum4 > 1) {
       if (channel + 8 <= channels) {
-        tile = part.columns / kTile;
+        const uint8_t* last = from + (tiles - 1) * width;
+        tile = tiles - !IsWhole<storage>(matrix, last, stride, 8, TileColumns(part, tiles - 1));
         const auto add = Pick(rows, AddPackedChannels<Simd, 1>, AddPackedChannels<Simd, 2>, AddPackedChannels<Simd, 3>);
         add(from, stride, {next, next_stride}, next_tile, tile, x + channel, size, waiting);
       }
@@ -275,7 +284,7 @@ void AddBlockInPlace(const Matrix& matrix, const Input& input, int64_t block, co
       const int columns = TileColumns(part, tile);
       const uint8_t* at = from + tile * width;
       int32_t* sums = waiting + tile * rows * kTile;
-      if (channel + 8 <= channels && columns == kTile) {
+      if (channel + 8 <= channels && IsWhole<storage>(matrix, at, stride, 8, columns)) {
         AddChannels<storage, true>(at, stride, fetched, 8, kTile, rows, x + channel, size, sums);
       } else {
         AddChannels<storage, false>(at, stride, fetched, channels - channel, columns, rows, x + channel, size, sums);
@@ -313,7 +322,7 @@ void UnpackTile(const Matrix& matrix, int64_t block, const Part& part, int64_t t
     Fetch<storage>(from + ahead, stride);
     Ints weights[kVectors];
     const auto keep = [&](auto i, Bytes loaded) SIMD_INLINE_LAMBDA { weights[i] = Simd::AsInts(loaded); };
-    if (columns == kTile && channel + 4 <= channels) {
+    if (channel + 4 <= channels && IsWhole<storage>(matrix, from, stride, 4, columns)) {
       LoadChannels<storage, true>(from, stride, 4, kTile, keep);
     } else {
       LoadChannels<storage, false>(from, stride, channels - channel, columns, keep);
