@@ -138,7 +138,7 @@ def inspect(bundle: BundlePath, as_json: Json = False) -> None:
     for record in _engine_records(opened):
         made = record.settings
         gpus = ", ".join(made.compute_capabilities) or "any GPU"
-        held = f"{made.compute}, {made.max_context} tokens, for {gpus}"
+        held = f"{made.compute}{' with our plugin' if made.plugin else ''}, {made.max_context} tokens, for {gpus}"
         table.add_row(f"engines/{record.target}", f"TensorRT {record.tensorrt}; {held}")
         for name, engine in record.engines.items():
             table.add_row(f"engines/{record.target}/{name}.engine", f"{engine.size:,} bytes")
@@ -157,6 +157,7 @@ def build(
         int | None, typer.Option(min=1, help="Tokens the caches hold; at most 4096 by default.")
     ] = None,
     max_rows: Annotated[int, typer.Option(min=1, help="New tokens of a decode pass, as drafts need.")] = 64,
+    plugin: Annotated[bool, typer.Option("--plugin", help="Our H-LoRA kernel in the full TensorRT.")] = False,
     as_json: Json = False,
 ) -> None:
     """Build a bundle's TensorRT engines into it, in place of older ones of the same target."""
@@ -168,7 +169,7 @@ def build(
         raise HealthGPTError(f"build needs {error.name}: pip install 'healthgpt-edge[engines]'") from error
     opened = Bundle.open(bundle)
     capabilities = tuple(compute_capability.split(",")) if compute_capability else ()
-    settings = default_settings(opened.manifest, capabilities, compute, max_context, max_rows)
+    settings = default_settings(opened.manifest, capabilities, compute, max_context, max_rows, plugin)
     with _progress() as progress:
         bar = progress.add_task("build", total=None)
         record = build_engines(

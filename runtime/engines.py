@@ -27,6 +27,8 @@ FORMAT = "healthgpt-edge engines"
 VERSION = 1
 # Raised whenever the graphs that TensorRT gets are made in another way: engines built before are stale.
 LOWERING = 1
+# Of the linear that our plugin launches (csrc/hlora_linear/rows.h), for engines that have the plugin.
+PLUGIN_VERSION = 1
 # The two TensorRTs, which share one Python API, by the name of their module, with what installs each.
 MODULES = {
     "tensorrt-rtx": ("tensorrt_rtx", "pip install 'healthgpt-edge[tensorrt-rtx]'"),
@@ -45,7 +47,7 @@ class Settings:
 
     compute: type of the products (fp32, fp16, bf16). compute_capabilities: GPUs, as in "8.6"; none for the one at hand.
     max_context: tokens that the caches hold. max_rows: new tokens of a decode pass, and logits of any pass.
-    prefill_rows: new tokens of any pass.
+    prefill_rows: new tokens of any pass. plugin: whether the language engine's H-LoRA linears are our plugin.
     """
 
     compute: str
@@ -53,6 +55,7 @@ class Settings:
     max_context: int
     max_rows: int
     prefill_rows: int
+    plugin: bool = False
 
     def __post_init__(self) -> None:
         if self.compute not in COMPUTE_TYPES:
@@ -107,10 +110,13 @@ def ingredients(manifest: Manifest, name: str, target: str, tensorrt: str, setti
     """What engine `name` depends on, each with its hash or its value: another value of one makes the engine stale."""
     tasks = sorted(manifest.tasks) if name == LANGUAGE else [name.split(".")[0]]
     files = [*engine_graphs(manifest)[name], "weights/base.bin", *(f"weights/{task}.bin" for task in tasks)]
+    flags = dataclasses.asdict(settings)
+    plugin = {"plugin": str(PLUGIN_VERSION)} if flags.pop("plugin") and name == LANGUAGE else {}
     return (
         {file: manifest.files[file].sha256 for file in files if file in manifest.files}
         | {"target": target, "TensorRT": tensorrt, "lowering": str(LOWERING)}
-        | {field: str(value) for field, value in dataclasses.asdict(settings).items()}
+        | {flag: str(value) for flag, value in flags.items()}
+        | plugin
     )
 
 

@@ -222,14 +222,15 @@ def _no_constant(name: str) -> None:
 
 
 def parse(cls: type[T], data: Any, where: str) -> T:
-    """Build dataclass `cls` from parsed JSON, refusing unknown keys, missing keys and wrong types."""
+    """Build dataclass `cls` from parsed JSON, refusing unknown keys, missing keys without a default and wrong types."""
     if not isinstance(data, dict):
         raise BundleError(f"{where} must be an object, found {type(data).__name__}")
     hints = typing.get_type_hints(cls)
-    unknown, missing = sorted(set(data) - set(hints)), sorted(set(hints) - set(data))
+    needed = {field.name for field in dataclasses.fields(typing.cast(Any, cls)) if field.default is dataclasses.MISSING}
+    unknown, missing = sorted(set(data) - set(hints)), sorted(needed - set(data))
     if unknown or missing:
         raise BundleError(f"{where} has unknown keys {unknown} and lacks {missing}")
-    return cls(**{key: _value(hint, data[key], f"{where}: {key}") for key, hint in hints.items()})
+    return cls(**{key: _value(hint, data[key], f"{where}: {key}") for key, hint in hints.items() if key in data})
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:

@@ -33,12 +33,15 @@ from healthgpt_edge.engines import (
     ingredients,
 )
 from healthgpt_edge.errors import ExecutorError
+from healthgpt_edge.executors.cuda import CudaArray, own_kernels
+from healthgpt_edge.executors.hlora_plugin import register
 from healthgpt_edge.executors.tensorrt_engine import RTX, Log
 from healthgpt_edge.manifest import Manifest
 
 from ..weights import WeightFile
 from .lower import CACHES, lower
-from .merge import merge
+from .merge import Padding, merge
+from .plugin import KERNEL, use_plugin
 
 TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 DEFAULT_CONTEXT_TOKENS, DEFAULT_ROWS, DEFAULT_PREFILL_ROWS = 4096, 64, 1024
@@ -54,6 +57,7 @@ def default_settings(
     compute: str | None = None,
     max_context: int | None = None,
     max_rows: int = DEFAULT_ROWS,
+    plugin: bool = False,
 ) -> Settings:
     """The settings of a build: products in float16 but for an fp32 bundle, the context as long as the base allows, at
     most 4096 tokens. Raises ExecutorError."""
@@ -65,8 +69,11 @@ def default_settings(
     compute = ("fp32" if exact else "fp16") if compute is None else compute
     if exact != (compute == "fp32"):
         raise ExecutorError(f"compute of a bundle in {manifest.precision} must {'' if exact else 'not '}be fp32")
+    if plugin and compute != "fp16":
+        raise ExecutorError(f"the plugin multiplies float16: compute must be fp16, got {compute}")
     rows = min(max_rows, context) if max_context is None else max_rows
-    return Settings(compute, compute_capabilities, context, rows, max(rows, min(DEFAULT_PREFILL_ROWS, context)))
+    prefill_rows = max(rows, min(DEFAULT_PREFILL_ROWS, context))
+    return Settings(compute, compute_capabilities, context, rows, prefill_rows, plugin)
 
 
 def build_engines(
@@ -115,7 +122,10 @@ def engine_model(
     if name != LANGUAGE:
         return lower(models[0], TYPES[settings.compute])
     tasks = dict(zip(sorted(bundle.manifest.tasks), models, strict=True))
-    return lower(merge(tasks, bundle.path, stacked), TYPES[settings.compute], settings.max_context)
+    merged = merge(tasks, bundle.path, stacked, KERNEL if settings.plugin else Padding())
+    if settings.plugin:
+        use_plugin(merged)
+    return lower(merged, TYPES[settings.compute], settings.max_context)
 
 
 @contextmanager
@@ -160,6 +170,10 @@ class Compiler:
         self.log = Log(trt)
         if target != RTX and settings.compute_capabilities:
             raise ExecutorError("the full TensorRT builds for the GPU at hand: compute capabilities are tensorrt-rtx's")
+        if settings.plugin:
+            if target == RTX:
+                raise ExecutorError("TensorRT-RTX takes no plugins of others: --plugin goes with --target tensorrt")
+            register(trt, own_kernels(), CudaArray)
 
     def parse(self, name: str, model: ModelProto, bundle: Bundle) -> tuple[Any, Any]:
         """TensorRT's builder and its network of `model`, whose weights lie in `bundle`."""

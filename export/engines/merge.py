@@ -16,6 +16,7 @@ The input `task` int64 [1] says which task runs; a bundle of one task keeps its 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -33,13 +34,23 @@ SHARED_OUTPUTS = "present_"
 _BASE, _ADAPTER_IN, _ADAPTER_OUT = slice(0, 4), 4, 6
 
 
-def merge(models: dict[str, ModelProto], folder: Path, stacked: WeightFile) -> ModelProto:
+@dataclass(frozen=True, slots=True)
+class Padding:
+    """What stacked adapters have in whole multiples, filled up with zeros: each plugin's rank, and the columns of A."""
+
+    rank: int = 1
+    columns: int = 1
+
+
+def merge(
+    models: dict[str, ModelProto], folder: Path, stacked: WeightFile, padding: Padding | None = None
+) -> ModelProto:
     """The language graph of all tasks; `models` by task, from the bundle in `folder`.
 
-    Stacked adapters go to `stacked`. Inputs and outputs are those of the tasks' graphs, `last_positions`, `logits` and
-    `hidden` with the task's name behind, and `task` where there is more than one.
+    Stacked adapters go to `stacked`, padded if that is asked for. Inputs and outputs are those of the tasks' graphs,
+    `last_positions`, `logits` and `hidden` with the task's name behind, and `task` where there is more than one.
     """
-    merged = _Merged(folder, stacked)
+    merged = _Merged(folder, stacked, padding or Padding())
     for task, model in models.items():
         merged.add(task, model.graph)
     return merged.model(next(iter(models.values())))
@@ -48,7 +59,7 @@ def merge(models: dict[str, ModelProto], folder: Path, stacked: WeightFile) -> M
 class _Plugin:
     """The adapters of one task at one linear."""
 
-    def __init__(self, node: NodeProto, initializers: dict[str, TensorProto], folder: Path) -> None:
+    def __init__(self, node: NodeProto, initializers: dict[str, TensorProto], folder: Path, rank_multiple: int) -> None:
         def read(index: int) -> np.ndarray | None:
             name = input_at(node, index)
             return values_of(initializers[name], folder) if name else None
@@ -59,13 +70,16 @@ class _Plugin:
         adapter_in, self.in_scale = read(_ADAPTER_IN), read(_ADAPTER_IN + 1)
         adapter_out, self.out_scale = read(_ADAPTER_OUT), read(_ADAPTER_OUT + 1)
         assert adapter_in is not None and adapter_out is not None  # the contract of the node
-        self.rank = adapter_out.shape[0]
-        self.reduce, self.router, self.expand = adapter_in[:, : self.rank], adapter_in[:, self.rank :], adapter_out
+        self.own_rank = adapter_out.shape[0]
+        self._more = ((0, 0), (0, -self.own_rank % rank_multiple))
+        self.rank = self.own_rank + self._more[1][1]
+        self.reduce, self.router = np.pad(adapter_in[:, : self.own_rank], self._more), adapter_in[:, self.own_rank :]
+        self.expand = np.pad(adapter_out, self._more[::-1])
 
     def scales_in(self) -> tuple[np.ndarray, np.ndarray]:
         """Scales of `reduce` and of `router`."""
         assert self.in_scale is not None
-        return self.in_scale[:, : self.rank], self.in_scale[:, self.rank :]
+        return np.pad(self.in_scale[:, : self.own_rank], self._more), self.in_scale[:, self.own_rank :]
 
     def scales_out(self, block_size: int) -> np.ndarray:
         """Scales of `expand` in blocks of a size that divides its rank and the size it is stored in."""
@@ -74,14 +88,14 @@ class _Plugin:
 
     def expert_of(self, first: int) -> np.ndarray:
         """The expert of each column of `reduce`, counted from `first`."""
-        return first + np.repeat(np.arange(self.experts), self.rank // self.experts)
+        return first + np.minimum(np.arange(self.rank) // (self.own_rank // self.experts), self.experts - 1)
 
 
 class _Merged:
     """The merged graph as far as it is built."""
 
-    def __init__(self, folder: Path, stacked: WeightFile) -> None:
-        self.folder, self.stacked = folder, stacked
+    def __init__(self, folder: Path, stacked: WeightFile, padding: Padding) -> None:
+        self.folder, self.stacked, self.padding = folder, stacked, padding
         self.nodes: list[NodeProto] = []
         self.inputs: dict[str, object] = {}
         self.outputs: dict[str, object] = {}
@@ -137,7 +151,7 @@ class _Merged:
         key: object = (node.domain, node.op_type, attributes, tuple(inputs))
         plugin = None
         if is_named(node, "HLoraLinear"):
-            plugin = _Plugin(node, initializers, self.folder)
+            plugin = _Plugin(node, initializers, self.folder, self.padding.rank)
             key = ("HLoraLinear", tuple(inputs[_BASE]))
         elif node.op_type == "Gather" and node.input[0] in initializers:
             key = ("Gather", attributes, inputs[1], tuple(initializers[node.input[0]].dims[1:]))
@@ -231,6 +245,7 @@ class _Merged:
         """The linear with its plugins side by side."""
         name, (in_type, out_type) = node.output[0], plugins[0].types
         adapter_in = np.concatenate([*(p.reduce for p in plugins), *(p.router for p in plugins)], axis=1)
+        adapter_in = np.pad(adapter_in, ((0, 0), (0, -adapter_in.shape[1] % self.padding.columns)))
         adapter_out = np.concatenate([p.expand for p in plugins])
         parts = [self._stored(f"{name}/adapter_in", in_type, adapter_in), ""]
         if plugins[0].in_scale is not None:
@@ -245,7 +260,7 @@ class _Merged:
             parts[3] = self._stored(f"{name}/adapter_out_scale", TensorProto.FLOAT, scales)
         firsts = np.cumsum([0, *(p.experts for p in plugins)])
         expert_of = np.concatenate([p.expert_of(first) for p, first in zip(plugins, firsts, strict=False)])
-        shape = "x".join(f"{plugin.experts}of{plugin.rank}" for plugin in plugins)
+        shape = "x".join(f"{plugin.experts}of{plugin.own_rank}" for plugin in plugins)
         parts += [self._constant(f"expert_of/{shape}", expert_of.astype(np.int64)), "silence" if several else ""]
         stacked = helper.make_node(
             "HLoraLinear",

@@ -57,6 +57,14 @@ class Device(Protocol):
         ...
 
 
+def own_kernels() -> Any:
+    """The module of our CUDA kernels; None where it is not built, or for another Python."""
+    try:
+        return importlib.import_module("healthgpt_edge._cuda")
+    except ImportError:
+        return None
+
+
 class CudaMemory:
     """One allocation on the GPU."""
 
@@ -90,10 +98,7 @@ class CudaDevice:
 
     @functools.cached_property
     def kernels(self) -> Any:
-        try:
-            return importlib.import_module("healthgpt_edge._cuda")
-        except ImportError:  # not built, or for another Python
-            return None
+        return own_kernels()
 
     def call(self, name: str, *arguments: Any) -> Any:
         """Call a function of the CUDA runtime; its result, or ExecutorError with what CUDA says."""

@@ -28,6 +28,7 @@ from ..errors import ExecutorError
 from ..manifest import Manifest
 from .contract import Value, graph_values
 from .cuda import CudaDevice, Device
+from .hlora_plugin import register
 from .tensorrt_context import DECODE, LanguageBuffers, TensorRtContext, output_name
 from .tensorrt_engine import Engine, Tensor, TensorRtEngine
 
@@ -62,7 +63,8 @@ class TensorRtExecutor:
     def open(cls, bundle: Bundle, tasks: tuple[str, ...], target: str | None = None) -> TensorRtExecutor:
         """The engines of `target` on the first GPU; by default of the target that has some here, TensorRT-RTX first.
 
-        Raises ExecutorError for engines that are missing, stale, damaged or not for this GPU.
+        Raises ExecutorError for engines that are missing, stale, damaged, not for this GPU or in need of a plugin that
+        is not here.
         """
         if target is None:
             target = next((one for one in MODULES if folder(bundle, one).is_dir()), next(iter(MODULES)))
@@ -71,6 +73,8 @@ class TensorRtExecutor:
         for engine in resident_engines(bundle.manifest, tasks):
             check_fresh(bundle, record, engine, str(trt.__version__))
         device = CudaDevice()
+        if record.settings.plugin:
+            register(trt, device.kernels, device.array)
 
         def open_engine(name: str) -> Engine:
             data = read_engine(bundle, record, name, str(trt.__version__))

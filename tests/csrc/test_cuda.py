@@ -7,25 +7,17 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
-import pybind11
 import pytest
-
-ROOT = Path(__file__).parents[2]
+from cmake_build import ROOT, SANITIZED, build
 
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
     """The environment of a process that can load the sanitized module, which HEALTHGPT_CUDA_MODULE names."""
-    build = tmp_path_factory.mktemp("cuda-host")
-    configure = ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", "-DSANITIZE=ON", "-DCMAKE_BUILD_TYPE=Debug"]
-    configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
-    path = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    for command in (configure, ["cmake", "--build", build, "--target", "_cuda_host"]):
-        done = subprocess.run(command, env=path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    (module,) = build.rglob("_cuda_host*.so")
+    folder = tmp_path_factory.mktemp("cuda-host")
+    build(folder, "_cuda_host", options=SANITIZED)
+    (module,) = folder.rglob("_cuda_host*.so")
     libraries = [
         subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
         for name in ("libasan.so", "libubsan.so", "libstdc++.so")

@@ -6,16 +6,12 @@ all but CUDA itself, ONNX Runtime's provider for it and the time that things tak
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
-import pybind11
 import pytest
+from cmake_build import ROOT, build
 from onnx import numpy_helper
 from test_onnxruntime_library import (
     BLOCK_SIZE,
@@ -37,7 +33,6 @@ from healthgpt_edge.export.checkpoint import Checkpoint
 from healthgpt_edge.export.graph.functions import cached_attention, caches, hlora_linear, linear
 from healthgpt_edge.export.phantom.release import released_files
 
-ROOT = Path(__file__).parents[2]
 # Of the largest result. Up to 64 rows x is the sum of two float16, above it is rounded to one.
 FEW_ROWS, MANY_ROWS = 3e-6, 1e-3
 # Whole graphs beside the standard bodies: a prompt's linears and the caches round to float16; in int4 the bodies'
@@ -47,14 +42,9 @@ LOGITS = {"fp16": 5e-3, "int4": 8e-2}
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    build = tmp_path_factory.mktemp("cuda-nodes")
-    configure = ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
-    configure += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
-    path = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    for command in (configure, ["cmake", "--build", build, "--target", "healthgpt_onnxruntime_cuda_host"]):
-        done = subprocess.run(command, env=path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    (found,) = build.rglob("healthgpt_onnxruntime_cuda_host.so")
+    folder = tmp_path_factory.mktemp("cuda-nodes")
+    build(folder, "healthgpt_onnxruntime_cuda_host")
+    (found,) = folder.rglob("healthgpt_onnxruntime_cuda_host.so")
     return found
 
 

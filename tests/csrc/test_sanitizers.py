@@ -4,12 +4,10 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
-import pybind11
 import pytest
+from cmake_build import ROOT, SANITIZED, build
 
-ROOT = Path(__file__).parents[2]
 TESTS = [ROOT / "tests" / "csrc" / f"test_{name}.py" for name in ("hlora_linear", "cached_attention", "convolution")]
 
 # Runs pytest with the module at argv[1] in the place of the installed one.
@@ -29,14 +27,9 @@ sys.exit(pytest.main([*sys.argv[2:], "-x", "-p", "no:cacheprovider"]))
 @pytest.fixture(scope="module")
 def sanitized(tmp_path_factory):
     """The folder of a sanitized build."""
-    build = tmp_path_factory.mktemp("sanitized")
-    configure = ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", "-DSANITIZE=ON", "-DCMAKE_BUILD_TYPE=Debug"]
-    configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    for command in (configure, ["cmake", "--build", build, "--target", "_kernels", "compare_targets"]):
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return build
+    folder = tmp_path_factory.mktemp("sanitized")
+    build(folder, "_kernels", "compare_targets", options=SANITIZED)
+    return folder
 
 
 def test_instruction_sets_agree_under_sanitizers(sanitized):

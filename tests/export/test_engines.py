@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 from command import run
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from healthgpt_edge import engines
 from healthgpt_edge.bundle import Bundle
@@ -23,8 +23,10 @@ from healthgpt_edge.export.bundle import export_bundle
 from healthgpt_edge.export.checkpoint import Checkpoint
 from healthgpt_edge.export.demo import PHANTOM
 from healthgpt_edge.export.engines.build import Compiler, default_settings, engine_model
+from healthgpt_edge.export.engines.graphs import location_of
 from healthgpt_edge.export.engines.lower import lower
 from healthgpt_edge.export.engines.merge import merge
+from healthgpt_edge.export.engines.plugin import DOMAIN, KERNEL, use_plugin
 from healthgpt_edge.export.graph.builder import GraphBuilder
 from healthgpt_edge.export.graph.functions import linear
 from healthgpt_edge.export.phantom.release import released_files
@@ -156,6 +158,8 @@ def test_inspect_tells_of_engines(built, plain):
         (["--target", TARGET, "--max-context", "99999"], "max_context must be at most the base's"),
         (["--target", TARGET, "--max-context", "10"], "1 <= max_rows <= prefill_rows <= max_context"),
         (["--target", "tensorrt"], "target tensorrt needs the module tensorrt"),
+        (["--target", TARGET, "--plugin"], "TensorRT-RTX takes no plugins of others: --plugin goes with --target tens"),
+        (["--target", "tensorrt", "--plugin", "--compute", "bf16"], "float16: compute must be fp16, got bf16"),
     ],
 )
 def test_what_cannot_be_built_is_one_line_and_leaves_nothing(plain, options, message):
@@ -279,6 +283,80 @@ def test_the_base_is_in_the_merged_graph_once(plain, tmp_path):
     assert {"task", "last_positions.comprehension", "last_positions.generation", "token_ids"} <= inputs
 
 
+# --- our plugin -------------------------------------------------------------------------------------------------------
+
+
+def language_model(bundle: Bundle, work: Path, plugin: bool) -> onnx.ModelProto:
+    settings = default_settings(bundle.manifest, max_context=MAX_CONTEXT, plugin=plugin)
+    with WeightFile(work / f"{plugin}.bin", f"{plugin}.bin") as stacked:
+        return engine_model(bundle, LANGUAGE, engine_graphs(bundle.manifest)[LANGUAGE], settings, stacked)
+
+
+def test_every_hlora_linear_becomes_the_plugin_and_nothing_else_does(plain, tmp_path):
+    bundle = Bundle.open(plain)
+    with_plugin, without = (language_model(bundle, tmp_path, plugin).graph for plugin in (True, False))
+    linears = 4 * bundle.manifest.language.layers
+    nodes = [node for node in with_plugin.node if node.domain == DOMAIN]
+    assert len(nodes) == linears and not any(node.domain for node in without.node)
+    assert {node.domain for node in with_plugin.node} == {"", DOMAIN}
+    counts, before = (Counter(node.op_type for node in graph.node) for graph in (with_plugin, without))
+    # Three products of each are in it; the two heads' stay, and so does all that is no product.
+    assert before["MatMul"] - counts["MatMul"] == before["DequantizeLinear"] - counts["DequantizeLinear"] == 3 * linears
+    assert counts["MatMul"] == len(bundle.manifest.tasks)
+    assert before["Attention"] == counts["Attention"] and before["TensorScatter"] == counts["TensorScatter"]
+    for name in ("input", "output"):
+        assert getattr(with_plugin, name) == getattr(without, name)
+
+
+def test_the_plugins_matrices_are_the_bundles_bytes(plain, tmp_path):
+    """The base where it lies, as words; the adapters side by side, padded to what the kernel takes, and once only."""
+    bundle = Bundle.open(plain)
+    graph = language_model(bundle, tmp_path, True).graph
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    used = {name for node in graph.node for name in node.input}
+    assert stored.keys() <= used
+    assert {stored[name].data_type for name in stored} == {
+        getattr(TensorProto, name) for name in ("FLOAT", "INT32", "INT64", "INT8", "FLOAT16")
+    }
+    tasks = [bundle.manifest.tasks[task] for task in sorted(bundle.manifest.tasks)]
+    for node in (node for node in graph.node if node.domain == DOMAIN):
+        found = {entry.name: helper.get_attribute_value(entry) for entry in node.attribute}
+        inputs = dict(zip(found["operands"].decode().split(","), node.input, strict=True))
+        base = location_of(stored[inputs["weight"]])
+        assert base["location"] == "weights/base.bin"
+        assert list(stored[inputs["weight"]].dims) == [int(base["length"]) // 4]
+        assert found["rank"] == sum(-(-task.rank // 32) * 32 for task in tasks) and found["rank_block_size"] == 32
+        assert found["experts"] == sum(task.experts for task in tasks) and found["storage"] == b"int4"
+        columns = found["rank"] + found["experts"]
+        assert 0 <= found["adapter_in_stride"] - columns < 16 and found["adapter_in_stride"] % 16 == 0
+        expert_of = numpy_helper.to_array(stored[inputs["expert_of"]])
+        # A padding column is its task's last expert's.
+        own = [np.minimum(np.arange(-(-task.rank // 32) * 32) * task.experts // task.rank, 3) for task in tasks]
+        np.testing.assert_array_equal(expert_of, np.concatenate([own[0], own[1] + tasks[0].experts]))
+
+
+def test_what_the_plugin_does_not_take_is_named(plain, tmp_path):
+    bundle = Bundle.open(plain)
+    graphs = {
+        task: onnx.load(bundle.graph(task, "language"), load_external_data=False) for task in bundle.manifest.tasks
+    }
+    with WeightFile(tmp_path / "stacked.bin", "stacked.bin") as stacked:
+        merged = merge(graphs, plain, stacked, KERNEL)
+    node = next(node for node in merged.graph.node if node.op_type == "HLoraLinear")
+    weight = next(tensor for tensor in merged.graph.initializer if tensor.name == node.input[1])
+    for change, message in (
+        ({"dims": [128, 40]}, "takes matrices of whole 16 columns, found 40"),
+        ({"data_type": TensorProto.FLOAT}, "float16, int8 or int4, all three alike, found FLOAT, INT4"),
+    ):
+        other = onnx.ModelProto()
+        other.CopyFrom(merged)
+        tensor = next(tensor for tensor in other.graph.initializer if tensor.name == weight.name)
+        tensor.MergeFrom(TensorProto(data_type=change.get("data_type", tensor.data_type)))
+        tensor.dims[:] = change.get("dims", list(tensor.dims))
+        with pytest.raises(ExecutorError, match=message):
+            use_plugin(other)
+
+
 # --- before an engine is used ---------------------------------------------------------------------------------------
 
 
@@ -304,7 +382,7 @@ def test_every_ingredient_makes_an_engine_stale(built, monkeypatch):
     parts = ingredients(bundle.manifest, LANGUAGE, TARGET, trt.__version__, record.settings)
     files = {"comprehension.language.onnx", "generation.language.onnx"}
     files |= {f"weights/{name}.bin" for name in ("base", "comprehension", "generation")}
-    settings = {field.name for field in dataclasses.fields(record.settings)}
+    settings = {field.name for field in dataclasses.fields(record.settings)} - {"plugin"}
     assert set(parts) == files | settings | {"target", "TensorRT", "lowering"}
     for file in files:
         entries = dict(bundle.manifest.files)
@@ -322,10 +400,28 @@ def test_every_ingredient_makes_an_engine_stale(built, monkeypatch):
     for name, value in changed.items():
         other = dataclasses.replace(record, settings=dataclasses.replace(record.settings, **{name: value}))
         assert f"built from {name} " in stale(bundle, other)
+    with_plugin = dataclasses.replace(record.settings, plugin=True)
+    assert "built from plugin nothing, now it is 1;" in stale(bundle, dataclasses.replace(record, settings=with_plugin))
+    check_fresh(bundle, dataclasses.replace(record, settings=with_plugin), "generation.vision", trt.__version__)
     assert "built from TensorRT 1." in stale(bundle, record, version="99.0")
     assert "built from target " in stale(bundle, dataclasses.replace(record, target="tensorrt"))
+    parts = ingredients(bundle.manifest, LANGUAGE, TARGET, trt.__version__, with_plugin)
+    built_with = dataclasses.replace(record.engines[LANGUAGE], built_from=parts)
+    other = dataclasses.replace(record, settings=with_plugin, engines={LANGUAGE: built_with})
+    check_fresh(bundle, other, LANGUAGE, trt.__version__)
+    monkeypatch.setattr(engines, "PLUGIN_VERSION", engines.PLUGIN_VERSION + 1)
+    assert "built from plugin 1, now it is 2; build again" in stale(bundle, other)
     monkeypatch.setattr(engines, "LOWERING", engines.LOWERING + 1)
     assert "built from lowering 1, now it is 2; build again" in stale(bundle, record)
+
+
+def test_engines_from_before_there_was_a_plugin_are_still_good(copied):
+    path = copied / "engines" / TARGET / "engines.json"
+    record = json.loads(path.read_text())
+    assert record["settings"].pop("plugin") is False
+    path.write_text(json.dumps(record))
+    bundle = Bundle.open(copied)
+    check_fresh(bundle, read_record(bundle, TARGET), LANGUAGE, trt.__version__)
 
 
 def test_an_engine_is_refused_before_tensorrt_gets_it(copied):
@@ -355,6 +451,7 @@ def test_an_engine_is_refused_before_tensorrt_gets_it(copied):
         (lambda record: record.update(version=9), "must be JSON of the format"),
         (lambda record: record.update(target="tensorrt"), "must be of the target tensorrt-rtx, found 'tensorrt'"),
         (lambda record: record.update(surprise=1), "unknown keys ['surprise']"),
+        (lambda record: record["settings"].pop("max_rows"), "lacks ['max_rows']"),
         (lambda record: record["settings"].update(max_rows=0), "1 <= max_rows <= prefill_rows <= max_context"),
         (lambda record: record["settings"].update(compute="int1"), "compute must be one of"),
         (lambda record: record["engines"]["language"].update(size="9"), "size must be int, found str"),
