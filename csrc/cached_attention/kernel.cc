@@ -17,9 +17,14 @@ namespace {
 constexpr int64_t kKeys = 64;         // positions per block
 constexpr int64_t kRowsPerTask = 64;  // so many share the widening of a block
 constexpr int64_t kRowsInPlace = 2;   // as many or fewer read the caches as they lie
-constexpr int kRowsAtOnce = 4;        // times kVectors sums stay in registers
-constexpr int kVectors = 4;
+constexpr int kRowsAtOnce = 4;
 constexpr float kNone = -__builtin_inff();
+
+// Vectors of sums for so many rows that registers hold beside shares and values.
+constexpr int VectorsAtOnce(int rows) {
+  if (Simd::kRegisters >= 32) return 4;
+  return rows == 1 ? 8 : rows == 2 ? 6 : rows == 3 ? 4 : 3;
+}
 
 // Rotary positions: the first half of a head is turned against the second.
 void Rotate(const float* head, const float* cosine, const float* sine, int64_t size, float scale, float* to) {
@@ -72,10 +77,24 @@ struct Block {
   int64_t stride;  // numbers between two positions
 };
 
+// What is read next: as many rows as the block has, each of so many bytes. It is fetched row by row meanwhile, for a
+// burst of fetches would hold up the loads behind it.
+struct Next {
+  const char* at;
+  int64_t row_bytes;
+
+  Next If(bool wanted) const { return {at, wanted ? row_bytes : 0}; }
+  void Fetch(int64_t row, int64_t count) const {
+    const char* from = at + row * row_bytes;
+    for (int64_t line = 0; line < count * row_bytes; line += 64) __builtin_prefetch(from + line, 0, 2);
+  }
+};
+
 // scores (kKeys) = a query (width) times each key of the block. What lies behind its last key counts for nothing.
 template <Storage storage>
-void Score(const float* query, const Block& keys, int64_t count, int64_t width, float* scores) {
+void Score(const float* query, const Block& keys, int64_t count, int64_t width, const Next& next, float* scores) {
   for (int64_t key = 0; key < count; key += kLanes) {
+    next.Fetch(key, kLanes);
     Floats sums[kLanes];
     Unroll<kLanes>([&](auto i) SIMD_INLINE_LAMBDA { sums[i] = Simd::Repeat(0.0f); });
     for (int64_t at = 0; at < width; at += kLanes) {
@@ -92,7 +111,7 @@ void Score(const float* query, const Block& keys, int64_t count, int64_t width, 
 // totals (rows, width) = totals * corrections + shares (rows, kKeys) times the values of the block, for kCount vectors
 // of the width from `at` on.
 template <Storage storage, int kRows, int kCount>
-void AddValues(const float* shares, const Block& values, int64_t count, int64_t at, int64_t width,
+void AddValues(const float* shares, const Block& values, int64_t count, int64_t at, int64_t width, const Next& next,
                const float* corrections, float* totals) {
   Floats sums[kRows][kCount];
   Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA {
@@ -102,6 +121,7 @@ void AddValues(const float* shares, const Block& values, int64_t count, int64_t 
     });
   });
   for (int64_t key = 0; key < count; ++key) {
+    next.Fetch(key, 1);
     Floats share[kRows];
     Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA { share[r] = Simd::Repeat(shares[r * kKeys + key]); });
     Unroll<kCount>([&](auto i) SIMD_INLINE_LAMBDA {
@@ -117,35 +137,34 @@ void AddValues(const float* shares, const Block& values, int64_t count, int64_t 
   });
 }
 
-template <Storage storage, int kRows>
-void AddAllValues(const float* shares, const Block& values, int64_t count, int64_t width, const float* corrections,
-                  float* totals) {
-  for (int64_t at = 0; at < width; at += kVectors * kLanes) {
-    const auto add = Pick((width - at) / kLanes, AddValues<storage, kRows, 1>, AddValues<storage, kRows, 2>,
-                          AddValues<storage, kRows, 3>, AddValues<storage, kRows, 4>);
-    add(shares, values, count, at, width, corrections, totals);
+// As many vectors at a time as registers have sums for, then the rest.
+template <Storage storage, int kRows, int kCount = VectorsAtOnce(kRows)>
+void AddAllValues(const float* shares, const Block& values, int64_t count, int64_t width, const Next& next,
+                  const float* corrections, float* totals, int64_t at = 0) {
+  for (; at + kCount * kLanes <= width; at += kCount * kLanes) {
+    AddValues<storage, kRows, kCount>(shares, values, count, at, width, next.If(at == 0), corrections, totals);
   }
-}
-
-void Fetch(const char* from, int64_t bytes) {
-  for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(from + line, 0, 2);
+  if constexpr (kCount > 1) {
+    AddAllValues<storage, kRows, kCount / 2>(shares, values, count, width, next, corrections, totals, at);
+  }
 }
 
 // All rows of a task with one block of keys, and of values.
 template <Storage storage>
-void ScoreRows(const float* query, int64_t rows, const Block& keys, int64_t count, int64_t width, float* scores) {
+void ScoreRows(const float* query, int64_t rows, const Block& keys, int64_t count, int64_t width, const Next& next,
+               float* scores) {
   for (int64_t row = 0; row < rows; ++row) {
-    Score<storage>(query + row * width, keys, count, width, scores + row * kKeys);
+    Score<storage>(query + row * width, keys, count, width, next.If(row == 0), scores + row * kKeys);
   }
 }
 
 template <Storage storage>
-void AddRows(const float* shares, int64_t rows, const Block& values, int64_t count, int64_t width,
+void AddRows(const float* shares, int64_t rows, const Block& values, int64_t count, int64_t width, const Next& next,
              const float* corrections, float* totals) {
   for (int64_t row = 0; row < rows; row += kRowsAtOnce) {
     const auto add = Pick(rows - row, AddAllValues<storage, 1>, AddAllValues<storage, 2>, AddAllValues<storage, 3>,
                           AddAllValues<storage, 4>);
-    add(shares + row * kKeys, values, count, width, corrections + row, totals + row * width);
+    add(shares + row * kKeys, values, count, width, next.If(row == 0), corrections + row, totals + row * width, 0);
   }
 }
 
@@ -185,7 +204,10 @@ void Attend(const Head& head, int64_t begin, int64_t count, float* memory) {
   float* scores = totals + kRowsPerTask * width;  // (kRowsPerTask, kKeys)
   float largest[kRowsPerTask], total[kRowsPerTask], corrections[kRowsPerTask];
   const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(size));
-  for (int64_t i = 0; i < 2 * kRowsPerTask * width; i += kLanes) Simd::Store(query + i, Simd::Repeat(0.0f));
+  for (int64_t i = 0; i < count * width; i += kLanes) {
+    Simd::Store(query + i, Simd::Repeat(0.0f));
+    Simd::Store(totals + i, Simd::Repeat(0.0f));
+  }
   for (int64_t row = 0; row < count; ++row) {
     const int64_t at = head.batch * given.tokens + (begin + row) / head.group;
     const int64_t query_head = head.head * head.group + (begin + row) % head.group;
@@ -207,10 +229,9 @@ void Attend(const Head& head, int64_t begin, int64_t count, float* memory) {
     const float* key_scales = head.scales(given.key_scales, start);
     const float* value_scales = head.scales(given.value_scales, start);
     // What is read next is fetched meanwhile: the values of this block, then the keys of the next.
-    const int64_t bytes = keys * size * CacheBytes(cache);
-    Fetch(head.cached(given.values, start), bytes);
+    const int64_t row_bytes = size * CacheBytes(cache);
     const auto score = in_place ? ScoreRows<cache> : ScoreRows<Storage::kFloat32>;
-    score(query, count, open(given.keys), keys, width, scores);
+    score(query, count, open(given.keys), keys, width, {head.cached(given.values, start), row_bytes}, scores);
     for (int64_t row = 0; row < count; ++row) {
       const int64_t first = Max(0, head.first(begin + row) - start);
       const int64_t end = Min(kKeys, head.position(begin + row) + 1 - start);
@@ -219,9 +240,9 @@ void Attend(const Head& head, int64_t begin, int64_t count, float* memory) {
       corrections[row] = Share(of_row, first, end, largest + row, total + row);
       if (value_scales != nullptr) MultiplyByScales(of_row, value_scales, keys);
     }
-    if (start + kKeys <= last) Fetch(head.cached(given.keys, start + kKeys), bytes);
     const auto add = in_place ? AddRows<cache> : AddRows<Storage::kFloat32>;
-    add(scores, count, open(given.values), keys, width, corrections, totals);
+    add(scores, count, open(given.values), keys, width, {head.cached(given.keys, start + kKeys), row_bytes},
+        corrections, totals);
   }
   for (int64_t row = 0; row < count; ++row) {
     const int64_t at = head.batch * given.tokens + (begin + row) / head.group;
