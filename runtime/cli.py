@@ -158,6 +158,9 @@ def build(
     ] = None,
     max_rows: Annotated[int, typer.Option(min=1, help="New tokens of a decode pass, as drafts need.")] = 64,
     plugin: Annotated[bool, typer.Option("--plugin", help="Our H-LoRA kernel in the full TensorRT.")] = False,
+    stream_weights: Annotated[
+        bool, typer.Option("--stream-weights", help="For a GPU too small for the weights: keep there what fits.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Build a bundle's TensorRT engines into it, in place of older ones of the same target."""
@@ -169,7 +172,7 @@ def build(
         raise HealthGPTError(f"build needs {error.name}: pip install 'healthgpt-edge[engines]'") from error
     opened = Bundle.open(bundle)
     capabilities = tuple(compute_capability.split(",")) if compute_capability else ()
-    settings = default_settings(opened.manifest, capabilities, compute, max_context, max_rows, plugin)
+    settings = default_settings(opened.manifest, capabilities, compute, max_context, max_rows, plugin, stream_weights)
     with _progress() as progress:
         bar = progress.add_task("build", total=None)
         record = build_engines(

@@ -48,6 +48,7 @@ class Settings:
     compute: type of the products (fp32, fp16, bf16). compute_capabilities: GPUs, as in "8.6"; none for the one at hand.
     max_context: tokens that the caches hold. max_rows: new tokens of a decode pass, and logits of any pass.
     prefill_rows: new tokens of any pass. plugin: whether the language engine's H-LoRA linears are our plugin.
+    stream_weights: whether a pass may fetch the language engine's weights from the host's memory.
     """
 
     compute: str
@@ -56,6 +57,7 @@ class Settings:
     max_rows: int
     prefill_rows: int
     plugin: bool = False
+    stream_weights: bool = False
 
     def __post_init__(self) -> None:
         if self.compute not in COMPUTE_TYPES:
@@ -111,12 +113,15 @@ def ingredients(manifest: Manifest, name: str, target: str, tensorrt: str, setti
     tasks = sorted(manifest.tasks) if name == LANGUAGE else [name.split(".")[0]]
     files = [*engine_graphs(manifest)[name], "weights/base.bin", *(f"weights/{task}.bin" for task in tasks)]
     flags = dataclasses.asdict(settings)
-    plugin = {"plugin": str(PLUGIN_VERSION)} if flags.pop("plugin") and name == LANGUAGE else {}
+    # These change the language engine alone, and only where they are asked for.
+    plugin, streams = flags.pop("plugin"), flags.pop("stream_weights")
+    if name == LANGUAGE:
+        flags |= {"plugin": PLUGIN_VERSION} if plugin else {}
+        flags |= {"stream_weights": True} if streams else {}
     return (
         {file: manifest.files[file].sha256 for file in files if file in manifest.files}
         | {"target": target, "TensorRT": tensorrt, "lowering": str(LOWERING)}
         | {flag: str(value) for flag, value in flags.items()}
-        | plugin
     )
 
 

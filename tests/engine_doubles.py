@@ -91,7 +91,7 @@ def at(address: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 class OrtEngine:
     """An engine's graph in ONNX Runtime, with outputs copied to where they were asked for."""
 
-    workspace_bytes = 1024
+    workspace_bytes, streams = 1024, False
 
     def __init__(self, path: Path, passes: list[tuple[str, int, int]]) -> None:
         options = onnxruntime.SessionOptions()

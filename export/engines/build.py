@@ -58,6 +58,7 @@ def default_settings(
     max_context: int | None = None,
     max_rows: int = DEFAULT_ROWS,
     plugin: bool = False,
+    stream_weights: bool = False,
 ) -> Settings:
     """The settings of a build: products in float16 but for an fp32 bundle, the context as long as the base allows, at
     most 4096 tokens. Raises ExecutorError."""
@@ -73,7 +74,7 @@ def default_settings(
         raise ExecutorError(f"the plugin multiplies float16: compute must be fp16, got {compute}")
     rows = min(max_rows, context) if max_context is None else max_rows
     prefill_rows = max(rows, min(DEFAULT_PREFILL_ROWS, context))
-    return Settings(compute, compute_capabilities, context, rows, prefill_rows, plugin)
+    return Settings(compute, compute_capabilities, context, rows, prefill_rows, plugin, stream_weights)
 
 
 def build_engines(
@@ -193,13 +194,8 @@ class Compiler:
 
     def compile(self, name: str, model: ModelProto, bundle: Bundle) -> Any:
         """The serialized engine of `model`, a buffer."""
-        trt = self.trt
         builder, network = self.parse(name, model, bundle)
-        config = builder.create_builder_config()
-        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-        if self.settings.compute == "fp32":
-            config.clear_flag(trt.BuilderFlag.TF32)
-        self._choose_gpus(config)
+        config = self.configure(name, builder)
         for shapes in self._profiles(name, network, bundle.manifest):
             profile = builder.create_optimization_profile()
             for tensor, (least, typical, most) in shapes.items():
@@ -210,6 +206,17 @@ class Compiler:
         if plan is None:
             raise ExecutorError(f"{self.label} cannot build the engine {name}: {self.log.reason}")
         return plan
+
+    def configure(self, name: str, builder: Any) -> Any:
+        """TensorRT's configuration for engine `name`, without its profiles."""
+        trt, config = self.trt, builder.create_builder_config()
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        if self.settings.compute == "fp32":
+            config.clear_flag(trt.BuilderFlag.TF32)
+        if self.settings.stream_weights and name == LANGUAGE:
+            config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
+        self._choose_gpus(config)
+        return config
 
     def _choose_gpus(self, config: Any) -> None:
         capabilities = self.settings.compute_capabilities

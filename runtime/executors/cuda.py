@@ -36,6 +36,11 @@ class Device(Protocol):
     stream: int
 
     @property
+    def free_bytes(self) -> int:
+        """Memory that is not taken by anybody."""
+        ...
+
+    @property
     def kernels(self) -> Any:
         """The module of our kernels for it (csrc/python/cuda.cc); None where it is not built."""
         ...
@@ -95,6 +100,10 @@ class CudaDevice:
         self.compute_capability = f"{properties.major}.{properties.minor}"
         self.stream = int(self.call("cudaStreamCreate"))
         self._staging = self._staging_bytes = 0
+
+    @property
+    def free_bytes(self) -> int:
+        return int(self.call("cudaMemGetInfo")[0])
 
     @functools.cached_property
     def kernels(self) -> Any:

@@ -29,8 +29,9 @@ from ..manifest import Manifest
 from .contract import Value, graph_values
 from .cuda import CudaDevice, Device
 from .hlora_plugin import register
-from .tensorrt_context import DECODE, LanguageBuffers, TensorRtContext, output_name
+from .tensorrt_context import DECODE, LanguageBuffers, TensorRtContext, caches_bytes, output_name
 from .tensorrt_engine import Engine, Tensor, TensorRtEngine
+from .weight_streaming import MARGIN_BYTES
 
 _RESIDENT = ("vision", "codes")
 
@@ -50,14 +51,16 @@ class TensorRtExecutor:
         open_engine: Callable[[str], Engine],
         name: str = "tensorrt",
     ) -> None:
-        self.name, self.bundle, self.device, self.settings = name, bundle, device, settings
+        self.bundle, self.device, self.settings = bundle, device, settings
         self._tasks, self._open = tasks, open_engine
         self._all_tasks = sorted(bundle.manifest.tasks)
         self._engines: dict[str, Engine] = {}
-        for engine in resident_engines(bundle.manifest, tasks):
-            self.engine(engine)
-        self._workspace = device.allocate(max(engine.workspace_bytes for engine in self._engines.values()))
         self.language = LanguageBuffers(bundle.manifest, settings, device)
+        self._workspace = device.allocate(0)
+        # The language engine last: where it streams weights, it keeps as many as the others leave it room for.
+        for engine in reversed(resident_engines(bundle.manifest, tasks)):
+            self._reserve(self.engine(engine))
+        self.name = f"{name}+streaming" if self.engine(LANGUAGE).streams else name
 
     @classmethod
     def open(cls, bundle: Bundle, tasks: tuple[str, ...], target: str | None = None) -> TensorRtExecutor:
@@ -79,7 +82,8 @@ class TensorRtExecutor:
         def open_engine(name: str) -> Engine:
             data = read_engine(bundle, record, name, str(trt.__version__))
             jit_cache = folder(bundle, target) / f"{name}.{device.compute_capability}.jit"
-            return TensorRtEngine(trt, target, name, data, device, jit_cache)
+            kept = kept_bytes(bundle.manifest, record, tasks) if name == LANGUAGE else None
+            return TensorRtEngine(trt, target, name, data, device, jit_cache, kept)
 
         return cls(bundle, tasks, device, record.settings, open_engine, name=_name(record))
 
@@ -101,9 +105,13 @@ class TensorRtExecutor:
     def run(self, name: str, tensors: dict[str, Tensor], profile: int = DECODE) -> None:
         """Order a pass of engine `name`."""
         engine = self.engine(name)
+        self._reserve(engine)
+        engine.run(profile, tensors, self._workspace)
+
+    def _reserve(self, engine: Engine) -> None:
+        """Let the workspace, one for all engines, be large enough for this one."""
         if engine.workspace_bytes > self._workspace.size_bytes:
             self._workspace = self.device.allocate(engine.workspace_bytes)
-        engine.run(profile, tensors, self._workspace)
 
     def features(self, task: str, pixels: np.ndarray) -> np.ndarray:
         if task not in self._tasks:
@@ -148,6 +156,18 @@ def resident_engines(manifest: Manifest, tasks: tuple[str, ...]) -> list[str]:
     """The engines that are loaded with the executor of `tasks`."""
     own = [f"{task}.{role}" for task in tasks for role in _RESIDENT if role in manifest.tasks[task].graphs]
     return [LANGUAGE, *own]
+
+
+def kept_bytes(manifest: Manifest, record: EngineRecord, tasks: tuple[str, ...]) -> int | None:
+    """Memory that a language engine which may stream its weights leaves free: for the caches of a sequence and for the
+    engines that are opened by who asks for them. None for one that may not."""
+    if not record.settings.stream_weights:
+        return None
+    resident = resident_engines(manifest, tasks)
+    later = [
+        entry.size for name, entry in record.engines.items() if name not in resident and name.split(".")[0] in tasks
+    ]
+    return caches_bytes(manifest, record.settings) + sum(later) + MARGIN_BYTES
 
 
 def engine_values(manifest: Manifest, name: str, settings: Settings) -> dict[str, Value]:

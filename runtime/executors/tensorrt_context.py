@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,6 +23,19 @@ DECODE, PREFILL = 0, 1
 _ALIGNMENT_BYTES = 256
 _INT64, _FLOAT32 = np.dtype(np.int64), np.dtype(np.float32)
 _CACHE_TYPES = {"fp32": "float32", "fp16": "float16", "bf16": "uint16"}
+
+
+def cache_layout(manifest: Manifest, settings: Settings) -> tuple[tuple[int, ...], np.dtype[Any], int]:
+    """Shape and type of a cache, bfloat16 as the bytes it has, and the bytes from one to the next."""
+    language = manifest.language
+    shape = (1, language.kv_heads, settings.max_context, language.head_dim)
+    dtype = np.dtype(_CACHE_TYPES[settings.compute])
+    return shape, dtype, -(-math.prod(shape) * dtype.itemsize // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+
+
+def caches_bytes(manifest: Manifest, settings: Settings) -> int:
+    """What the caches of one sequence take."""
+    return 2 * manifest.language.layers * cache_layout(manifest, settings)[2]
 
 
 def output_name(task: str, name: str) -> str:
@@ -53,14 +66,10 @@ class LanguageBuffers:
                 output = output_name(task, name)
                 self.rows[output] = size
                 self.outputs[output] = device.allocate(settings.max_rows * size * _FLOAT32.itemsize)
-        shape = (1, language.kv_heads, settings.max_context, language.head_dim)
-        # bfloat16 as the bytes it has.
-        self.cache_shape, self.cache_type = shape, np.dtype(_CACHE_TYPES[settings.compute])
-        size = math.prod(shape) * self.cache_type.itemsize
-        stride = -(-size // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        self.cache_shape, self.cache_type, stride = cache_layout(manifest, settings)
         names = [f"key_values.{layer}.{kind}" for layer in range(language.layers) for kind in ("key", "value")]
         self.cache_offsets = {name: index * stride for index, name in enumerate(names)}
-        self.caches_bytes = stride * len(names)
+        self.caches_bytes = caches_bytes(manifest, settings)
 
     def number_on_host(self, number: int) -> int:
         """The address of an int64 on the host that is `number`, at most max_rows."""

@@ -15,6 +15,7 @@ import numpy as np
 from ..errors import ExecutorError
 from .contract import Value
 from .cuda import CudaDevice, Memory
+from .weight_streaming import stream_weights, workspace_bytes
 
 RTX = "tensorrt-rtx"
 # A pass of few rows is launched as one captured graph; more shapes than these would fill memory with graphs.
@@ -34,12 +35,13 @@ class Engine(Protocol):
     """A graph that is compiled for a device.
 
     values: its inputs and outputs; an open dimension is "?". on_host: inputs that give shapes, read from the host.
-    workspace_bytes: what `run` needs beside tensors and weights.
+    workspace_bytes: what `run` needs beside tensors and weights. streams: whether a pass fetches some of the weights.
     """
 
     values: dict[str, Value]
     on_host: frozenset[str]
     workspace_bytes: int
+    streams: bool
 
     def run(self, profile: int, tensors: Mapping[str, Tensor], workspace: Memory) -> None:
         """Order a pass over the shapes of optimisation profile `profile` on the device's stream."""
@@ -68,10 +70,20 @@ class TensorRtEngine:
     """An engine on the GPU.
 
     trt: TensorRT's module. data: the checked bytes. jit_cache: where TensorRT-RTX keeps what it compiles for this GPU.
-    Raises ExecutorError, with TensorRT's reason, for an engine of another version, GPU or driver.
+    kept_bytes: of the GPU's memory, what an engine that may stream its weights leaves to others; None for one that may
+    not. Raises ExecutorError, with TensorRT's reason, for an engine of another version, GPU or driver.
     """
 
-    def __init__(self, trt: Any, target: str, name: str, data: np.ndarray, device: CudaDevice, jit_cache: Path) -> None:
+    def __init__(
+        self,
+        trt: Any,
+        target: str,
+        name: str,
+        data: np.ndarray,
+        device: CudaDevice,
+        jit_cache: Path,
+        kept_bytes: int | None = None,
+    ) -> None:
         self._trt, self._name, self._device, self._log = trt, name, device, Log(trt)
         self._label = f"{target} {trt.__version__}"
         runtime = trt.Runtime(self._log.logger)
@@ -92,9 +104,9 @@ class TensorRtEngine:
         }
         host = trt.TensorLocation.HOST
         self.on_host = frozenset(one for one in names if self._engine.get_tensor_location(one) == host)
-        profiles = range(self._engine.num_optimization_profiles)
-        self.workspace_bytes = max(self._engine.get_device_memory_size_for_profile_v2(one) for one in profiles)
-        self._contexts = [self._context(profile) for profile in profiles]
+        self.streams = kept_bytes is not None and stream_weights(self._engine, device.free_bytes - kept_bytes)
+        self.workspace_bytes = workspace_bytes(self._engine)
+        self._contexts = [self._context(profile) for profile in range(self._engine.num_optimization_profiles)]
         self._graphs: dict[object, Any] = {}
 
     def run(self, profile: int, tensors: Mapping[str, Tensor], workspace: Memory) -> None:
@@ -107,8 +119,10 @@ class TensorRtEngine:
         if self._jit is not None:
             self._enqueue(context)  # TensorRT-RTX captures graphs by itself
             self._jit.save()
-            return
-        self._replay(context, (profile, *tensors.items()))
+        elif self.streams:
+            self._enqueue(context)
+        else:
+            self._replay(context, (profile, *tensors.items()))
 
     def _replay(self, context: Any, key: object) -> None:
         """Run by the CUDA graph of these shapes and addresses; the first time without, which sets up the kernels."""
@@ -138,7 +152,8 @@ class TensorRtEngine:
         else:
             config = self._engine.create_runtime_config()
             config.set_execution_context_allocation_strategy(user_managed)
-            config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            if not self.streams:  # beside copies from the host, launches cost nothing
+                config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
             self._jit.attach(config)
             context = self._engine.create_execution_context(config)
         if context is None or not context.set_optimization_profile_async(profile, self._device.stream):

@@ -140,6 +140,22 @@ def test_a_build_that_fails_leaves_the_engines_that_were_there(copied):
     assert [path.name for path in (copied / "engines").iterdir()] == [TARGET]
 
 
+def test_the_language_engine_alone_may_stream_its_weights(plain, tmp_path):
+    """TensorRT-RTX builds it, without a GPU; that it is smaller on one is not known yet."""
+    manifest = Bundle.open(plain).manifest
+    for asked in (False, True):
+        settings = default_settings(manifest, (GPU,), max_context=MAX_CONTEXT, stream_weights=asked)
+        compiler = Compiler(trt, TARGET, settings)
+        builder = trt.Builder(compiler.log.logger)
+        flags = {name: compiler.configure(name, builder).get_flag(trt.BuilderFlag.WEIGHT_STREAMING) for name in NAMES}
+        assert flags == {name: asked and name == LANGUAGE for name in NAMES}
+    shutil.copytree(plain, tmp_path / "int4")
+    outcome = build(tmp_path / "int4", "--stream-weights", "--json")
+    assert outcome.code == 0, outcome.errors
+    assert outcome.json["settings"]["stream_weights"] is True
+    assert outcome.json["engines"]["language"]["built_from"]["stream_weights"] == "True"
+
+
 def test_inspect_tells_of_engines(built, plain):
     text = run("inspect", built).output
     assert f"TensorRT {trt.__version__}" in text and "language.engine" in text
@@ -382,7 +398,7 @@ def test_every_ingredient_makes_an_engine_stale(built, monkeypatch):
     parts = ingredients(bundle.manifest, LANGUAGE, TARGET, trt.__version__, record.settings)
     files = {"comprehension.language.onnx", "generation.language.onnx"}
     files |= {f"weights/{name}.bin" for name in ("base", "comprehension", "generation")}
-    settings = {field.name for field in dataclasses.fields(record.settings)} - {"plugin"}
+    settings = {field.name for field in dataclasses.fields(record.settings)} - {"plugin", "stream_weights"}
     assert set(parts) == files | settings | {"target", "TensorRT", "lowering"}
     for file in files:
         entries = dict(bundle.manifest.files)
@@ -400,6 +416,9 @@ def test_every_ingredient_makes_an_engine_stale(built, monkeypatch):
     for name, value in changed.items():
         other = dataclasses.replace(record, settings=dataclasses.replace(record.settings, **{name: value}))
         assert f"built from {name} " in stale(bundle, other)
+    streaming = dataclasses.replace(record, settings=dataclasses.replace(record.settings, stream_weights=True))
+    assert "built from stream_weights nothing, now it is True;" in stale(bundle, streaming)
+    check_fresh(bundle, streaming, "generation.vision", trt.__version__)
     with_plugin = dataclasses.replace(record.settings, plugin=True)
     assert "built from plugin nothing, now it is 1;" in stale(bundle, dataclasses.replace(record, settings=with_plugin))
     check_fresh(bundle, dataclasses.replace(record, settings=with_plugin), "generation.vision", trt.__version__)
@@ -415,10 +434,10 @@ def test_every_ingredient_makes_an_engine_stale(built, monkeypatch):
     assert "built from lowering 1, now it is 2; build again" in stale(bundle, record)
 
 
-def test_engines_from_before_there_was_a_plugin_are_still_good(copied):
+def test_engines_from_before_there_were_these_flags_are_still_good(copied):
     path = copied / "engines" / TARGET / "engines.json"
     record = json.loads(path.read_text())
-    assert record["settings"].pop("plugin") is False
+    assert record["settings"].pop("plugin") is record["settings"].pop("stream_weights") is False
     path.write_text(json.dumps(record))
     bundle = Bundle.open(copied)
     check_fresh(bundle, read_record(bundle, TARGET), LANGUAGE, trt.__version__)
