@@ -45,17 +45,6 @@ struct StoredMatrix {
   cuda::Matrix matrix;
 };
 
-// Operands of a router whose experts are those of several plugins.
-template <class Arguments>
-void ReadRouter(const py::object& expert_of, const py::object& route_bias, Arguments& arguments) {
-  if (!expert_of.is_none()) {
-    const Array given("expert_of", expert_of, kDevice);
-    given.Expect({arguments.adapter_out.channels}, Array::kInt, 32);
-    arguments.expert_of = given.data<int32_t>();
-  }
-  arguments.route_bias = OptionalFloats("route_bias", route_bias, {arguments.experts});
-}
-
 template <class Arguments>
 Arguments Matrices(int64_t rows, const StoredMatrix& weight, const StoredMatrix* adapter_in,
                    const StoredMatrix* adapter_out, int64_t experts) {
@@ -79,25 +68,44 @@ int64_t WorkspaceBytes(int64_t rows, const StoredMatrix& weight, const StoredMat
       Matrices<cuda::HLoraLinearArguments>(rows, weight, adapter_in, adapter_out, experts));
 }
 
+// x (S, C) or, for pairs, (S, 2 C), and what is multiplied with it and added to it.
+template <class Arguments>
+Arguments Operands(const py::object& x, const StoredMatrix& weight, const py::object& y, const py::object& bias,
+                   const StoredMatrix* adapter_in, const StoredMatrix* adapter_out, int64_t experts,
+                   const py::object& expert_of, const py::object& route_bias, bool pair_input = false) {
+  const std::vector<int64_t> shape = DeviceArray("x", x).shape();
+  if (shape.size() != 2) throw py::value_error("x must have 2 dimensions");
+  auto arguments = Matrices<Arguments>(shape[0], weight, adapter_in, adapter_out, experts);
+  arguments.x = Floats("x", x, {shape[0], weight.matrix.channels * (pair_input ? 2 : 1)});
+  arguments.y = Floats("y", y, {shape[0], weight.matrix.outputs});
+  arguments.bias = OptionalFloats("bias", bias, {weight.matrix.outputs});
+  if (!expert_of.is_none()) {
+    const Array given("expert_of", expert_of, kDevice);
+    given.Expect({arguments.adapter_out.channels}, Array::kInt, 32);
+    arguments.expert_of = given.data<int32_t>();
+  }
+  arguments.route_bias = OptionalFloats("route_bias", route_bias, {experts});
+  return arguments;
+}
+
+template <class Arguments>
+void GiveWorkspace(const py::object& workspace, Arguments& arguments) {
+  const Array memory = DeviceArray("workspace", workspace);
+  arguments.workspace = memory.template data<void>();
+  arguments.workspace_bytes = memory.bytes();
+}
+
 void HLoraLinear(const py::object& x, const StoredMatrix& weight, const py::object& y, const py::object& workspace,
                  const py::object& bias, const StoredMatrix* adapter_in, const StoredMatrix* adapter_out,
                  int64_t experts, const py::object& expert_of, const py::object& route_bias,
                  std::optional<float> epsilon, bool pair_input, const py::object& residual, uintptr_t stream) {
-  const std::vector<int64_t> shape = DeviceArray("x", x).shape();
-  if (shape.size() != 2) throw py::value_error("x must have 2 dimensions");
-  auto arguments = Matrices<cuda::HLoraLinearArguments>(shape[0], weight, adapter_in, adapter_out, experts);
-  const int64_t rows = shape[0], outputs = weight.matrix.outputs;
-  arguments.x = Floats("x", x, {rows, weight.matrix.channels * (pair_input ? 2 : 1)});
-  arguments.y = Floats("y", y, {rows, outputs});
-  arguments.bias = OptionalFloats("bias", bias, {outputs});
-  arguments.residual = OptionalFloats("residual", residual, {rows, outputs});
-  ReadRouter(expert_of, route_bias, arguments);
+  auto arguments = Operands<cuda::HLoraLinearArguments>(x, weight, y, bias, adapter_in, adapter_out, experts, expert_of,
+                                                        route_bias, pair_input);
+  arguments.residual = OptionalFloats("residual", residual, {arguments.rows, weight.matrix.outputs});
   arguments.normalise = epsilon.has_value();
   arguments.epsilon = epsilon.value_or(0.0f);
   arguments.pair_input = pair_input;
-  const Array memory = DeviceArray("workspace", workspace);
-  arguments.workspace = memory.data<void>();
-  arguments.workspace_bytes = memory.bytes();
+  GiveWorkspace(workspace, arguments);
   Raise(cuda::HLoraLinear(arguments, StreamOf(stream)));
 }
 
@@ -111,16 +119,9 @@ int64_t PrefillWorkspaceBytes(int64_t rows, const StoredMatrix& weight, const St
 void HLoraPrefill(const py::object& x, const StoredMatrix& weight, const py::object& y, const py::object& workspace,
                   const py::object& bias, const StoredMatrix* adapter_in, const StoredMatrix* adapter_out,
                   int64_t experts, const py::object& expert_of, const py::object& route_bias, uintptr_t stream) {
-  const std::vector<int64_t> shape = DeviceArray("x", x).shape();
-  if (shape.size() != 2) throw py::value_error("x must have 2 dimensions");
-  auto arguments = Matrices<cuda::HLoraPrefillArguments>(shape[0], weight, adapter_in, adapter_out, experts);
-  arguments.x = Floats("x", x, {shape[0], weight.matrix.channels});
-  arguments.y = Floats("y", y, {shape[0], weight.matrix.outputs});
-  arguments.bias = OptionalFloats("bias", bias, {weight.matrix.outputs});
-  ReadRouter(expert_of, route_bias, arguments);
-  const Array memory = DeviceArray("workspace", workspace);
-  arguments.workspace = memory.data<void>();
-  arguments.workspace_bytes = memory.bytes();
+  auto arguments = Operands<cuda::HLoraPrefillArguments>(x, weight, y, bias, adapter_in, adapter_out, experts,
+                                                         expert_of, route_bias);
+  GiveWorkspace(workspace, arguments);
   Raise(cuda::HLoraPrefill(arguments, StreamOf(stream)));
 }
 
@@ -129,13 +130,8 @@ void HLoraLinearRows(const py::object& x, const StoredMatrix& weight, const py::
                      const py::object& expert_of, const py::object& route_bias, uintptr_t stream) {
   // Never freed: at the process' end CUDA may be gone before it.
   static auto& workspaces = *new std::shared_ptr(cuda::Workspaces::Get());
-  const std::vector<int64_t> shape = DeviceArray("x", x).shape();
-  if (shape.size() != 2) throw py::value_error("x must have 2 dimensions");
-  auto arguments = Matrices<cuda::HLoraLinearArguments>(shape[0], weight, adapter_in, adapter_out, experts);
-  arguments.x = Floats("x", x, {shape[0], weight.matrix.channels});
-  arguments.y = Floats("y", y, {shape[0], weight.matrix.outputs});
-  arguments.bias = OptionalFloats("bias", bias, {weight.matrix.outputs});
-  ReadRouter(expert_of, route_bias, arguments);
+  const auto arguments =
+      Operands<cuda::HLoraLinearArguments>(x, weight, y, bias, adapter_in, adapter_out, experts, expert_of, route_bias);
   Raise(cuda::HLoraLinearRows(arguments, *workspaces, StreamOf(stream)));
 }
 #endif

@@ -18,6 +18,7 @@ import onnx
 import onnxruntime
 import pytest
 from cmake_build import ROOT, build
+from command import export_options, run
 from engine_doubles import at
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
@@ -56,6 +57,16 @@ def kernels(tmp_path_factory) -> ModuleType:
     return module
 
 
+def language_graph(bundle: Bundle, plugin: bool) -> Path:
+    """The language graph that TensorRT gets, written into the bundle."""
+    settings = default_settings(bundle.manifest, max_context=MAX_CONTEXT, max_rows=MAX_ROWS, plugin=plugin)
+    path = bundle.path / f"plugin-{plugin}.onnx"
+    with WeightFile(path.with_suffix(".bin"), f"{path.stem}.bin") as stacked:
+        model = engine_model(bundle, LANGUAGE, engine_graphs(bundle.manifest)[LANGUAGE], settings, stacked)
+    onnx.save(model, path)
+    return path
+
+
 @pytest.fixture(scope="module")
 def graphs(tmp_path_factory):
     """Gives the phantom's bundle in a precision, and its language graph for TensorRT with or without the plugin."""
@@ -69,14 +80,7 @@ def graphs(tmp_path_factory):
 
     @cache
     def give(precision: str, plugin: bool) -> tuple[Bundle, Path]:
-        opened = bundle(precision)
-        settings = default_settings(opened.manifest, max_context=MAX_CONTEXT, max_rows=MAX_ROWS, plugin=plugin)
-        name = f"plugin-{plugin}"
-        with WeightFile(opened.path / f"{name}.bin", f"{name}.bin") as stacked:
-            files = engine_graphs(opened.manifest)[LANGUAGE]
-            model = engine_model(opened, LANGUAGE, files, settings, stacked)
-        onnx.save(model, opened.path / f"{name}.onnx")
-        return opened, opened.path / f"{name}.onnx"
+        return bundle(precision), language_graph(bundle(precision), plugin)
 
     return give
 
@@ -126,14 +130,15 @@ class TaskLinear:
             return dequantise(values, values_of(stored[scales], bundle.path), block_size) if scales else values
 
         self.weight, self.adapter_in, self.adapter_out = (matrix(index) for index in (1, 4, 6))
-        assert not node.input[3]
+        self.bias = values_of(stored[node.input[3]], bundle.path) if node.input[3] else None
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         rank = len(self.adapter_out)
         low = x.astype(np.float64) @ self.adapter_in
         routes = np.exp(low[..., rank:] - low[..., rank:].max(-1, keepdims=True))
         gate = np.repeat(routes / routes.sum(-1, keepdims=True), rank // self.experts, axis=-1)
-        return x @ self.weight + (gate * low[..., :rank]) @ self.adapter_out
+        y = x @ self.weight + (gate * low[..., :rank]) @ self.adapter_out
+        return y if self.bias is None else y + self.bias
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -159,6 +164,26 @@ def test_every_linear_is_that_of_the_task_alone(graphs, kernels, precision, rows
             # The task makes a difference that would be seen.
             inputs[-1] = silence[1 - TASKS.index(task)][None]
             assert np.abs(run_plugin(kernels, fields, inputs) - wanted).max() > 10 * tolerance
+
+
+@pytest.mark.parametrize("rows", [2, 66])
+def test_linears_of_one_task_and_with_a_bias(kernels, tmp_path, rows):
+    """A system with comprehension alone: nothing is silent, the rank of 8 is filled up, some linears have a bias."""
+    outcome = run("export", *export_options("qwen"), "--precision", "fp16", "--out", tmp_path / "qwen")
+    assert outcome.code == 0, outcome.errors
+    bundle = Bundle.open(tmp_path / "qwen")
+    path = language_graph(bundle, True)
+    graph = onnx.load(path, load_external_data=False).graph
+    stored, biases = {tensor.name: tensor for tensor in graph.initializer}, 0
+    for node in (node for node in graph.node if node.domain == DOMAIN):
+        expected, fields = TaskLinear(bundle, "comprehension", node.output[0]), fields_of(node)
+        x = np.random.default_rng(rows).standard_normal((1, rows, len(expected.weight))).astype(np.float32)
+        inputs = [x, *(values_of(stored[name], path.parent) for name in node.input[1:])]
+        found, wanted = run_plugin(kernels, fields, inputs), expected(x)
+        tolerance = (FEW_ROWS if rows <= 64 else MANY_ROWS) * np.abs(wanted).max()
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance)
+        biases += expected.bias is not None
+    assert biases > 0
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

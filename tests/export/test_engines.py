@@ -308,6 +308,16 @@ def language_model(bundle: Bundle, work: Path, plugin: bool) -> onnx.ModelProto:
         return engine_model(bundle, LANGUAGE, engine_graphs(bundle.manifest)[LANGUAGE], settings, stacked)
 
 
+def test_without_its_kernels_an_engine_with_the_plugin_is_not_begun(plain, monkeypatch):
+    """TensorRT-RTX stands in for the full TensorRT, as far as to the plugin."""
+    monkeypatch.setitem(engines.MODULES, "tensorrt", engines.MODULES[TARGET])
+    monkeypatch.setattr("healthgpt_edge.export.engines.build.own_kernels", lambda: None)
+    outcome = run("build", plain, "--target", "tensorrt", "--plugin")
+    assert (outcome.code, outcome.output) == (2, "") and outcome.errors.count("\n") == 1
+    assert "the plugin needs our CUDA kernels: HEALTHGPT_CUDA=1 pip install ." in outcome.errors
+    assert not (plain / "engines").exists() or not list((plain / "engines").iterdir())
+
+
 def test_every_hlora_linear_becomes_the_plugin_and_nothing_else_does(plain, tmp_path):
     bundle = Bundle.open(plain)
     with_plugin, without = (language_model(bundle, tmp_path, plugin).graph for plugin in (True, False))
