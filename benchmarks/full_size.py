@@ -1,10 +1,11 @@
-"""Export a full-size M3 with random weights, then answer and generate with it: time, peak memory, bytes.
+"""Export a full-size system with random weights, then answer and generate with it: time, peak memory, bytes.
 
-    python -m benchmarks.full_size WORK_DIR [--precision fp16 --precision int4] [--cache int8]
-        [--run int4 --run int4-int8] [--out results.json]
+    python -m benchmarks.full_size WORK_DIR [--system m3|l14|xl32] [--layers N] [--precision fp16 --precision int4]
+        [--cache int8] [--run int4 --run int4-int8] [--out results.json]
 
-Writes the checkpoint to WORK_DIR/m3 unless it is there (11 GB), the bundles beside it. Peak memory is the kernel's
-high-water mark of the exporting process (mapped file pages included), and of the running one also the anonymous part.
+Writes the checkpoint to WORK_DIR/SYSTEM unless it is there (M3 11 GB, L14 31, XL32 67), the bundles beside it. Peak
+memory is the kernel's high-water mark of the exporting process (mapped file pages included), and of the running one
+also the anonymous part.
 """
 
 from __future__ import annotations
@@ -24,14 +25,16 @@ import onnxruntime
 
 from healthgpt_edge import machine
 
-RELEASED = {
-    "base": "base",
-    "vision": "vision",
-    "comprehension": "HealthGPT-M3/com_hlora_weights.bin",
-    "generation": "HealthGPT-M3/gen_hlora_weights.bin",
-    "fusion": "HealthGPT-M3/fusion_layer_weights.bin",
-    "vqgan": "vqgan",
-}
+from .systems import SYSTEMS, System
+
+
+def released(checkpoint: Path, system: System) -> dict[str, Path]:
+    """The files of a checkpoint by `export`'s options."""
+    files = {"base": "base", "vision": "vision"}
+    files |= {task: f"{system.folder}/{system.plugin(task)}" for task in system.ranks}
+    if "generation" in system.ranks:
+        files |= {"fusion": f"{system.folder}/fusion_layer_weights.bin", "vqgan": "vqgan"}
+    return {name: checkpoint / file for name, file in files.items()}
 
 
 def memory_mb() -> dict[str, int]:
@@ -58,11 +61,13 @@ def memory_parts() -> dict[str, int]:
     return {name: kib >> 10 for name, kib in parts.most_common() if kib >> 10}
 
 
-def export(checkpoint: Path, bundle: Path, precision: str, cache: str | None) -> dict[str, object]:
+def export(
+    checkpoint: Path, bundle: Path, precision: str, cache: str | None = None, system: System = SYSTEMS["m3"]
+) -> dict[str, object]:
     """Run the export command as a user does; returns seconds, peak MiB and bytes per part."""
     if bundle.exists():
         shutil.rmtree(bundle)
-    options = [item for name, path in RELEASED.items() for item in (f"--{name}", str(checkpoint / path))]
+    options = [item for name, path in released(checkpoint, system).items() for item in (f"--{name}", str(path))]
     command = [sys.executable, "-m", "healthgpt_edge.cli", "export", *options, "--precision", precision]
     command += ["--cache", cache] if cache else []
     begin = time.perf_counter()
@@ -83,7 +88,7 @@ def export(checkpoint: Path, bundle: Path, precision: str, cache: str | None) ->
 
 
 def run(bundle: Path, answer_tokens: int, threads: int | None) -> dict[str, object]:
-    """Load both tasks, answer once, generate one picture; returns times and memory."""
+    """Load all tasks, answer once, generate one picture if it can; returns times and memory."""
     import numpy as np
 
     from healthgpt_edge import load
@@ -95,6 +100,8 @@ def run(bundle: Path, answer_tokens: int, threads: int | None) -> dict[str, obje
     answer = session.answer(picture, "What is in the image?", max_new_tokens=answer_tokens)
     result["answer"] = answer.timings_ms | {"tokens": len(answer.token_ids)}
     result["after_answer_mib"] = memory_mb()
+    if "generation" not in session.bundle.manifest.tasks:
+        return result | {"after_answer_parts_mib": memory_parts()}
     # A random model takes few drafts; what a pass of more rows costs is benchmarks.rows' to say.
     made = session.generate(picture, "Reconstruct the image.", draft="none")
     result["generate"] = made.timings_ms | {"tokens": len(made.token_ids), "image": list(made.pixels.shape)}
@@ -106,6 +113,8 @@ def run(bundle: Path, answer_tokens: int, threads: int | None) -> dict[str, obje
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
+    parser.add_argument("--system", choices=sorted(SYSTEMS), default="m3")
+    parser.add_argument("--layers", type=int, help="fewer decoder layers, where there is no room for all")
     parser.add_argument("--precision", action="append", default=[], help="export this one; may be repeated")
     parser.add_argument("--cache", help="type of the caches of what is exported, if not the precision's own")
     parser.add_argument("--run", action="append", default=[], help="answer and generate with this one")
@@ -117,11 +126,17 @@ def main() -> None:
     if arguments.run_bundle:
         print(json.dumps(run(arguments.run_bundle, arguments.answer_tokens, arguments.threads)))
         return
-    checkpoint = arguments.work / "m3"
-    if not checkpoint.exists():
-        subprocess.run([sys.executable, "-m", "benchmarks.random_checkpoint", str(checkpoint)], check=True)
-    # What is measured now replaces what the file says of it; the rest stays, if it is of the same machine.
+    system = SYSTEMS[arguments.system]
+    checkpoint = arguments.work / arguments.system
+    if arguments.precision and not checkpoint.exists():
+        command = [sys.executable, "-m", "benchmarks.random_checkpoint", str(checkpoint), "--system", arguments.system]
+        command += ["--layers", str(arguments.layers)] if arguments.layers else []
+        subprocess.run(command, check=True)
+    bundles = "bundle" if arguments.system == "m3" else f"bundle-{arguments.system}"
+    # What is measured now replaces what the file says of it; the rest stays, if it is of the same system and machine.
     results: dict[str, object] = {
+        "system": arguments.system,
+        "layers": arguments.layers or system.layers,
         "machine": {
             "processor": machine.description()["processor"],
             "cores": os.cpu_count(),
@@ -131,16 +146,17 @@ def main() -> None:
     }
     if arguments.out and arguments.out.is_file():
         kept = json.loads(arguments.out.read_text())
-        if all(kept[name] == results[name] for name in results):
+        if all(kept.get(name) == results[name] for name in results):
             results = kept
     for precision in arguments.precision:
         name = f"{precision}-{arguments.cache}" if arguments.cache else precision
-        results[f"export {name}"] = export(checkpoint, arguments.work / f"bundle-{name}", precision, arguments.cache)
+        bundle = arguments.work / f"{bundles}-{name}"
+        results[f"export {name}"] = export(checkpoint, bundle, precision, arguments.cache, system)
         print(name, json.dumps(results[f"export {name}"]), flush=True)
     for precision in arguments.run:
         # A process of its own, so that its high-water mark is its own.
         command = [sys.executable, "-m", "benchmarks.full_size", str(arguments.work)]
-        command += ["--run-bundle", str(arguments.work / f"bundle-{precision}")]
+        command += ["--run-bundle", str(arguments.work / f"{bundles}-{precision}")]
         command += ["--answer-tokens", str(arguments.answer_tokens)]
         command += ["--threads", str(arguments.threads)] if arguments.threads else []
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout

@@ -19,7 +19,6 @@ from healthgpt_edge import _kernels
 from .systems import SYSTEMS
 
 BLOCK_SIZE = 128
-TASKS = {"comprehension": "com", "generation": "gen"}
 
 
 def random_matrix(random: np.random.Generator, inputs: int, outputs: int) -> _kernels.Matrix:
@@ -44,7 +43,7 @@ def main() -> None:
             (random_matrix(random, inputs, rank + system.experts), random_matrix(random, rank, outputs))
             for inputs, outputs in shapes
         ]
-        for task, rank in ((task, system.ranks[name]) for task, name in TASKS.items())
+        for task, rank in system.ranks.items()
     }
 
     def token(task: str) -> None:

@@ -1,11 +1,11 @@
 """Write a checkpoint of a real system's exact size and layout, with random weights.
 
-    python -m benchmarks.random_checkpoint OUT [--system m3] [--layers N]
+    python -m benchmarks.random_checkpoint OUT [--system m3|l14|xl32] [--layers N]
 
 The released weights cannot be shipped; time, memory and bytes do not depend on their values. They are scaled so that a
 layer refines its input, as in a trained model: with one scale for all, 32 layers make a chaos in which two correct
-roundings give unrelated logits, and nothing could be compared. Everything is written tensor by tensor, so that writing
-8 GB takes little memory.
+roundings give unrelated logits, and nothing could be compared. The base is written tensor by tensor, so that 65 GB take
+little memory. L14 and XL32 get the tokenizers of the tests, which are small: those of the release are not here.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import shutil
 import struct
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,7 +26,8 @@ from healthgpt_edge.export.reference.vqgan import Vqgan
 
 from .systems import SYSTEMS, System
 
-TOKENIZER = Path(__file__).parents[1] / "tests" / "data" / "phi3-tokenizer"
+TESTS = Path(__file__).parents[1] / "tests"
+PHI3_TOKENIZER = TESTS / "data" / "phi3-tokenizer"
 SHARD_BYTES = 4 << 30
 # One pool of normal values, read from a moving start: as good as fresh ones here, and a hundred times faster.
 POOL_SIZE = 1 << 24
@@ -67,6 +69,8 @@ def base_tensors(system: System) -> Iterator[tuple[str, tuple[int, ...]]]:
     for layer in range(system.layers):
         for name, shape in system.linears.items():
             yield f"model.layers.{layer}.{name}.weight", shape
+        for name, outputs in system.biases.items():
+            yield f"model.layers.{layer}.{name}.bias", (outputs,)
         for name in ("input_layernorm", "post_attention_layernorm"):
             yield f"model.layers.{layer}.{name}.weight", (system.hidden,)
     yield "model.norm.weight", (system.hidden,)
@@ -102,34 +106,31 @@ def write_base(folder: Path, system: System, normal: Normal) -> None:
                 file.write(values.view(torch.int16).numpy().data)
     index_json = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index_json))
-    config = {
-        "architectures": ["Phi3ForCausalLM"],
-        "model_type": "phi3",
-        "hidden_act": "silu",
+    write_settings(folder, system)
+
+
+def write_settings(folder: Path, system: System) -> None:
+    """config.json, generation_config.json and the tokenizer."""
+    small = TESTS / "golden" / "checkpoints" / system.small_base
+    config, generation = (json.loads((small / name).read_text()) for name in ("config.json", "generation_config.json"))
+    config |= {
         "hidden_size": system.hidden,
         "intermediate_size": system.intermediate,
         "num_hidden_layers": system.layers,
         "num_attention_heads": system.heads,
-        "num_key_value_heads": system.heads,
-        "max_position_embeddings": 4096,
-        "original_max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-5,
-        "rope_scaling": None,
-        "rope_theta": 10000.0,
-        "sliding_window": 2047,
-        "tie_word_embeddings": False,
-        "attention_bias": False,
+        "num_key_value_heads": system.kv_heads,
         "vocab_size": system.base_vocab,
-        "bos_token_id": 1,
-        "eos_token_id": 32000,
-        "pad_token_id": 32000,
-        "torch_dtype": "bfloat16",
     }
-    (folder / "config.json").write_text(json.dumps(config))
-    generation = {"bos_token_id": 1, "eos_token_id": [32000, 32001, 32007], "pad_token_id": 32000}
-    (folder / "generation_config.json").write_text(json.dumps(generation))
-    for name in ("tokenizer.model", "tokenizer_config.json"):
-        shutil.copy(TOKENIZER / name, folder / name)
+    tokenizer = small
+    if system == replace(SYSTEMS["m3"], layers=system.layers):
+        tokenizer = PHI3_TOKENIZER  # the released one
+        config |= {"bos_token_id": 1, "eos_token_id": 32000, "pad_token_id": 32000}
+        generation = {"bos_token_id": 1, "eos_token_id": [32000, 32001, 32007], "pad_token_id": 32000}
+    for name, settings in {"config.json": config, "generation_config.json": generation}.items():
+        (folder / name).write_text(json.dumps(settings))
+    for name in ("tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt"):
+        if (tokenizer / name).is_file():
+            shutil.copy(tokenizer / name, folder / name)
 
 
 def write_vision(folder: Path, normal: Normal) -> None:
@@ -186,7 +187,7 @@ def _linear(name: str, outputs: int, inputs: int, normal: Normal) -> dict[str, t
 
 
 def write_plugins(folder: Path, system: System, normal: Normal) -> None:
-    """The two H-LoRA plugins and the fusion file, fp16, with the released keys."""
+    """The H-LoRA plugins and, where there is generation, the fusion file, fp16, with the released keys."""
     prefix, half = "base_model.model.model", torch.float16
     for task, rank in system.ranks.items():
         state = {}
@@ -199,7 +200,9 @@ def write_plugins(folder: Path, system: System, normal: Normal) -> None:
         for index, inputs in ((0, 1024), (2, system.hidden)):
             state[f"{prefix}.mm_projector.{index}.weight"] = normal(system.hidden, inputs, dtype=half)
             state[f"{prefix}.mm_projector.{index}.bias"] = normal(system.hidden, dtype=half)
-        torch.save(state, folder / f"{task}_hlora_weights.bin")
+        torch.save(state, folder / system.plugin(task))
+    if "generation" not in system.ranks:
+        return
     fusion = {
         f"{prefix}.embed_tokens.weight": normal(system.vocab, system.hidden, dtype=half).mul_(1 / STANDARD_DEVIATION),
         "base_model.model.lm_head.weight": normal(system.vocab, system.hidden, dtype=half),
@@ -248,15 +251,17 @@ def main() -> None:
     arguments = parser.parse_args()
     system = SYSTEMS[arguments.system]
     if arguments.layers:
-        system = System(**{**vars(system), "layers": arguments.layers})
+        system = replace(system, layers=arguments.layers)
     normal = Normal(arguments.seed)
-    folders = {name: arguments.out / name for name in ("base", "vision", system.folder, "vqgan")}
+    parts = ["base", "vision", system.folder, *(["vqgan"] if "generation" in system.ranks else [])]
+    folders = {name: arguments.out / name for name in parts}
     for folder in folders.values():
         folder.mkdir(parents=True)
     write_base(folders["base"], system, normal)
     write_vision(folders["vision"], normal)
     write_plugins(folders[system.folder], system, normal)
-    write_vqgan(folders["vqgan"])
+    if "vqgan" in folders:
+        write_vqgan(folders["vqgan"])
     total = sum(file.stat().st_size for file in arguments.out.rglob("*") if file.is_file())
     print(f"wrote {arguments.out}: {total:,} bytes")
 

@@ -7,28 +7,90 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class System:
-    """Sizes of one released system (HEALTHGPT.md); `ranks` by task, named as the plugins' files are."""
+    """Sizes of one released system (HEALTHGPT.md); `ranks` by task."""
 
     folder: str
+    plugin_suffix: str  # of the names of the plugins' files
+    small_base: str  # the directory in tests/golden/checkpoints of the same base, but for sizes and vocabulary
     hidden: int
     layers: int
     heads: int
+    kv_heads: int
     intermediate: int
     base_vocab: int
     vocab: int
     ranks: dict[str, int]
     experts: int = 4
+    splits_linears: bool = False  # q, k, v, gate and up are linears of their own, the first three with biases
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
-        """Each Phi-3 linear's (outputs, inputs)."""
+        """Each linear's (outputs, inputs)."""
         hidden, intermediate = self.hidden, self.intermediate
+        cached = hidden // self.heads * self.kv_heads
+        if self.splits_linears:
+            inner = {"self_attn.q_proj": hidden, "self_attn.k_proj": cached, "self_attn.v_proj": cached}
+            wide = {"mlp.gate_proj": intermediate, "mlp.up_proj": intermediate}
+        else:
+            inner, wide = {"self_attn.qkv_proj": hidden + 2 * cached}, {"mlp.gate_up_proj": 2 * intermediate}
         return {
-            "self_attn.qkv_proj": (3 * hidden, hidden),
+            **{name: (outputs, hidden) for name, outputs in inner.items()},
             "self_attn.o_proj": (hidden, hidden),
-            "mlp.gate_up_proj": (2 * intermediate, hidden),
+            **{name: (outputs, hidden) for name, outputs in wide.items()},
             "mlp.down_proj": (hidden, intermediate),
         }
 
+    def plugin(self, task: str) -> str:
+        """The name of a task's plugin file."""
+        return f"{task[:3]}_hlora_weights{self.plugin_suffix}.bin"
 
-SYSTEMS = {"m3": System("HealthGPT-M3", 3072, 32, 32, 8192, 32064, 40206, {"com": 64, "gen": 256})}
+    @property
+    def biases(self) -> dict[str, int]:
+        """Outputs of the linears that have a bias."""
+        if not self.splits_linears:
+            return {}
+        return {name: outputs for name, (outputs, _) in self.linears.items() if name[-6] in "qkv"}
+
+
+SYSTEMS = {
+    "m3": System(
+        "HealthGPT-M3",
+        "",
+        "m3/Phi-3-mini-4k-instruct",
+        hidden=3072,
+        layers=32,
+        heads=32,
+        kv_heads=32,
+        intermediate=8192,
+        base_vocab=32064,
+        vocab=40206,
+        ranks={"comprehension": 64, "generation": 256},
+    ),
+    "l14": System(
+        "HealthGPT-L14",
+        "_phi4",
+        "phi4/phi-4",
+        hidden=5120,
+        layers=40,
+        heads=40,
+        kv_heads=10,
+        intermediate=17920,
+        base_vocab=100352,
+        vocab=100352,
+        ranks={"comprehension": 32},
+    ),
+    "xl32": System(
+        "HealthGPT-XL32",
+        "_QWEN_32B",
+        "qwen/Qwen2.5-32B-Instruct",
+        hidden=5120,
+        layers=64,
+        heads=40,
+        kv_heads=8,
+        intermediate=27648,
+        base_vocab=152064,
+        vocab=152064,
+        ranks={"comprehension": 32},
+        splits_linears=True,
+    ),
+}

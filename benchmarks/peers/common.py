@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from ..systems import SYSTEMS, System
 
-RANKS = {"comprehension": SYSTEMS["m3"].ranks["com"], "generation": SYSTEMS["m3"].ranks["gen"]}
+RANKS = SYSTEMS["m3"].ranks
 
 
 def parse_arguments(description: str | None, **variants: Any) -> argparse.Namespace:
