@@ -81,6 +81,10 @@ SIMD_INLINE Floats LoadVector(const void* from, int64_t at, int count) {
 // `count` cached rows of `size` numbers, widened to rows of `width` with zeros, without their scales.
 template <Storage storage>
 void LoadCached(const void* from, int64_t count, int64_t size, int64_t width, float* to) {
+  if (size == width) {  // nothing between the rows: they are one
+    size *= count;
+    count = 1;
+  }
   for (int64_t row = 0; row < count; ++row) {
     const int64_t at = row * size;
     int64_t i = 0;

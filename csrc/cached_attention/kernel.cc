@@ -23,7 +23,7 @@ constexpr float kNone = -__builtin_inff();
 // Vectors of sums for so many rows that registers hold beside shares and values.
 constexpr int VectorsAtOnce(int rows) {
   if (Simd::kRegisters >= 32) return 4;
-  return rows == 1 ? 8 : rows == 2 ? 6 : rows == 3 ? 4 : 3;
+  return rows == 1 ? 8 : rows == 2 ? 6 : rows == 3 ? 4 : 2;
 }
 
 // Rotary positions: the first half of a head is turned against the second.
@@ -220,7 +220,8 @@ void Attend(const Head& head, int64_t begin, int64_t count, float* memory) {
   for (int64_t start = head.first(begin) / kKeys * kKeys; start <= last; start += kKeys) {
     const int64_t keys = Min(kKeys, last + 1 - start);
     // Whole blocks of whole vectors are widened only if many rows will read them. The numbers are the same.
-    const bool in_place = count <= kRowsInPlace && keys == kKeys && size == width;
+    const bool few = count <= kRowsInPlace || cache == Storage::kFloat32;
+    const bool in_place = few && keys == kKeys && size == width;
     const auto open = [&](void* rows) {
       if (in_place) return Block{head.cached(rows, start), size};
       LoadCached<cache>(head.cached(rows, start), keys, size, width, block);

@@ -30,19 +30,26 @@ struct Ahead {
   int64_t bytes;  // of a row
 };
 
-// sums += the tile's `channels` channels, whose first number is at `at` of values, times kRows rows of x.
+// The sums at `place` += the tile's `channels` channels, whose first number is at `at` of values, times kRows rows of
+// x.
 template <Storage storage, int kRows>
 void MultiplyFloats(const void* values, int64_t at, int64_t stride, int64_t channels, const float* x, int64_t x_stride,
-                    const Ahead& ahead, float* sums, int64_t sums_stride) {
+                    const Ahead& ahead, const Sums& sums, int64_t place, int64_t sums_stride) {
   constexpr int kSums = SumsPerRow(kRows);
   for (int64_t vector = 0; vector < kVectors; vector += kSums) {
     const int64_t first = vector * Simd::kLanes, fetched = ahead.bytes * vector / kVectors;
     Floats totals[kRows][kSums];
-    Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA {
-      Unroll<kSums>([&](auto i) SIMD_INLINE_LAMBDA {
-        totals[r][i] = Simd::Load(sums + r * sums_stride + first + i * Simd::kLanes);
+    const auto each = [&](const auto& use) SIMD_INLINE_LAMBDA {
+      Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA {
+        Unroll<kSums>(
+            [&](auto i) SIMD_INLINE_LAMBDA { use(totals[r][i], place + r * sums_stride + first + i * Simd::kLanes); });
       });
-    });
+    };
+    if (sums.from == nullptr) {
+      each([&](Floats& total, int64_t) SIMD_INLINE_LAMBDA { total = Simd::Repeat(0.0f); });
+    } else {
+      each([&](Floats& total, int64_t index) SIMD_INLINE_LAMBDA { total = Simd::Load(sums.from + index); });
+    }
     for (int64_t channel = 0; channel < channels; ++channel) {
       if (ahead.from != nullptr) {
         const char* next = ahead.from + channel * ahead.stride + fetched;
@@ -60,11 +67,11 @@ void MultiplyFloats(const void* values, int64_t at, int64_t stride, int64_t chan
         });
       });
     }
-    Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA {
-      Unroll<kSums>([&](auto i) SIMD_INLINE_LAMBDA {
-        Simd::Store(sums + r * sums_stride + first + i * Simd::kLanes, totals[r][i]);
-      });
-    });
+    if (sums.before != nullptr) {
+      each([&](Floats& total, int64_t index)
+               SIMD_INLINE_LAMBDA { total = Simd::Add(Simd::Load(sums.before + index), total); });
+    }
+    each([&](Floats& total, int64_t index) SIMD_INLINE_LAMBDA { Simd::Store(sums.to + index, total); });
   }
 }
 
@@ -87,8 +94,8 @@ void Widen(const void* values, int64_t at, int64_t stride, int64_t channels, int
 // Few rows go over all tiles four channels at a time, as integers do with eight; more rows take widened tiles of a
 // block.
 template <Storage storage>
-void AddFloatProduct(const Matrix& matrix, const Input& input, int64_t first_block, int64_t end_block,
-                     const Part& part) {
+void AddFloatProduct(const Matrix& matrix, const Input& input, int64_t first_block, int64_t end_block, const Part& part,
+                     bool added) {
   constexpr int64_t bytes = storage == Storage::kFloat16 ? 2 : 4;
   const char* values = static_cast<const char*>(matrix.values);
   const int64_t end = Min(end_block * kFloatBlock, matrix.channels), tiles = part.stride / kTile;
@@ -96,6 +103,7 @@ void AddFloatProduct(const Matrix& matrix, const Input& input, int64_t first_blo
   const int64_t step = few ? 4 : kFloatBlock;
   for (int64_t channel = first_block * kFloatBlock; channel < end; channel += step) {
     const int64_t channels = Min(step, end - channel);
+    const Sums sums = SumsOf(part, channel == first_block * kFloatBlock, channel + step >= end, added);
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int columns = TileColumns(part, tile);
       const int64_t at = channel * matrix.outputs + part.column + tile * kTile;
@@ -113,16 +121,16 @@ void AddFloatProduct(const Matrix& matrix, const Input& input, int64_t first_blo
       for (int64_t row = 0; row < part.rows; row += kFloatRowsAtOnce) {
         const int64_t left = part.rows - row;
         const float* x = input.values + (part.row + row) * input.channels + channel;
-        float* sums = part.sums + row * part.stride + tile * kTile;
+        const int64_t place = row * part.stride + tile * kTile;
         if (in_place) {
           const auto multiply =
               Pick(left, MultiplyFloats<storage, 1>, MultiplyFloats<storage, 2>, MultiplyFloats<storage, 3>);
-          multiply(matrix.values, at, matrix.outputs, channels, x, input.channels, ahead, sums, part.stride);
+          multiply(matrix.values, at, matrix.outputs, channels, x, input.channels, ahead, sums, place, part.stride);
         } else {
           constexpr Storage wide = Storage::kFloat32;
           const auto multiply = Pick(left, MultiplyFloats<wide, 1>, MultiplyFloats<wide, 2>, MultiplyFloats<wide, 3>,
                                      MultiplyFloats<wide, 4>, MultiplyFloats<wide, 5>, MultiplyFloats<wide, 6>);
-          multiply(widened, 0, kTile, channels, x, input.channels, ahead, sums, part.stride);
+          multiply(widened, 0, kTile, channels, x, input.channels, ahead, sums, place, part.stride);
         }
         ahead.from = nullptr;  // once is enough
       }

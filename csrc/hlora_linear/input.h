@@ -46,9 +46,11 @@ void RoundBlock(const float* x, int64_t channels, int64_t block_size, int8_t* by
   const float range = Simd::Largest(largest);
   *scale = range / 127.0f + Simd::Sum(poison);
   const Floats inverse = Simd::Repeat(range > 1e-30f ? 127.0f / range : 0.0f);
+  Floats total = Simd::Repeat(0.0f);  // of whole numbers: exact, in any order
   for (int64_t i = 0; i < block_size; i += lanes) {
     const int count = static_cast<int>(Max(0, Min(lanes, channels - i)));
     const Floats values = Simd::Multiply(Simd::Load(x + i, count), inverse);
+    total = Simd::Add(total, Simd::Round(values));
     if (i + lanes <= block_size) {
       Simd::StoreRounded(bytes + i, values);
       continue;
@@ -57,9 +59,8 @@ void RoundBlock(const float* x, int64_t channels, int64_t block_size, int8_t* by
     Simd::StoreRounded(rounded, values);
     for (int64_t j = i; j < block_size; ++j) bytes[j] = rounded[j - i];
   }
-  int32_t total = 0;
-  for (int64_t i = 0; i < block_size; ++i) total += bytes[i];
-  *sum = total;
+  const float whole = Simd::Sum(total);
+  *sum = whole == whole ? static_cast<int32_t>(whole) : 0;  // where x is not finite the scale says so
 }
 
 void RoundRow(const Input& input, const Matrix& matrix, int64_t row) {

@@ -158,13 +158,12 @@ struct Products {
   SIMD_INLINE void Order() {
     Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA { OrderColumns<storage>(at[r]); });
   }
-  SIMD_INLINE void AddTo(float* sums, int64_t stride, const float* scales, const float* x_scales) {
+  SIMD_INLINE void AddTo(const Sums& sums, int64_t stride, const float* scales, const float* x_scales) {
     Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA {
       const Floats x_scale = Simd::Repeat(x_scales[r]);
       Unroll<kSums>([&](auto i) SIMD_INLINE_LAMBDA {
-        float* sum = sums + r * stride + i * Simd::kLanes;
         const Floats scale = Simd::Multiply(x_scale, Simd::Load(scales + i * Simd::kLanes));
-        Simd::Store(sum, Simd::MultiplyAdd(Simd::ToFloats(at[r][i]), scale, Simd::Load(sum)));
+        sums.Add(r * stride + i * Simd::kLanes, Simd::ToFloats(at[r][i]), scale);
       });
     });
   }
@@ -246,7 +245,7 @@ SIMD_INLINE void AddChannels(const uint8_t* from, int64_t stride, Next next, int
 
 // sums += block `block` times the part's rows, read as the file lies: eight channels at a time over all tiles.
 template <Storage storage>
-void AddBlockInPlace(const Matrix& matrix, const Input& input, int64_t block, const Part& part) {
+void AddBlockInPlace(const Matrix& matrix, const Input& input, int64_t block, const Part& part, const Sums& sums_of) {
   const int64_t size = matrix.block_size, channels = Min(size, matrix.channels - block * size);
   const int64_t stride = RowBytes<storage>(matrix.outputs), tiles = part.stride / kTile, rows = part.rows;
   const int64_t first = block * input.rows + part.row;
@@ -298,7 +297,7 @@ void AddBlockInPlace(const Matrix& matrix, const Input& input, int64_t block, co
       Products<storage, 1> products;
       products.Load(waiting + (tile * rows + row) * kTile);
       products.Order();
-      products.AddTo(part.sums + row * part.stride + tile * kTile, 0, scales, input.scales + first + row);
+      products.AddTo(sums_of.At(row * part.stride + tile * kTile), 0, scales, input.scales + first + row);
     }
   }
 }
@@ -335,7 +334,7 @@ void UnpackTile(const Matrix& matrix, int64_t block, const Part& part, int64_t t
 // sums += an unpacked tile times kRows rows from part.row + row on.
 template <Storage storage, int kRows>
 void AddUnpackedTile(const Matrix& matrix, const Input& input, int64_t block, const Part& part, int64_t row,
-                     int64_t tile, const float* scales) {
+                     int64_t tile, const float* scales, const Sums& sums) {
   const int64_t size = matrix.block_size, channels = Min(size, matrix.channels - block * size);
   const int64_t first = block * input.rows + part.row + row;
   const int8_t* x = input.bytes + first * size;
@@ -344,14 +343,14 @@ void AddUnpackedTile(const Matrix& matrix, const Input& input, int64_t block, co
     Products<storage, kRows, kSumsAtOnce> products;
     products.Start(input.sums + first);
     products.Add(weights + 4 * column, x, size, channels);
-    products.AddTo(part.sums + row * part.stride + tile * kTile + column, part.stride, scales + column,
+    products.AddTo(sums.At(row * part.stride + tile * kTile + column), part.stride, scales + column,
                    input.scales + first);
   }
 }
 
 // sums += block `block` times the part's rows, tile by tile.
 template <Storage storage>
-void AddBlockUnpacked(const Matrix& matrix, const Input& input, int64_t block, const Part& part) {
+void AddBlockUnpacked(const Matrix& matrix, const Input& input, int64_t block, const Part& part, const Sums& sums) {
   const int64_t tiles = part.stride / kTile, next_block = matrix.block_size * RowBytes<storage>(matrix.outputs);
   for (int64_t tile = 0; tile < tiles; ++tile) {
     // Behind the last tile comes the first of the next block.
@@ -363,16 +362,18 @@ void AddBlockUnpacked(const Matrix& matrix, const Input& input, int64_t block, c
     for (int64_t row = 0; row < part.rows; row += kRowsAtOnce) {
       const auto add = Pick(part.rows - row, AddUnpackedTile<storage, 1>, AddUnpackedTile<storage, 2>,
                             AddUnpackedTile<storage, 3>, AddUnpackedTile<storage, kRowsAtOnce>);
-      add(matrix, input, block, part, row, tile, scales);
+      add(matrix, input, block, part, row, tile, scales, sums);
     }
   }
 }
 
 template <Storage storage>
 void AddIntegerProduct(const Matrix& matrix, const Input& input, int64_t first_block, int64_t end_block,
-                       const Part& part) {
+                       const Part& part, bool added) {
   const auto add = InPlace(matrix, part.rows) ? AddBlockInPlace<storage> : AddBlockUnpacked<storage>;
-  for (int64_t block = first_block; block < end_block; ++block) add(matrix, input, block, part);
+  for (int64_t block = first_block; block < end_block; ++block) {
+    add(matrix, input, block, part, SumsOf(part, block == first_block, block + 1 == end_block, added));
+  }
 }
 
 }  // namespace

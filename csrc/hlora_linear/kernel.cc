@@ -19,16 +19,18 @@ namespace {
 
 constexpr int64_t kRowsInline = 8;  // as many rows or fewer are rounded without calling the pool
 
-void AddProduct(const Matrix& matrix, const Input& input, int64_t first_block, int64_t end_block, const Part& part) {
+// The sums of some blocks, a split; `added` to those of the splits before in the part's totals, where it has these.
+void AddProduct(const Matrix& matrix, const Input& input, int64_t first_block, int64_t end_block, const Part& part,
+                bool added = false) {
   switch (matrix.storage) {
     case Storage::kFloat32:
-      return AddFloatProduct<Storage::kFloat32>(matrix, input, first_block, end_block, part);
+      return AddFloatProduct<Storage::kFloat32>(matrix, input, first_block, end_block, part, added);
     case Storage::kFloat16:
-      return AddFloatProduct<Storage::kFloat16>(matrix, input, first_block, end_block, part);
+      return AddFloatProduct<Storage::kFloat16>(matrix, input, first_block, end_block, part, added);
     case Storage::kInt8:
-      return AddIntegerProduct<Storage::kInt8>(matrix, input, first_block, end_block, part);
+      return AddIntegerProduct<Storage::kInt8>(matrix, input, first_block, end_block, part, added);
     case Storage::kInt4:
-      return AddIntegerProduct<Storage::kInt4>(matrix, input, first_block, end_block, part);
+      return AddIntegerProduct<Storage::kInt4>(matrix, input, first_block, end_block, part, added);
   }
 }
 
@@ -111,17 +113,15 @@ struct Call {
     RoundRow(z, given.adapter_out, row);
   }
 
-  // y = the sums of W's splits, then those of B, then the bias: part.sums are B's, `product(row)` are W's.
-  template <class Product>
-  void Finish(const Part& part, const Product& product) const {
+  // y = `sums(row, output of the part, outputs left)`, then the bias.
+  template <class Function>
+  void Finish(const Part& part, const Function& sums) const {
     const int64_t outputs = given.weight.outputs;
     for (int64_t r = 0; r < part.rows; ++r) {
-      const float* expansion = part.sums + r * part.stride;
       float* to = given.y + (part.row + r) * outputs + part.column;
       for (int64_t i = 0; i < part.columns; i += Simd::kLanes) {
         const int left = static_cast<int>(Min(Simd::kLanes, part.columns - i));
-        Floats sum = product(r, i, left);
-        if (has_adapter()) sum = Simd::Add(sum, Simd::Load(expansion + i));
+        Floats sum = sums(r, i, left);
         if (given.bias != nullptr) sum = Simd::Add(sum, Simd::Load(given.bias + part.column + i, left));
         Simd::Store(to + i, sum, left);
       }
@@ -161,6 +161,7 @@ struct Call {
         for (int64_t split = 1; split < weight.splits; ++split) {
           sum = Simd::Add(sum, Simd::Load(partial + (split * rows + row) * outputs + column + i, left));
         }
+        if (has_adapter()) sum = Simd::Add(sum, Simd::Load(part.sums + row * part.stride + i));
         return sum;
       });
     });
@@ -186,19 +187,12 @@ struct Call {
       const int64_t row = static_cast<int64_t>(task) / parts * per_part, count = Min(per_part, rows - row);
       const int64_t column = static_cast<int64_t>(task) % parts * width;
       if (count <= 0) return;
-      const Part part = TaskPart(row, count, column, Min(width, matrix.outputs - column), unpacked, 1);
-      const int64_t sums = count * part.stride;
-      float* total = part.sums + sums;
+      const Part part = TaskPart(row, count, column, Min(width, matrix.outputs - column), unpacked, true);
       for (int64_t split = 0; split < weight.splits; ++split) {
-        AddProduct(matrix, x, weight.first_block(split), weight.first_block(split + 1), part);
-        for (int64_t i = 0; i < sums; i += Simd::kLanes) {
-          const Floats more = Simd::Load(part.sums + i);
-          Simd::Store(total + i, split == 0 ? more : Simd::Add(Simd::Load(total + i), more));
-        }
-        Clear(part.sums, sums);
+        AddProduct(matrix, x, weight.first_block(split), weight.first_block(split + 1), part, split > 0);
       }
-      if (has_adapter()) AddProduct(out_of, z, 0, BlocksOf(out_of), part);
-      Finish(part, [&](int64_t r, int64_t i, int) { return Simd::Load(total + r * part.stride + i); });
+      if (has_adapter()) AddProduct(out_of, z, 0, BlocksOf(out_of), part, true);
+      Finish(part, [&](int64_t r, int64_t i, int) { return Simd::Load(part.totals + r * part.stride + i); });
     });
   }
 };

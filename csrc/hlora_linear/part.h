@@ -41,9 +41,35 @@ int64_t BlocksOf(const Matrix& matrix) { return CeilDivide(matrix.channels, Bloc
 struct Part {
   int64_t row, rows, column, columns;
   int64_t stride;  // columns, rounded up to whole tiles
-  float* sums;     // (rows, stride)
+  float* sums;     // (rows, stride): of one split
+  float* totals;   // (rows, stride): of all splits so far, or null
   void* unpacked;  // a block of channels of a tile, or (tiles, rows, kTile) integers
 };
+
+// What the sums of a block, or of some channels, are added to and where they go: to those of the blocks before them in
+// the split, `from`, and behind the last block also to those of the splits `before`; null stands for zeros.
+struct Sums {
+  const float* from;
+  const float* before;
+  float* to;
+
+  Sums At(int64_t place) const { return {At(from, place), At(before, place), to + place}; }
+  // The products of factors and values that belong at the place.
+  SIMD_INLINE void Add(int64_t place, Floats factor, Floats values) const {
+    const Floats start = from == nullptr ? Simd::Repeat(0.0f) : Simd::Load(from + place);
+    const Floats sum = Simd::MultiplyAdd(factor, values, start);
+    Simd::Store(to + place, before == nullptr ? sum : Simd::Add(Simd::Load(before + place), sum));
+  }
+
+ private:
+  static const float* At(const float* sums, int64_t place) { return sums == nullptr ? nullptr : sums + place; }
+};
+
+// The sums of a part for the first, or the last block of a split, which is `added` to what the totals hold.
+SIMD_INLINE Sums SumsOf(const Part& part, bool first, bool last, bool added) {
+  const bool ends = last && part.totals != nullptr;
+  return {first ? nullptr : part.sums, ends && added ? part.totals : nullptr, ends ? part.totals : part.sums};
+}
 
 // Outputs of a tile that exist.
 SIMD_INLINE int TileColumns(const Part& part, int64_t tile) {
@@ -78,17 +104,13 @@ int64_t UnpackedBytes(const Matrix& matrix, int64_t rows, int64_t columns) {
   return InPlace(matrix, rows) ? rows * RoundUp(columns, kTile) * 4 : matrix.block_size * kTile;
 }
 
-void Clear(float* sums, int64_t count) {
-  for (int64_t i = 0; i < count; i += Simd::kLanes) Simd::Store(sums + i, Simd::Repeat(0.0f));
-}
-
-// `sums` cleared, and `extra` more floats per row and output behind them.
-Part TaskPart(int64_t row, int64_t rows, int64_t column, int64_t columns, int64_t unpacked_bytes, int64_t extra = 0) {
-  const int64_t stride = RoundUp(columns, kTile), sums = rows * stride;
-  const int64_t bytes = sums * (1 + extra) * static_cast<int64_t>(sizeof(float)) + unpacked_bytes;
+// A part of one split, or of several that are added up.
+Part TaskPart(int64_t row, int64_t rows, int64_t column, int64_t columns, int64_t unpacked_bytes,
+              bool several = false) {
+  const int64_t stride = RoundUp(columns, kTile), sums = rows * stride, all = several ? 2 * sums : sums;
+  const int64_t bytes = all * static_cast<int64_t>(sizeof(float)) + unpacked_bytes;
   float* memory = static_cast<float*>(ScratchMemory(Scratch::kTask, static_cast<size_t>(bytes)));
-  Clear(memory, sums);
-  return {row, rows, column, columns, stride, memory, memory + sums * (1 + extra)};
+  return {row, rows, column, columns, stride, memory, several ? memory + sums : nullptr, memory + all};
 }
 
 }  // namespace
