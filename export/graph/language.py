@@ -104,11 +104,11 @@ class LanguageGraph:
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
         inverse_frequencies = (1.0 / config.rope_theta**exponents).numpy()
         angles = graph.op("Mul", graph.op("Cast", column, to=FLOAT), graph.constant(inverse_frequencies, np.float32))
-        distance = graph.op("Sub", column, graph.op("Range", zero, capacity, one))
-        visible = graph.op("GreaterOrEqual", distance, zero)
+        places = graph.op("Range", zero, capacity, one)
+        visible = graph.op("GreaterOrEqual", column, places)
         if config.sliding_window is not None:
-            near = graph.op("LessOrEqual", distance, graph.constant(config.sliding_window, np.int64))
-            visible = graph.op("And", visible, near)
+            furthest = graph.op("Sub", column, graph.constant(config.sliding_window, np.int64))
+            visible = graph.op("And", visible, graph.op("GreaterOrEqual", places, furthest))
         visible = graph.op("Unsqueeze", visible, graph.constant([1], np.int64))
         return graph.op("Cos", angles), graph.op("Sin", angles), visible
 
