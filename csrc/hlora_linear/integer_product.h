@@ -2,6 +2,7 @@
 #pragma once
 
 #include "hlora_linear/input.h"
+#include "hlora_linear/pair_product.h"
 #include "hlora_linear/part.h"
 
 namespace healthgpt {
@@ -88,6 +89,12 @@ void LoadOddChannels(const uint8_t* from, int64_t first, int64_t stride, int64_t
   }
 }
 
+// What is added to the weights of an unpacked tile.
+template <Storage storage>
+constexpr int UnpackedOffset() {
+  return storage == Storage::kInt4 ? Simd::kOffset4 : kInPairs ? kPairedOffset8 : Simd::kOffset8;
+}
+
 template <Storage storage>
 SIMD_INLINE Ints Dot(Ints sum, Bytes weights, Bytes x) {
   return storage == Storage::kInt4 ? Simd::Dot4(sum, weights, x) : Simd::Dot8(sum, weights, x);
@@ -98,62 +105,40 @@ template <Storage storage, int kRows, int kSums = kVectors>
 struct Products {
   Ints at[kRows][kSums];
 
-  SIMD_INLINE void Start(const int32_t* x_sums) {
-    constexpr int offset = storage == Storage::kInt4 ? Simd::kOffset4 : Simd::kOffset8;
-    Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA {
-      const Ints start = Simd::RepeatInt(-offset * x_sums[r]);
-      Unroll<kSums>([&](auto i) SIMD_INLINE_LAMBDA { at[r][i] = start; });
-    });
-  }
   SIMD_INLINE void Load(const int32_t* from) {
     Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA {
       Unroll<kVectors>([&](auto i)
                            SIMD_INLINE_LAMBDA { at[r][i] = Simd::LoadInts(from + (r * kVectors + i) * Simd::kLanes); });
     });
   }
-  // Channels of an unpacked tile, whose vectors for these sums begin at `weights`.
-  SIMD_INLINE void Add(const uint8_t* weights, const int8_t* x, int64_t x_stride, int64_t channels) {
-    int64_t channel = 0;
-    if constexpr (storage == Storage::kInt4 && Simd::kPairsPerSum4 > 1) {
-      constexpr int64_t step = 4 * Simd::kPairsPerSum4;
-      for (; channel + step <= channels; channel += step) {
-        AddInPairs<Simd>(weights + channel * kTile, x + channel, x_stride);
+  // The first `channels` channels of an unpacked tile of `size` channels, whose vectors for these sums begin at
+  // `weights`. Rows of x lie `size` bytes apart.
+  SIMD_INLINE void Multiply(const uint8_t* weights, const int8_t* x, int64_t size, int64_t channels,
+                            const int32_t* x_sums) {
+    Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA {
+      const Ints start = Simd::RepeatInt(-UnpackedOffset<storage>() * x_sums[r]);
+      Unroll<kSums>([&](auto i) SIMD_INLINE_LAMBDA { at[r][i] = start; });
+    });
+    if constexpr (kInPairs) {
+      AddInPairs<Simd, kRows, kSums>(weights, x, size, channels, kOnes, at);
+      if (storage == Storage::kInt8) {
+        AddInPairs<Simd, kRows, kSums>(weights + size * kTile, x, size, channels, kSixteens, at);
       }
+      return;
     }
-    for (; channel < channels; channel += 4) {
-      ForEach(weights + channel * kTile, x + channel, x_stride,
-              [&](auto r, auto i, Bytes loaded, Bytes bytes) SIMD_INLINE_LAMBDA {
-                at[r][i] = Dot<storage>(at[r][i], loaded, bytes);
-                SIMD_KEEP(at[r][i]);
-              });
+    for (int64_t channel = 0; channel < channels; channel += 4) {
+      Bytes loaded[kSums];
+      Unroll<kSums>([&](auto i) SIMD_INLINE_LAMBDA {
+        loaded[i] = Simd::LoadBytes(weights + channel * kTile + i * 4 * Simd::kLanes);
+      });
+      Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA {
+        const Bytes bytes = Simd::Repeat4(x + r * size + channel);
+        Unroll<kSums>([&](auto i) SIMD_INLINE_LAMBDA {
+          at[r][i] = Dot<storage>(at[r][i], loaded[i], bytes);
+          SIMD_KEEP(at[r][i]);
+        });
+      });
     }
-  }
-  // So many channels that the sums of pairs fit in 16 bits: one instruction less per product, and unrolled, because
-  // GCC would copy each sum at every turn of a loop.
-  template <class Target>
-  SIMD_INLINE void AddInPairs(const uint8_t* weights, const int8_t* x, int64_t x_stride) {
-    Ints pairs[kRows][kSums];
-    Unroll<Target::kPairsPerSum4>([&](auto step) SIMD_INLINE_LAMBDA {
-      ForEach(weights + 4 * step * kTile, x + 4 * step, x_stride,
-              [&](auto r, auto i, Bytes loaded, Bytes bytes) SIMD_INLINE_LAMBDA {
-                const Ints product = Target::Pairs4(loaded, bytes);
-                pairs[r][i] = step == 0 ? product : Target::AddPairs(pairs[r][i], product);
-                SIMD_KEEP(pairs[r][i]);  // or GCC would add the products up later, and keep them until then
-              });
-    });
-    Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA {
-      Unroll<kSums>([&](auto i) SIMD_INLINE_LAMBDA { at[r][i] = Target::AddWidened(at[r][i], pairs[r][i]); });
-    });
-  }
-  // use(row, sum, weights, x) for four channels of every row and vector.
-  template <class Use>
-  SIMD_INLINE static void ForEach(const uint8_t* weights, const int8_t* x, int64_t x_stride, const Use& use) {
-    Bytes loaded[kSums];
-    Unroll<kSums>([&](auto i) SIMD_INLINE_LAMBDA { loaded[i] = Simd::LoadBytes(weights + i * 4 * Simd::kLanes); });
-    Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA {
-      const Bytes bytes = Simd::Repeat4(x + r * x_stride);
-      Unroll<kSums>([&](auto i) SIMD_INLINE_LAMBDA { use(r, i, loaded[i], bytes); });
-    });
   }
   SIMD_INLINE void Order() {
     Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA { OrderColumns<storage>(at[r]); });
@@ -327,7 +312,13 @@ void UnpackTile(const Matrix& matrix, int64_t block, const Part& part, int64_t t
       LoadChannels<storage, false>(from, stride, channels - channel, columns, keep);
     }
     OrderColumns<storage>(weights);
-    Unroll<kVectors>([&](auto i) SIMD_INLINE_LAMBDA { Simd::StoreInts(to + i * Simd::kLanes, weights[i]); });
+    Unroll<kVectors>([&](auto i) SIMD_INLINE_LAMBDA {
+      if constexpr (kInPairs && storage == Storage::kInt8) {
+        StoreNibbles<Simd>(to + i * Simd::kLanes, size * kTile, weights[i]);
+      } else {
+        Simd::StoreInts(to + i * Simd::kLanes, weights[i]);
+      }
+    });
   }
 }
 
@@ -341,10 +332,21 @@ void AddUnpackedTile(const Matrix& matrix, const Input& input, int64_t block, co
   const uint8_t* weights = static_cast<const uint8_t*>(part.unpacked);
   for (int64_t column = 0; column < kTile; column += kSumsAtOnce * Simd::kLanes) {
     Products<storage, kRows, kSumsAtOnce> products;
-    products.Start(input.sums + first);
-    products.Add(weights + 4 * column, x, size, channels);
+    products.Multiply(weights + 4 * column, x, size, channels, input.sums + first);
     products.AddTo(sums.At(row * part.stride + tile * kTile + column), part.stride, scales + column,
                    input.scales + first);
+  }
+}
+
+// AddUnpackedTile for so many rows, or kRowsAtOnce.
+static_assert(kRowsAtOnce == 3 || kRowsAtOnce == 6);
+template <Storage storage>
+SIMD_INLINE auto UnpackedTileAdder(int64_t rows) {
+  if constexpr (kRowsAtOnce == 3) {
+    return Pick(rows, AddUnpackedTile<storage, 1>, AddUnpackedTile<storage, 2>, AddUnpackedTile<storage, 3>);
+  } else {
+    return Pick(rows, AddUnpackedTile<storage, 1>, AddUnpackedTile<storage, 2>, AddUnpackedTile<storage, 3>,
+                AddUnpackedTile<storage, 4>, AddUnpackedTile<storage, 5>, AddUnpackedTile<storage, 6>);
   }
 }
 
@@ -352,17 +354,16 @@ void AddUnpackedTile(const Matrix& matrix, const Input& input, int64_t block, co
 template <Storage storage>
 void AddBlockUnpacked(const Matrix& matrix, const Input& input, int64_t block, const Part& part, const Sums& sums) {
   const int64_t tiles = part.stride / kTile, next_block = matrix.block_size * RowBytes<storage>(matrix.outputs);
+  const int64_t tiles_ahead = Min(kTilesAhead, tiles);
   for (int64_t tile = 0; tile < tiles; ++tile) {
     // Behind the last tile comes the first of the next block.
-    const bool wraps = tile + kTilesAhead >= tiles;
-    const int64_t ahead = kTilesAhead * TileBytes<storage>() + (wraps ? next_block - tiles * TileBytes<storage>() : 0);
+    const bool wraps = tile + tiles_ahead >= tiles;
+    const int64_t ahead = tiles_ahead * TileBytes<storage>() + (wraps ? next_block - tiles * TileBytes<storage>() : 0);
     UnpackTile<storage>(matrix, block, part, tile, ahead);
     float padded[kTile];
     const float* scales = TileScales(matrix, part, block, tile, padded);
     for (int64_t row = 0; row < part.rows; row += kRowsAtOnce) {
-      const auto add = Pick(part.rows - row, AddUnpackedTile<storage, 1>, AddUnpackedTile<storage, 2>,
-                            AddUnpackedTile<storage, 3>, AddUnpackedTile<storage, kRowsAtOnce>);
-      add(matrix, input, block, part, row, tile, scales, sums);
+      UnpackedTileAdder<storage>(part.rows - row)(matrix, input, block, part, row, tile, scales, sums);
     }
   }
 }

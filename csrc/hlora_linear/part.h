@@ -15,8 +15,9 @@ using Floats = Simd::Floats;
 
 constexpr int kVectors = 8;                         // of sums per row
 constexpr int64_t kTile = kVectors * Simd::kLanes;  // outputs
-// Rows and vectors of integer sums that registers hold at once: 24 of 32, or 8 of 16.
-constexpr int kRowsAtOnce = Simd::kRegisters >= 32 ? 3 : 4;
+constexpr bool kInPairs = Simd::kPairsPerSum4 > 1;  // see pair_product.h
+// Rows and vectors of integer sums that registers hold at once: 24 of 32, or 12 of 16.
+constexpr int kRowsAtOnce = Simd::kRegisters >= 32 ? 3 : 6;
 constexpr int kSumsAtOnce = Simd::kRegisters >= 32 ? kVectors : 2;
 constexpr int64_t kFloatRowsAtOnce = 6;  // with fewer vectors each (SumsPerRow)
 constexpr int64_t kFewRows = 3;
@@ -101,7 +102,8 @@ bool InPlace(const Matrix& matrix, int64_t rows) {
 // Bytes that a task needs beside its sums: for its sums to wait in, or for one unpacked tile.
 int64_t UnpackedBytes(const Matrix& matrix, int64_t rows, int64_t columns) {
   if (!IsInteger(matrix.storage)) return kFloatBlock * kTile * 4;
-  return InPlace(matrix, rows) ? rows * RoundUp(columns, kTile) * 4 : matrix.block_size * kTile;
+  if (InPlace(matrix, rows)) return rows * RoundUp(columns, kTile) * 4;
+  return matrix.block_size * kTile * (kInPairs && matrix.storage == Storage::kInt8 ? 2 : 1);
 }
 
 // A part of one split, or of several that are added up.

@@ -68,9 +68,11 @@ struct Simd {
 #else
   static SIMD_INLINE Ints Pairs4(Bytes weights, Bytes x) { return _mm256_maddubs_epi16(weights, x); }
   static SIMD_INLINE Ints AddPairs(Ints a, Ints b) { return _mm256_add_epi16(a, b); }
-  static SIMD_INLINE Ints AddWidened(Ints sum, Ints pairs) {
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  // sum + each two neighbouring sums of pairs times theirs of `factors`.
+  static SIMD_INLINE Ints AddTimes(Ints sum, Ints pairs, Bytes factors) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, factors));
   }
+  static SIMD_INLINE Ints AddWidened(Ints sum, Ints pairs) { return AddTimes(sum, pairs, _mm256_set1_epi16(1)); }
   static SIMD_INLINE Ints Dot4(Ints sum, Bytes weights, Bytes x) {
     return AddWidened(sum, _mm256_maddubs_epi16(weights, x));
   }
@@ -109,7 +111,9 @@ struct Simd {
   // --- floats ---
   static SIMD_INLINE Floats ToFloats(Ints values) { return _mm256_cvtepi32_ps(values); }
   static SIMD_INLINE Floats Load(const float* from) { return _mm256_loadu_ps(from); }
-  static SIMD_INLINE Floats Load(const float* from, int count) { return _mm256_maskload_ps(from, Mask(count)); }
+  static SIMD_INLINE Floats Load(const float* from, int count) {
+    return count >= kLanes ? Load(from) : _mm256_maskload_ps(from, Mask(count));
+  }
   static SIMD_INLINE void Store(float* to, Floats values) { _mm256_storeu_ps(to, values); }
   static SIMD_INLINE void Store(float* to, Floats values, int count) {
     if (count >= kLanes) return Store(to, values);  // AMD takes a dozen cycles for a store by a mask
