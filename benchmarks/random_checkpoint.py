@@ -5,7 +5,8 @@
 The released weights cannot be shipped; time, memory and bytes do not depend on their values. They are scaled so that a
 layer refines its input, as in a trained model: with one scale for all, 32 layers make a chaos in which two correct
 roundings give unrelated logits, and nothing could be compared. The base is written tensor by tensor, so that 65 GB take
-little memory. L14 and XL32 get the tokenizers of the tests, which are small: those of the release are not here.
+little memory. L14 and XL32 get the small tokenizers of the tests, filled up with tokens that no text has: the released
+ones are not here.
 """
 
 from __future__ import annotations
@@ -128,9 +129,16 @@ def write_settings(folder: Path, system: System) -> None:
         generation = {"bos_token_id": 1, "eos_token_id": [32000, 32001, 32007], "pad_token_id": 32000}
     for name, settings in {"config.json": config, "generation_config.json": generation}.items():
         (folder / name).write_text(json.dumps(settings))
-    for name in ("tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt"):
+    for name in ("tokenizer.model", "tokenizer_config.json", "merges.txt"):
         if (tokenizer / name).is_file():
             shutil.copy(tokenizer / name, folder / name)
+    if (tokenizer / "vocab.json").is_file():
+        vocabulary = json.loads((tokenizer / "vocab.json").read_text())
+        added = json.loads((tokenizer / "tokenizer_config.json").read_text())["added_tokens_decoder"]
+        vocabulary |= {token["content"]: int(token_id) for token_id, token in added.items()}
+        unused = sorted(set(range(system.base_vocab)) - set(vocabulary.values()))
+        vocabulary |= {f"unused{token_id}": token_id for token_id in unused}
+        (folder / "vocab.json").write_text(json.dumps(vocabulary))
 
 
 def write_vision(folder: Path, normal: Normal) -> None:
