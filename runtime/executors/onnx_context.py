@@ -21,8 +21,8 @@ from .onnx_memory import Buffer, Caches
 MOST_STEP_ROWS = 64
 # A prefill's workspace is worth giving back, a decode step's is not, but over many steps the heap grows too.
 _TRIM_EVERY_PASSES = 64
-# Drafts change between a few sizes, and binding one anew takes 0.2 ms, a fifth of a small model's pass. Each has its own
-# logits, so not all of them are kept.
+# Drafts change between a few sizes, and binding one anew takes 0.2 ms, a fifth of a small model's pass. Each has logits
+# of its own, so not all of them are kept.
 _BOUND_PASSES = 4
 _NO_GRAPH = -1
 _graph_ids = itertools.count(1)
