@@ -24,6 +24,9 @@ class Acceptance:
         return self.right / self.tried
 
 
+_UNTRIED = Acceptance().rate
+
+
 class Drafter:
     """Drafts of one request: `draft` says what a pass should check, `learn` is told what came of it.
 
@@ -76,8 +79,8 @@ class Drafter:
         known = len(self._ids)
         for source in self._sources:
             source.learn(self._ids)
-        rates = {name: acceptance.rate for name, acceptance in self.acceptance.items()}
-        trusted = [(rates.get(source.name, Acceptance().rate), source) for source in self._sources]
+        rates = defaultdict(lambda: _UNTRIED, ((name, one.rate) for name, one in self.acceptance.items()))
+        trusted = [(rates[source.name], source) for source in self._sources]
         trusted.sort(key=lambda one: -one[0])
         last = self._last
         for _ in range(count):
@@ -143,7 +146,7 @@ class Drafter:
     def _guess(self, place: int, rates: dict[str, float], trusted: Sequence[tuple[float, Source]]) -> int | None:
         """The most trusted guess at the token at `place`, which follows `self._ids`; None where there is none."""
         guess = self._jacobi.guess(place) if self._jacobi else None
-        trust = rates.get(guess[0], Acceptance().rate) if guess else 0.0
+        trust = rates[guess[0]] if guess else 0.0
         for rate, source in trusted:
             if rate <= trust:
                 break

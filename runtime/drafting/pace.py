@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect
 from collections.abc import Sequence
 
 from .costs import MOST_TIMES, RowCosts
@@ -63,9 +64,9 @@ class Pace:
         fixed, each = self._costs.line()
         plain, exponent, may_lose = self._costs.plain, self.exponent, self._allowance() - self._lost
         rates: dict[int, float] = {}  # tokens a second, by the rows that can be afforded
-        for rows in _SIZES:
+        for rows in _SIZES[: bisect(_SIZES, max(4, 2 * known))]:
             seconds = fixed + each * rows
-            if rows <= max(4, 2 * known) and (seconds if known > 1 else plain * rows) - plain <= may_lose:
+            if (seconds if known > 1 else plain * rows) - plain <= may_lose:
                 rates[rows] = rows**exponent / seconds
         most = max(rates, default=1)
         if most == 1:

@@ -39,6 +39,8 @@ class Clock:
 class Painter:
     """Logits for pictures that go by the input's code, the tokens before, and chance; or for text that repeats."""
 
+    room = None
+
     def __init__(self, clock: Clock, cost: tuple[float, float], surprise: float, newlines: bool, text: bool) -> None:
         self.clock, self.cost, self.surprise, self.newlines, self.text = clock, cost, surprise, newlines, text
         self.ids: list[int] = []
