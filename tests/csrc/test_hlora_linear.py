@@ -109,6 +109,22 @@ def test_integer_products_are_exact_but_for_the_rounding_of_x(storage, target):
 
 
 @each_target
+@pytest.mark.parametrize("storage", ["int8", "int4"])
+@pytest.mark.parametrize("rows", [1, 3, 7])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_products_do_not_overflow(storage, rows, sign, target):
+    """All of one sign and as large as they can be: AVX2 sums sixteen of them in 16 bits."""
+    channels, outputs, block_size = 256, 66, 128
+    x = np.full((rows, channels), sign * 127, np.float32)
+    for value in (-128, 127) if storage == "int8" else (-8, 7):
+        weight = np.full((channels, outputs), value, np.int8)
+        scales = np.ones((channels // block_size, outputs), np.float32)
+        values = (weight, scales, block_size) if storage == "int8" else (pack(weight), scales, block_size, weight.shape)
+        y = _kernels.hlora_linear(x, _kernels.Matrix(*values), target=target)
+        np.testing.assert_array_equal(y, sign * 127.0 * value * channels)
+
+
+@each_target
 @each_storage
 def test_a_row_depends_neither_on_the_others_nor_on_the_threads(storage, target):
     channels, outputs, rank, experts, block_size = 200, 1100, 36, 4, 64
