@@ -18,6 +18,8 @@ from healthgpt_edge.errors import BundleError
 
 # A mapping of the file then starts every tensor on a page, which is what executors and DMA engines want.
 ALIGNMENT_BYTES = 4096
+# Converted at a time: a vocabulary of 32B size has 3 GB in float32, and half as much again must not stand beside it.
+VALUES_PER_PIECE = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,19 +73,12 @@ class WeightFile:
             return self.stored[key]
         values = produce()
         shape = tuple(values.shape)
-        if data_type == TensorProto.INT4:
-            payload = pack_int4(np.ascontiguousarray(values))
-        else:
-            with np.errstate(over="ignore"):  # an error below, with its key
-                payload = np.ascontiguousarray(values, dtype=helper.tensor_dtype_to_np_dtype(data_type))
-            if data_type == TensorProto.FLOAT16 and not np.isfinite(payload).all():
-                largest = float(np.abs(values).max())
-                raise BundleError(
-                    f"tensor {key} must fit float16 (65504), found {largest:.6g}: export another precision"
-                )
         self._append(b"\0" * (-self.size_bytes % ALIGNMENT_BYTES))
-        stored = StoredTensor(self.location, self.size_bytes, payload.nbytes, data_type, shape)
-        self._append(payload.reshape(-1).view(np.uint8).data)
+        offset = self.size_bytes
+        flat = np.ascontiguousarray(values).reshape(-1)
+        for first in range(0, flat.size, VALUES_PER_PIECE):
+            self._append(_payload(key, data_type, flat[first : first + VALUES_PER_PIECE]).view(np.uint8).data)
+        stored = StoredTensor(self.location, offset, self.size_bytes - offset, data_type, shape)
         self.stored[key] = stored
         return stored
 
@@ -102,3 +97,15 @@ class WeightFile:
         """Flush and close; returns the SHA-256 of the file."""
         self._file.close()
         return self._sha256.hexdigest()
+
+
+def _payload(key: str, data_type: int, values: np.ndarray) -> np.ndarray:
+    """Values [N] as they are stored; raises BundleError for what float16 cannot hold."""
+    if data_type == TensorProto.INT4:
+        return pack_int4(values)
+    with np.errstate(over="ignore"):  # an error below, with its key
+        payload = values.astype(helper.tensor_dtype_to_np_dtype(data_type), copy=False)
+    if data_type == TensorProto.FLOAT16 and not np.isfinite(payload).all():
+        largest = float(np.abs(values).max())
+        raise BundleError(f"tensor {key} must fit float16 (65504), found {largest:.6g}: export another precision")
+    return payload

@@ -7,6 +7,7 @@ import pytest
 from onnx import TensorProto
 
 from healthgpt_edge.errors import BundleError
+from healthgpt_edge.export import weights
 from healthgpt_edge.export.weights import ALIGNMENT_BYTES, WeightFile
 
 
@@ -36,3 +37,18 @@ def test_a_value_beyond_float16_is_refused(tmp_path):
     file = WeightFile(tmp_path / "w.bin", "w.bin")
     with pytest.raises(BundleError, match=r"tensor big must fit float16 \(65504\), found 70000"):
         file.put("big", TensorProto.FLOAT16, lambda: np.array([1, -70000], np.float32))
+
+
+@pytest.mark.parametrize("data_type", [TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT8, TensorProto.INT4])
+def test_a_tensor_of_many_pieces_is_stored_as_one(tmp_path, monkeypatch, data_type):
+    values = np.random.default_rng(0).integers(-8, 8, (7, 5)).astype(np.float32)
+    if data_type in (TensorProto.INT8, TensorProto.INT4):
+        values = values.astype(np.int8)
+    stored = []
+    for pieces, size in (("one", weights.VALUES_PER_PIECE), ("many", 4)):
+        monkeypatch.setattr(weights, "VALUES_PER_PIECE", size)
+        file = WeightFile(tmp_path / pieces, "w.bin")
+        stored.append(file.put("a", data_type, lambda: values))
+        file.close()
+    assert stored[0] == stored[1]
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "many").read_bytes()
