@@ -219,7 +219,8 @@ void Attend(const Head& head, int64_t begin, int64_t count, float* memory) {
   const int64_t last = head.position(begin + count - 1);
   for (int64_t start = head.first(begin) / kKeys * kKeys; start <= last; start += kKeys) {
     const int64_t keys = Min(kKeys, last + 1 - start);
-    // Whole blocks of whole vectors are widened only if many rows will read them. The numbers are the same.
+    // Whole blocks of whole vectors are widened only if that changes anything and many rows will read them. The numbers
+    // are the same.
     const bool few = count <= kRowsInPlace || cache == Storage::kFloat32;
     const bool in_place = few && keys == kKeys && size == width;
     const auto open = [&](void* rows) {
