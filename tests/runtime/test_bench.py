@@ -132,11 +132,13 @@ def test_the_table_has_every_row(bundle, monkeypatch):
 def test_ceilings_of_this_machine():
     kernels = pytest.importorskip("healthgpt_edge._kernels")
     assert kernels.read_bandwidth(1, 64) > 1e8
-    for rate in (kernels.int8_rate, kernels.float32_rate):
-        assert rate(1) > 1e8
+    # In turn and the best of each, for others on the machine slow both.
+    rounds = [(kernels.int8_rate(1), kernels.float32_rate(1)) for _ in range(5)]
+    int8, float32 = (max(rates) for rates in zip(*rounds, strict=True))
+    assert float32 > 1e8
     # An instruction multiplies at most four times as many bytes as floats, and no more of them start in a cycle: a
-    # higher ratio means that the compiler took products out of the loop. Twice that, as others may slow one of the two.
-    assert kernels.int8_rate(1) < 8 * kernels.float32_rate(1)
+    # higher ratio means that the compiler took products out of the loop.
+    assert 0.25 < int8 / float32 < 5
     with pytest.raises(ValueError, match=r"^\[ceilings\] threads must be between 1 and 1024, got 0$"):
         kernels.read_bandwidth(0, 64)
     with pytest.raises(ValueError, match=r"^\[ceilings\] mebibytes must be between 1 and 1048576, got 0$"):
