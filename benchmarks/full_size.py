@@ -132,11 +132,16 @@ def main() -> None:
         command = [sys.executable, "-m", "benchmarks.random_checkpoint", str(checkpoint), "--system", arguments.system]
         command += ["--layers", str(arguments.layers)] if arguments.layers else []
         subprocess.run(command, check=True)
+    layers = arguments.layers or system.layers
+    if arguments.precision:
+        found = json.loads((checkpoint / "base" / "config.json").read_text())["num_hidden_layers"]
+        if found != layers:
+            raise SystemExit(f"{checkpoint.name} must have {layers} layers, found a checkpoint of {found}")
     bundles = "bundle" if arguments.system == "m3" else f"bundle-{arguments.system}"
     # What is measured now replaces what the file says of it; the rest stays, if it is of the same system and machine.
     results: dict[str, object] = {
         "system": arguments.system,
-        "layers": arguments.layers or system.layers,
+        "layers": layers,
         "machine": {
             "processor": machine.description()["processor"],
             "cores": os.cpu_count(),
