@@ -47,9 +47,11 @@ class System:
     @property
     def biases(self) -> dict[str, int]:
         """Outputs of the linears that have a bias."""
-        if not self.splits_linears:
-            return {}
-        return {name: outputs for name, (outputs, _) in self.linears.items() if name[-6] in "qkv"}
+        return {
+            name: outputs
+            for name, (outputs, _) in self.linears.items()
+            if name.endswith((".q_proj", ".k_proj", ".v_proj"))
+        }
 
 
 SYSTEMS = {

@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,7 +32,7 @@ def parse_arguments(description: str | None, **variants: Any) -> argparse.Namesp
 
 
 def system(arguments: argparse.Namespace) -> System:
-    return System(**{**vars(SYSTEMS["m3"]), "layers": arguments.layers})
+    return replace(SYSTEMS["m3"], layers=arguments.layers)
 
 
 class Report:

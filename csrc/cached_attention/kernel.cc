@@ -137,10 +137,10 @@ void AddValues(const float* shares, const Block& values, int64_t count, int64_t 
   });
 }
 
-// As many vectors at a time as registers have sums for, then the rest.
+// AddValues from `at` on to the end, as many vectors at a time as registers have sums for, then the rest.
 template <Storage storage, int kRows, int kCount = VectorsAtOnce(kRows)>
 void AddAllValues(const float* shares, const Block& values, int64_t count, int64_t width, const Next& next,
-                  const float* corrections, float* totals, int64_t at = 0) {
+                  const float* corrections, float* totals, int64_t at) {
   for (; at + kCount * kLanes <= width; at += kCount * kLanes) {
     AddValues<storage, kRows, kCount>(shares, values, count, at, width, next.If(at == 0), corrections, totals);
   }
