@@ -18,6 +18,9 @@ from .contract import Value, cache_values, graph_values
 from .onnx_context import OnnxContext, Sequence, first_line, return_freed_memory
 from .onnx_memory import Buffer, Caches
 
+# For a host that imported ONNX Runtime before us: what it has not yet sent of itself it keeps to itself from here on.
+onnxruntime.disable_telemetry_events()
+
 _RESIDENT = ("vision", "language", "codes")
 _PACKAGE = Path(__file__).parents[1]
 
