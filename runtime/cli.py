@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -552,13 +555,38 @@ def _one_line(message: str) -> str:
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
 
 
+@contextlib.contextmanager
+def _stopping_cleanly() -> Iterator[None]:
+    """Signals that end the process raise SystemExit, so that `finally` removes what is half-written: once only, or the
+    next Ctrl-C would cut that short."""
+
+    def stop(number: int, frame: object) -> NoReturn:
+        for other in handlers:
+            signal.signal(other, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    known = (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP"))
+    handlers = {number: signal.getsignal(number) for number in known if number is not None}
+    # What is ignored stays ignored, as SIGHUP is under nohup.
+    handlers = {number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN}
+    for number in handlers:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 def main() -> None:
     """Entry point: bad input is one line on stderr and exit code 2."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         # An answer or a file name may hold what the terminal's encoding does not.
         sys.stdout.reconfigure(errors="backslashreplace")
+    status: object = None
     try:
-        status = app(standalone_mode=False)
+        with _stopping_cleanly():
+            status = app(standalone_mode=False)
     except (HealthGPTError, typer.TyperException) as error:
         message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
         print(f"error: {_one_line(message)}", file=sys.stderr)
@@ -569,7 +597,9 @@ def main() -> None:
         status = 2
     except (KeyboardInterrupt, typer.Abort):
         status = 130
-    if status == 130:  # what typer makes of an interrupt, too
+    except SystemExit as stopped:
+        status = stopped.code
+    if isinstance(status, int) and status > 128:  # 130 is what typer makes of an interrupt, too
         print("error: interrupted", file=sys.stderr)
     sys.exit(status if isinstance(status, int) else 0)
 

@@ -12,6 +12,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import warnings
@@ -29,6 +30,8 @@ from command import Outcome, export_options, run
 from golden_cases import FILES, GOLDEN, arguments
 from PIL import Image
 from safetensors.torch import load_file, save_file
+
+from healthgpt_edge.images import write_image
 
 M3 = FILES["m3"]
 PREFIX = "base_model.model.model."
@@ -851,25 +854,95 @@ def test_a_disk_that_is_full_when_the_picture_is_written(place):
     assert list(listing(place.folder)) == ["out.png"] and old.read_bytes() == b"an older picture"
 
 
-def test_an_interrupt_while_exporting_leaves_nothing(place, monkeypatch):
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+# --- stopped half-way -----------------------------------------------------------------------------------------------
 
-    # After the graphs and weights of comprehension are written.
-    monkeypatch.setattr("healthgpt_edge.export.bundle.build_codes", interrupt)
-    outcome = run(*export()(place))
-    assert (outcome.code, outcome.output, outcome.errors) == (130, "", "error: interrupted\n")
+SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
+
+
+@pytest.fixture(params=SIGNALS, ids=lambda number: number.name)
+def stop(request) -> Callable[..., None]:
+    """Sends this process a signal that ends it, which here does not where the command leaves it alone."""
+    number = request.param
+
+    def heard(*_: object) -> None:
+        raise AssertionError(f"{number.name} was not caught")
+
+    def send(*_: object, **__: object) -> None:
+        signal.raise_signal(number)
+
+    before = signal.signal(number, heard)
+    send.code = SIGNALS[number]
+    yield send
+    restored = signal.signal(number, before)
+    assert restored is heard  # a host that calls `main` has its own handlers back
+
+
+def assert_stopped(outcome: Outcome, code: int) -> None:
+    assert (outcome.code, outcome.output, outcome.errors) == (code, "", "error: interrupted\n")
+
+
+def test_a_stopped_export_leaves_nothing(place, stop, monkeypatch):
+    """After the graphs and weights of comprehension are written."""
+    monkeypatch.setattr("healthgpt_edge.export.bundle.build_codes", stop)
+    assert_stopped(run(*export()(place)), stop.code)
     assert listing(place.folder) == {}
 
 
-def test_an_interrupt_while_answering(place, monkeypatch):
+def test_who_presses_ctrl_c_twice_leaves_nothing_either(place, stop, monkeypatch):
+    remove = shutil.rmtree
+
+    def stop_and_remove(*arguments: object, **options: Any) -> None:
+        stop()
+        remove(*arguments, **options)
+
+    monkeypatch.setattr("healthgpt_edge.export.bundle.build_codes", stop)
+    monkeypatch.setattr("healthgpt_edge.export.bundle.shutil.rmtree", stop_and_remove)
+    assert_stopped(run(*export()(place)), stop.code)
+    assert listing(place.folder) == {}
+
+
+def test_a_stopped_answer(place, stop, monkeypatch):
+    monkeypatch.setattr("healthgpt_edge.session.decode", stop)
+    assert_stopped(run(*answer("--image", PICTURE)(place)), stop.code)
+
+
+def test_a_stopped_picture_leaves_no_preview(place, stop, monkeypatch):
+    """While the second row of codes is made: a picture of a patient must not stay in a file nobody asked for."""
+    previews = []
+
+    def write_and_stop(path: Path, pixels: np.ndarray) -> None:
+        write_image(path, pixels)
+        previews.append(path.name)
+        stop()
+
+    monkeypatch.setattr("healthgpt_edge.images.write_image", write_and_stop)
+    assert_stopped(run(*generate("--image", PICTURE, "--progress")(place)), stop.code)
+    assert previews == ["out.partial.png"]
+    assert listing(place.folder) == {}
+
+
+def test_an_interrupt_of_a_library_is_one_too(place, monkeypatch):
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("healthgpt_edge.session.decode", interrupt)
-    outcome = run(*generate("--image", PICTURE)(place))
-    assert (outcome.code, outcome.output, outcome.errors) == (130, "", "error: interrupted\n")
+    assert_stopped(run(*generate("--image", PICTURE)(place)), 130)
     assert listing(place.folder) == {}
+
+
+def test_what_is_ignored_stays_ignored(place, monkeypatch):
+    """As by nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        ignored = []
+        monkeypatch.setattr(
+            "healthgpt_edge.bundle.Bundle.verify",
+            lambda *_, **__: ignored.append(signal.getsignal(signal.SIGHUP)) or 0,
+        )
+        assert run("inspect", place.sound()).code == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert ignored == [signal.SIG_IGN]
 
 
 def test_help_is_no_bad_input():

@@ -92,7 +92,7 @@ def build_engines(
     version = compiler.version
     graphs = engine_graphs(bundle.manifest)
     entries = {}
-    with _new_folder(bundle, target) as work:
+    with new_folder(bundle, target) as work:
         for index, (name, files) in enumerate(graphs.items()):
             on_step(name, index, len(graphs))
             begin = time.perf_counter()
@@ -130,7 +130,7 @@ def engine_model(
 
 
 @contextmanager
-def _new_folder(bundle: Bundle, target: str) -> Iterator[Path]:
+def new_folder(bundle: Bundle, target: str) -> Iterator[Path]:
     """A temporary folder among the engines that takes the target's place on success and is removed on failure."""
     place = folder(bundle, target)
     try:
@@ -148,6 +148,8 @@ def _new_folder(bundle: Bundle, target: str) -> Iterator[Path]:
     except OSError as error:
         raise ExecutorError(f"cannot write the engines of {target}: {error.strerror}") from error
     finally:
+        if old.exists() and not place.exists():  # it was stopped between the two
+            old.rename(place)
         shutil.rmtree(work, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 

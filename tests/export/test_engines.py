@@ -22,7 +22,7 @@ from healthgpt_edge.errors import ExecutorError
 from healthgpt_edge.export.bundle import export_bundle
 from healthgpt_edge.export.checkpoint import Checkpoint
 from healthgpt_edge.export.demo import PHANTOM
-from healthgpt_edge.export.engines.build import Compiler, default_settings, engine_model
+from healthgpt_edge.export.engines.build import Compiler, default_settings, engine_model, new_folder
 from healthgpt_edge.export.engines.graphs import location_of
 from healthgpt_edge.export.engines.lower import lower
 from healthgpt_edge.export.engines.merge import merge
@@ -138,6 +138,24 @@ def test_a_build_that_fails_leaves_the_engines_that_were_there(copied):
     assert "cannot build the engine language" in outcome.errors and "int4" in outcome.errors
     assert {path.name: path.read_bytes() for path in (copied / "engines" / TARGET).iterdir()} == before
     assert [path.name for path in (copied / "engines").iterdir()] == [TARGET]
+
+
+def test_a_build_that_is_stopped_at_its_very_end_leaves_them_too(plain, tmp_path, monkeypatch):
+    bundle = Bundle(tmp_path, Bundle.open(plain).manifest)
+    place = engines.folder(bundle, TARGET)
+    place.mkdir(parents=True)
+    (place / "before").touch()
+    rename = Path.rename
+
+    def stop(path: Path, target: Path) -> Path:
+        if target == place and not path.name.endswith(".old"):
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", stop)
+    with pytest.raises(KeyboardInterrupt), new_folder(bundle, TARGET) as work:
+        (work / "after").touch()
+    assert sorted(path.name for path in place.parent.rglob("*")) == ["before", TARGET]
 
 
 def test_the_language_engine_alone_may_stream_its_weights(plain, tmp_path):
