@@ -19,6 +19,7 @@ import importlib
 import json
 import platform
 import time
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ import numpy as np
 import onnxruntime
 
 from healthgpt_edge import Picture, Session, load, machine
-from healthgpt_edge.drafting.costs import RowCosts
+from healthgpt_edge.drafting.costs import PassKind, RowCosts
 from healthgpt_edge.export.bundle import export_bundle
 from healthgpt_edge.export.checkpoint import Checkpoint
 from healthgpt_edge.export.phantom.release import released_files
@@ -91,11 +92,12 @@ class Tally:
 
 def draw(session: Session, count: int) -> dict[str, dict[str, Tally]]:
     """Make `count` pictures of each task every way, in turn; gives the tallies by task and way."""
-    measured, free = session.drafts.costs[GENERATION], {EVERY: FreeRows(16), WIDEST: FreeRows(64)}
+    measured = session.drafts.costs
+    free = {way: defaultdict(lambda rows=rows: FreeRows(rows)) for way, rows in ((EVERY, 16), (WIDEST, 64))}
     tallies: dict[str, dict[str, Tally]] = {}
 
-    def make(job: Job, draft: str, costs: RowCosts) -> Picture:
-        session.drafts.costs[GENERATION] = costs
+    def make(job: Job, draft: str, costs: dict[PassKind, RowCosts]) -> Picture:
+        session.drafts.costs = costs
         return session.generate(job.image, job.words, sampling=job.sampling, draft=draft)
 
     for number, job in enumerate(jobs(count)):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from healthgpt_edge import Picture, Session
-from healthgpt_edge.session import GENERATION
 
 from .drafting_jobs import FreeRows, jobs
 
@@ -78,7 +78,7 @@ def compare(session: Session, count: int, file: Path, minutes: float) -> bool:
     tasks = {task: Comparison(**one) for task, one in state["tasks"].items()}
     blank = np.zeros((1, 1, 3), np.uint8)
     session.executor.picture = lambda grid: blank  # ids are compared, not pixels
-    session.drafts.costs[GENERATION] = FreeRows(ROWS)
+    session.drafts.costs = defaultdict(lambda: FreeRows(ROWS))
     until, done = time.monotonic() + 60 * minutes, state["done"]
 
     def write() -> None:

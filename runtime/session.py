@@ -14,7 +14,7 @@ from PIL import Image
 
 from .bundle import Bundle
 from .decoding import CodeGrid, Decoded, FreeText, Grammar, Sampling, Selector, decode
-from .drafting import Drafter, Drafts
+from .drafting import Drafter, Drafts, PassKind
 from .errors import BundleError, GenerationError, ImageError, PromptError
 from .executors import Executor, open_executor
 from .images import prepare, read_image
@@ -271,9 +271,11 @@ class Session:
         return Prefix.of(task, pixels, spliced[:length])
 
     def _drafter(self, request: _Request, ids: list[int], picture: Image.Image | None) -> Drafter | None:
+        sampled = request.sampling is not None and request.sampling.temperature > 0
+        kind = PassKind(request.task, sampled, request.full_vocabulary)
         if request.task == GENERATION:
-            return self.drafts.for_picture(request.draft, request.task, picture)
-        return self.drafts.for_text(request.draft, request.task, [token_id for token_id in ids if token_id != IMAGE])
+            return self.drafts.for_picture(request.draft, kind, picture)
+        return self.drafts.for_text(request.draft, kind, [token_id for token_id in ids if token_id != IMAGE])
 
     def _report(self, run: _Run, clock: Clock) -> dict[str, Any]:
         """What Answer and Picture share."""

@@ -3,7 +3,8 @@
 Greedy or sampled, the tokens that come out are those of decoding one by one (docs/drafting.md).
 """
 
+from .costs import PassKind
 from .drafter import Drafter
 from .drafts import PICTURE_DRAFTS, TEXT_DRAFTS, Drafts
 
-__all__ = ["PICTURE_DRAFTS", "TEXT_DRAFTS", "Drafter", "Drafts"]
+__all__ = ["PICTURE_DRAFTS", "TEXT_DRAFTS", "Drafter", "Drafts", "PassKind"]

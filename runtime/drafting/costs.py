@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from typing import NamedTuple
 
 # The least of the last few times counts, of these at least: others on the machine only ever add to one.
 _FEWEST, MOST_TIMES = 3, 5
@@ -10,8 +11,16 @@ _FEWEST, MOST_TIMES = 3, 5
 _LEAST_SECONDS = 1e-9
 
 
+class PassKind(NamedTuple):
+    """What else decides what a pass takes: choosing by chance takes longer, and so do logits of all ids."""
+
+    task: str
+    sampled: bool = False
+    full_vocabulary: bool = False
+
+
 class RowCosts:
-    """Seconds of a pass by its rows. Kept as long as the session, for each task."""
+    """Seconds of a pass by its rows. Kept as long as the session, for each kind of pass."""
 
     def __init__(self) -> None:
         self._samples: dict[int, deque[float]] = {}

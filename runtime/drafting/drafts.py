@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 
 from PIL import Image
@@ -11,7 +12,7 @@ from ..errors import GenerationError
 from ..executors import Executor
 from ..images import prepare
 from ..manifest import Manifest
-from .costs import RowCosts
+from .costs import PassKind, RowCosts
 from .drafter import Drafter
 from .invariance import rows_agree
 from .pace import Pace
@@ -29,11 +30,12 @@ _ENCODER_SHARE = 0.03
 
 
 class Drafts:
-    """Makes the drafters of a session; keeps what rows cost, and whether they may be trusted, for each task."""
+    """Makes the drafters of a session; keeps what rows cost by the kind of pass, and for each task whether they may be
+    trusted."""
 
     def __init__(self, executor: Executor, manifest: Manifest) -> None:
         self._executor, self.manifest = executor, manifest
-        self.costs = {task: RowCosts() for task in manifest.tasks}
+        self.costs: dict[PassKind, RowCosts] = defaultdict(RowCosts)
         self._agreement: dict[str, bool] = {}
         self._encoder_seconds = 0.0
 
@@ -43,7 +45,7 @@ class Drafts:
             self._agreement[task] = rows_agree(self._executor, task)
         return self._agreement[task]
 
-    def for_picture(self, mode: str, task: str, image: Image.Image | None) -> Drafter | None:
+    def for_picture(self, mode: str, kind: PassKind, image: Image.Image | None) -> Drafter | None:
         """A drafter for a picture made from `image`, if from any; None for plain decoding.
 
         Raises GenerationError, and BundleError where the input is to be encoded by a bundle that cannot.
@@ -53,7 +55,7 @@ class Drafts:
         if mode == "none" or codes is None:
             return None
         sources = own_sources(codes.grid)
-        encoded = mode == "input" or (mode == "auto" and self._encoding_pays(task, image))
+        encoded = mode == "input" or (mode == "auto" and self._encoding_pays(kind, image))
         if encoded:
             if image is None:
                 raise GenerationError("drafts from the input need a picture, got none")
@@ -64,14 +66,14 @@ class Drafts:
         return Drafter(
             "input" if encoded else "jacobi",
             sources,
-            Pace(self.costs[task], _PICTURE_EXPONENT, codes.grid**2),
-            allowed=lambda: mode != "auto" or self.agree(task),
+            Pace(self.costs[kind], _PICTURE_EXPONENT, codes.grid**2),
+            allowed=lambda: mode != "auto" or self.agree(kind.task),
             jacobi=mode != "input",
             newline=codes.newline,
             width=codes.grid,
         )
 
-    def for_text(self, mode: str, task: str, prompt: Sequence[int]) -> Drafter | None:
+    def for_text(self, mode: str, kind: PassKind, prompt: Sequence[int]) -> Drafter | None:
         """A drafter for the answer to `prompt`, token ids; None for plain decoding. Raises GenerationError."""
         _check(mode, TEXT_DRAFTS)
         if mode == "none":
@@ -79,19 +81,19 @@ class Drafts:
         return Drafter(
             "lookup",
             word_sources(),
-            Pace(self.costs[task], _TEXT_EXPONENT),
-            allowed=lambda: mode != "auto" or self.agree(task),
+            Pace(self.costs[kind], _TEXT_EXPONENT),
+            allowed=lambda: mode != "auto" or self.agree(kind.task),
             jacobi=mode == "auto",
             prompt=prompt,
             plain=_PLAIN_WORDS,
         )
 
-    def _encoding_pays(self, task: str, image: Image.Image | None) -> bool:
+    def _encoding_pays(self, kind: PassKind, image: Image.Image | None) -> bool:
         """Whether there is a picture and the VQGAN's encoder, and it did not prove too slow for this model."""
         codes = self.manifest.codes
-        if image is None or codes is None or "draft" not in self.manifest.tasks[task].graphs:
+        if image is None or codes is None or "draft" not in self.manifest.tasks[kind.task].graphs:
             return False
-        plain_seconds = codes.grid**2 * self.costs[task].plain
+        plain_seconds = codes.grid**2 * self.costs[kind].plain
         return self._encoder_seconds <= _ENCODER_SHARE * plain_seconds
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import numpy as np
 import pytest
 from command import run
@@ -11,7 +13,7 @@ from PIL import Image
 
 from healthgpt_edge import HealthGPTError, Sampling, load
 from healthgpt_edge import session as session_module
-from healthgpt_edge.drafting import PICTURE_DRAFTS
+from healthgpt_edge.drafting import PICTURE_DRAFTS, PassKind
 from healthgpt_edge.drafting import drafts as drafts_module
 from healthgpt_edge.errors import BundleError, GenerationError
 from healthgpt_edge.executors.onnx import OnnxExecutor
@@ -24,8 +26,7 @@ QUESTION = "What is in the image?"
 
 def eager(golden_bundle, **options):
     session = load(golden_bundle("m3"), threads=1, **options)
-    for task in session.drafts.costs:
-        session.drafts.costs[task] = FreeRows()
+    session.drafts.costs = defaultdict(FreeRows)
     return session
 
 
@@ -117,22 +118,22 @@ def test_a_bundle_without_the_encoder_drafts_by_jacobi(golden_bundle, monkeypatc
     drafts = eager(golden_bundle).drafts
     monkeypatch.delitem(drafts.manifest.tasks["generation"].graphs, "draft")
     picture = Image.new("RGB", (8, 8))
-    assert drafts.for_picture("auto", "generation", picture).name == "jacobi"
-    text = message(BundleError, lambda: drafts.for_picture("input", "generation", picture))
+    assert drafts.for_picture("auto", PassKind("generation"), picture).name == "jacobi"
+    text = message(BundleError, lambda: drafts.for_picture("input", PassKind("generation"), picture))
     assert text.startswith("task generation has no graph 'draft'")
 
 
 def test_a_slow_encoder_is_left_out_by_auto(session):
-    picture = Image.new("RGB", (8, 8))
+    picture, kind = Image.new("RGB", (8, 8)), PassKind("generation")
 
     def chosen(plain: float) -> str:
-        session.drafts.costs["generation"].plain = plain
-        return session.drafts.for_picture("auto", "generation", picture).name
+        session.drafts.costs[kind].plain = plain
+        return session.drafts.for_picture("auto", kind, picture).name
 
     assert chosen(1.0) == "input"
     assert chosen(1e-9) == "jacobi"  # a plain run would take no time beside it
     assert chosen(1.0) == "input"
-    assert session.drafts.for_picture("auto", "generation", None).name == "jacobi"
+    assert session.drafts.for_picture("auto", kind, None).name == "jacobi"
 
 
 # --- exact, and known to be ------------------------------------------------------------------------------------------
