@@ -20,6 +20,8 @@ from rich.table import Table
 from .errors import HealthGPTError, ImageError, PromptError
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from .bundle import Bundle
     from .engines import EngineRecord
     from .results import Answer, Picture
@@ -38,7 +40,7 @@ _ONE_PICTURE_BYTES = 1 << 30
 
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A directory written by `export`.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, max=1024, help="Threads to compute with.")]
+Threads = Annotated[int | None, typer.Option("--threads", help="Threads to compute with.")]
 ExecutorName = Annotated[str, typer.Option("--executor", help="onnx, or tensorrt with the engines of `build`.")]
 Device = Annotated[
     str | None, typer.Option("--device", help="cpu or cuda; onnx runs on the CPU by default.", show_default=False)
@@ -267,7 +269,7 @@ def answer(
     if keep and not keep.parent.is_dir():
         raise HealthGPTError(f"the folder to hold {keep.name!r} does not exist")
     sampling = Sampling(temperature, top_p, seed)
-    chosen_window = _window(window)
+    picture = _picture(image, frame, window)
     session = _load(
         bundle,
         tasks=(COMPREHENSION,),
@@ -288,12 +290,10 @@ def answer(
     results = []
     for one in question:
         result = session.answer(
-            image,
+            picture,
             one,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
-            frame=frame,
-            window=chosen_window,
             draft=draft,
             certify=certify,
             on_text=None if as_json else write,
@@ -346,7 +346,7 @@ def generate(
     if out.is_dir():
         raise HealthGPTError(f"--out must be a .png file, {out.name!r} is a folder")
     sampling = Sampling(temperature, top_p, seed)
-    chosen_window = _window(window)
+    picture = _picture(image, frame, window)
     session = _load(
         bundle,
         tasks=(GENERATION,),
@@ -362,13 +362,11 @@ def generate(
             codes = session.bundle.manifest.codes
             bar = progress.add_task("codes", total=codes.grid**2 if codes else None)
             result = session.generate(
-                image,
+                picture,
                 instruction,
                 faithful=faithful,
                 max_new_tokens=max_new_tokens,
                 sampling=sampling,
-                frame=frame,
-                window=chosen_window,
                 draft=draft,
                 certify=certify,
                 on_code=lambda count: progress.update(bar, completed=count),
@@ -523,6 +521,18 @@ def _files(folder: Path) -> list[Path]:
     if not files:
         raise ImageError(f"{folder.name[:100]!r} must hold pictures, found none")
     return files
+
+
+def _picture(path: Path | None, frame: int | None, window: str | None) -> Image | None:
+    """The picture at `path`, read before the bundle is: hashing and loading that takes a while, for nothing if not."""
+    from .images import read_image
+
+    chosen = _window(window)
+    if path is not None:
+        return read_image(path, frame=frame, window=chosen)
+    if frame is not None or chosen is not None:
+        raise ImageError("frame and window need an image, got none")
+    return None
 
 
 def _window(text: str | None) -> tuple[float, float] | None:

@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from .checks import is_real, is_whole
 from .drafting import Drafter
 from .errors import GenerationError
 from .executors import Choice, Context, RunAhead
@@ -29,12 +30,12 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise GenerationError(f"temperature must be 0 or a positive number, found {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise GenerationError(f"top_p must be above 0 and at most 1, found {self.top_p}")
-        if self.seed < 0:
-            raise GenerationError(f"seed must be 0 or above, found {self.seed}")
+        if not (is_real(self.temperature) and 0 <= self.temperature < float("inf")):
+            raise GenerationError(f"temperature must be 0 or a positive number, found {self.temperature!r:.40}")
+        if not (is_real(self.top_p) and 0 < self.top_p <= 1):
+            raise GenerationError(f"top_p must be above 0 and at most 1, found {self.top_p!r:.40}")
+        if not (is_whole(self.seed) and self.seed >= 0):
+            raise GenerationError(f"seed must be 0 or above, found {self.seed!r:.40}")
 
 
 class Grammar(Protocol):

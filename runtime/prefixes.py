@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .checks import is_whole
 from .errors import GenerationError
 from .executors import Context
 
@@ -36,8 +37,8 @@ class Prefixes:
     """
 
     def __init__(self, limit_bytes: int) -> None:
-        if limit_bytes < 0:
-            raise GenerationError(f"prefix_cache_bytes must be 0 or above, got {limit_bytes}")
+        if not (is_whole(limit_bytes) and limit_bytes >= 0):
+            raise GenerationError(f"prefix_cache_bytes must be 0 or above, got {limit_bytes!r:.40}")
         self.limit_bytes = limit_bytes
         self._contexts: OrderedDict[Prefix, Context] = OrderedDict()
         self._lock = threading.Lock()

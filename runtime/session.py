@@ -13,9 +13,10 @@ import numpy as np
 from PIL import Image
 
 from .bundle import Bundle
+from .checks import is_whole
 from .decoding import CodeGrid, Decoded, FreeText, Grammar, Sampling, Selector, decode
 from .drafting import Drafter, Drafts, PassKind
-from .errors import BundleError, GenerationError, ImageError, PromptError
+from .errors import BundleError, ExecutorError, GenerationError, ImageError, PromptError
 from .executors import Executor, open_executor
 from .images import prepare, read_image
 from .kept import read_kept, write_kept
@@ -29,6 +30,8 @@ COMPREHENSION, GENERATION = "comprehension", "generation"
 # The original's limits (HEALTHGPT.md); pictures of another size get the same slack over their codes.
 DEFAULT_ANSWER_TOKENS = 1024
 CODE_SLACK_TOKENS = 76
+# Each has a stack and queues: a number gone wrong would take the machine's memory before anything is computed.
+MAX_THREADS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,9 +138,9 @@ class Session:
         total = codes.grid * codes.grid
         if max_new_tokens is None:
             max_new_tokens = total + CODE_SLACK_TOKENS
-        if not faithful and max_new_tokens < total + 1:
+        if not faithful and not (is_whole(max_new_tokens) and max_new_tokens > total):
             raise GenerationError(
-                f"max_new_tokens must be at least {total + 1} for {total} codes, got {max_new_tokens}"
+                f"max_new_tokens must be at least {total + 1} for {total} codes, got {max_new_tokens!r:.40}"
             )
         previews = Previews(codes.grid, self.executor.picture, on_preview) if on_preview else None
         values: list[int] = []
@@ -179,8 +182,10 @@ class Session:
         manifest, task = self.bundle.manifest, request.task
         if task not in manifest.tasks:
             raise BundleError(f"the bundle has no {task} plugin, only {', '.join(sorted(manifest.tasks))}")
-        if request.max_new_tokens < 1:
-            raise GenerationError(f"max_new_tokens must be at least 1, got {request.max_new_tokens}")
+        if not (is_whole(request.max_new_tokens) and request.max_new_tokens >= 1):
+            raise GenerationError(f"max_new_tokens must be at least 1, got {request.max_new_tokens!r:.40}")
+        if not isinstance(request.sampling, Sampling | None):
+            raise GenerationError(f"sampling must be a Sampling or None, got {type(request.sampling).__name__}")
         has_image = request.image is not None
         if not has_image and (request.frame is not None or request.window is not None):
             raise ImageError("frame and window need an image, got none")
@@ -351,11 +356,15 @@ def load(
     caches of pictures it was asked about, the last ones in so many bytes, and a request with the very same picture
     starts after it; by default nothing outlives its request. Raises BundleError, ExecutorError, GenerationError.
     """
+    if threads is not None and not (is_whole(threads) and 1 <= threads <= MAX_THREADS):
+        raise ExecutorError(f"threads must be from 1 to {MAX_THREADS}, got {threads!r:.40}")
     bundle = Bundle.open(Path(path), verify=verify)
     manifest = bundle.manifest
     if manifest.template not in TEMPLATES:
         raise BundleError(f"template must be one of {', '.join(TEMPLATES)}, found {manifest.template!r:.40}")
     wanted = tuple(sorted(manifest.tasks)) if tasks is None else tasks
+    if not wanted or isinstance(wanted, str):
+        raise BundleError(f"tasks must be some of {', '.join(sorted(manifest.tasks))}, got {wanted!r:.40}")
     for task in wanted:
         if task not in manifest.tasks:
             raise BundleError(f"the bundle has no {task} plugin, only {', '.join(sorted(manifest.tasks))}")

@@ -604,6 +604,10 @@ REQUESTS = {
     "image: missing": Bad(
         answer("--image", in_folder("no.png")), "no.png: cannot be opened: No such file or directory"
     ),
+    "image: missing, as the bundle is, which comes later": Bad(
+        lambda place: ["answer", place.folder / "none", "--question", QUESTION, "--image", place.folder / "no.png"],
+        "no.png: cannot be opened: No such file or directory",
+    ),
     "image: a folder": Bad(answer("--image", make("folder.png")), "folder.png: expected a file, found a directory"),
     "image: a pipe": Bad(
         answer("--image", make("pipe.png", os.mkfifo)), "pipe.png: expected a file, found a device or pipe"
@@ -718,7 +722,9 @@ REQUESTS = {
     "command: option without its value": Bad(
         lambda place: ["answer", place.sound(), "--question"], "'--question' requires an argument"
     ),
-    "command: no threads": Bad(answer("--threads", 0), "Invalid value for '--threads': "),
+    "command: no threads": Bad(answer("--threads", 0), "threads must be from 1 to 1024, got 0"),
+    "command: fewer than no threads": Bad(answer("--threads", -1), "threads must be from 1 to 1024, got -1"),
+    "command: threads of a farm": Bad(answer("--threads", 10**6), "threads must be from 1 to 1024, got 1000000"),
     "command: unknown device": Bad(answer("--device", "tpu"), "device must be cpu or cuda, found 'tpu'"),
     "command: device that is not there": Bad(
         answer("--device", "cuda"), "device cuda needs CUDAExecutionProvider; this"

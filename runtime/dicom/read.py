@@ -16,6 +16,7 @@ from pydicom import uid
 from pydicom.encaps import encapsulate, get_frame
 from pydicom.pixels import get_decoder
 
+from ..checks import is_whole
 from ..errors import ImageError
 from ..limits import MAX_DECODED_BYTES, MAX_ITEMS, check_size
 from .codestream import jpeg2000_header, jpeg_header
@@ -210,8 +211,8 @@ def _check_codestream(encoded: bytes, syntax: uid.UID, shape: _Shape) -> None:
 def _frame_index(frame: int | None, frames: int) -> int:
     if frame is None:
         return 0
-    if isinstance(frame, bool) or not isinstance(frame, int) or not 0 <= frame < frames:
-        raise ImageError(f"frame must be from 0 to {frames - 1}, got {frame!r}")
+    if not (is_whole(frame) and 0 <= frame < frames):
+        raise ImageError(f"frame must be from 0 to {frames - 1}, got {frame!r:.40}")
     return frame
 
 

@@ -71,6 +71,10 @@ def draw(scores: list[float], count: int, sampling: Sampling, first: int = 0) ->
         ({"top_p": 1.01}, "top_p must be above 0 and at most 1, found 1.01"),
         ({"top_p": float("nan")}, "top_p must be above 0 and at most 1, found nan"),
         ({"seed": -1}, "seed must be 0 or above, found -1"),
+        ({"temperature": "1"}, "temperature must be 0 or a positive number, found '1'"),
+        ({"top_p": None}, "top_p must be above 0 and at most 1, found None"),
+        ({"seed": 1.5}, "seed must be 0 or above, found 1.5"),
+        ({"seed": True}, "seed must be 0 or above, found True"),
     ],
 )
 def test_sampling_is_checked(options, message):

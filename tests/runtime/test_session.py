@@ -180,6 +180,7 @@ def test_progress_counts_the_tokens(session, locked_picture):
         ({"faithful": True, "max_new_tokens": 2}, "a picture needs exactly 1024 codes, the model gave 1"),
         ({"faithful": True, "max_new_tokens": 1030}, "a picture needs exactly 1024 codes, the model gave 1029"),
         ({"max_new_tokens": 1024}, "max_new_tokens must be at least 1025 for 1024 codes, got 1024"),
+        ({"max_new_tokens": "all"}, "max_new_tokens must be at least 1025 for 1024 codes, got 'all'"),
         ({"faithful": True, "max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ({"faithful": True, "max_new_tokens": -5}, "max_new_tokens must be at least 1, got -5"),
     ],
@@ -251,10 +252,21 @@ def test_unusable_words(session, words, message):
     assert message in refusal(PromptError, lambda: session.generate(COM.image, words))
 
 
-@pytest.mark.parametrize("limit", [0, -1])
+@pytest.mark.parametrize("limit", [0, -1, 2.5, "5", None, True])
 def test_an_answer_has_at_least_one_token(session, limit):
+    """And a whole number of them: one of 2.5 is never reached, and the answer would go on."""
     message = refusal(GenerationError, lambda: session.answer(COM.image, QUESTION, max_new_tokens=limit))
-    assert message == f"max_new_tokens must be at least 1, got {limit}"
+    assert message == f"max_new_tokens must be at least 1, got {limit!r}"
+
+
+def test_numpys_whole_numbers_are_some(session):
+    assert len(session.answer(COM.image, QUESTION, max_new_tokens=np.int64(2)).token_ids) == 2
+
+
+@pytest.mark.parametrize("sampling", [0.7, {"temperature": 0.7}])
+def test_sampling_is_described_by_its_class(session, sampling):
+    message = refusal(GenerationError, lambda: session.answer(COM.image, QUESTION, sampling=sampling))
+    assert message == f"sampling must be a Sampling or None, got {type(sampling).__name__}"
 
 
 # --- tasks ----------------------------------------------------------------------------------------------------------
@@ -281,6 +293,9 @@ def test_tasks_that_a_bundle_has_not(golden_bundle):
     for name in ("drawing", "generation"):
         message = refusal(BundleError, lambda name=name: load(golden_bundle("qwen"), tasks=(name,)))
         assert message == f"the bundle has no {name} plugin, only comprehension"
+    for tasks in ((), "comprehension"):
+        message = refusal(BundleError, lambda tasks=tasks: load(golden_bundle("qwen"), tasks=tasks))
+        assert message == f"tasks must be some of comprehension, got {tasks!r}"
     qwen = load(golden_bundle("qwen"), threads=1)
     assert refusal(BundleError, lambda: qwen.generate(None, "Draw.")) == "the bundle has no generation plugin"
 
@@ -335,6 +350,13 @@ def test_a_failure_of_the_engine_is_an_error_and_nothing_on_stderr(session, capf
     message = refusal(ExecutorError, lambda: session.executor.picture(np.full((32, 32), 64)))
     assert message.startswith("ONNX Runtime failed in the codes graph of generation: ")
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1_000_000, 1.5, "2", True])
+def test_a_number_of_threads_that_is_none(golden_bundle, threads):
+    """ONNX Runtime would take 0 and -1 for all of them, and a million for a million."""
+    message = refusal(ExecutorError, lambda: load(golden_bundle("m3"), threads=threads))
+    assert message == f"threads must be from 1 to 1024, got {threads!r}"
 
 
 def test_the_number_of_threads_changes_no_token(golden_bundle):

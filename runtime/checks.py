@@ -1,0 +1,16 @@
+"""What a caller's number is, before it is compared with anything: of another type it would fail late, or not at all."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any, TypeGuard
+
+
+def is_whole(value: Any) -> TypeGuard[int]:
+    """Whether `value` is an integer, Python's or numpy's; True and False are none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def is_real(value: Any) -> TypeGuard[float]:
+    """Whether `value` is a number that is not complex; True and False are none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
