@@ -6,6 +6,7 @@ would follow, codes and pictures. What cannot be compared, or is not finite, has
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -60,7 +61,9 @@ class Report:
         return "nothing was compared"
 
     def to_json(self) -> dict[str, Any]:
-        return {"executor": self.executor, "against": self.against, "checks": [asdict(check) for check in self.checks]}
+        # JSON has no NaN: what is none is null.
+        checks = [asdict(one) | {"found": one.found if math.isfinite(one.found) else None} for one in self.checks]
+        return {"executor": self.executor, "against": self.against, "checks": checks}
 
     def at_least(self, name: str, found: float, bound: float) -> None:
         self.checks.append(Check(name, found, f"at least {bound:g}", bool(found >= bound)))

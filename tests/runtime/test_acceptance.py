@@ -1,5 +1,6 @@
 """The acceptance test between two executors: what passes, and that it fails closed."""
 
+import json
 from functools import cache
 
 import numpy as np
@@ -11,6 +12,7 @@ from healthgpt_edge import acceptance, load
 from healthgpt_edge.acceptance import Report, compare
 from healthgpt_edge.bundle import Bundle
 from healthgpt_edge.errors import HealthGPTError
+from healthgpt_edge.executors.onnx import DEVICES
 from healthgpt_edge.export.bundle import export_bundle
 from healthgpt_edge.export.checkpoint import Checkpoint
 from healthgpt_edge.export.demo import PHANTOM
@@ -116,6 +118,13 @@ def test_nothing_compared_is_not_accepted():
     assert not report.passed and report.first_failure == "nothing was compared"
 
 
+def test_a_report_of_what_is_no_number_is_json():
+    report = Report("one", "other")
+    report.at_least("cosine", float("nan"), 0.5)
+    text = json.dumps(report.to_json(), allow_nan=False)
+    assert json.loads(text)["checks"] == [{"name": "cosine", "found": None, "bound": "at least 0.5", "passed": False}]
+
+
 def test_another_shape_is_an_error():
     with pytest.raises(HealthGPTError, match=r"features must have the shape \(3,\), found \(2,\)"):
         Report("one", "other").alike("features", np.zeros(2), np.zeros(3), 1.0)
@@ -125,9 +134,19 @@ def test_the_command_line_compares_executors(sessions):
     bundle = sessions("int4")[0].bundle.path
     outcome = run("verify", bundle, "--executor", "onnx", "--threads", "1", "--json")
     assert (outcome.code, outcome.json["ok"]) == (0, True)
-    assert outcome.json["executor"] == outcome.json["against"] == "onnx-cpu+kernels" and outcome.json["checks"]
+    assert (outcome.json["executor"], outcome.json["against"]) == ("onnx-cpu+kernels", "onnx-cpu")
+    assert outcome.json["checks"]
     plain = run("verify", bundle, "--executor", "onnx", "--threads", "1").output
     assert "next tokens that agree" in plain and "FAILED" not in plain and "ok: " in plain
+
+
+def test_nothing_is_compared_with_itself(sessions, tmp_path, monkeypatch):
+    """As where the kernels are not built: every check would pass and say nothing."""
+    device = DEVICES["cpu"]._replace(library=tmp_path / "nothing.so")
+    monkeypatch.setitem(DEVICES, "cpu", device)
+    outcome = run("verify", sessions("int4")[0].bundle.path, "--executor", "onnx", "--threads", "1")
+    assert (outcome.code, outcome.output) == (2, "")
+    assert outcome.errors.endswith("error: onnx must be compared with another, found onnx-cpu in both\n")
 
 
 def test_the_command_line_fails_closed(sessions, monkeypatch):
