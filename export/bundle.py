@@ -15,6 +15,7 @@ import onnx
 from healthgpt_edge import manifest as schema
 from healthgpt_edge.bundle import MANIFEST
 from healthgpt_edge.errors import BundleError
+from healthgpt_edge.machine import version
 from healthgpt_edge.prompt import Tokenizer
 
 from .calibrate import calibrate
@@ -27,8 +28,6 @@ from .quantize import BLOCK_SIZES, CACHE_TYPES, Storage, is_quantised
 from .summary import Part, Summary, folds_of, parts_of
 from .tokenizer import write_tokenizer
 from .weights import WeightFile
-
-PRODUCER = "healthgpt-edge 0.1.0"
 
 
 def export_bundle(
@@ -199,7 +198,7 @@ class _Export:
         return schema.Manifest(
             format=schema.FORMAT,
             version=schema.VERSION,
-            producer=PRODUCER,
+            producer=f"healthgpt-edge {version('healthgpt-edge')}",
             template=checkpoint.template,
             precision=self.precision,
             block_size=self.block_size,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -18,7 +19,6 @@ import torch
 from PIL import Image, ImageDraw
 from pydicom.data import get_testdata_file
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from healthgpt_edge import Session, load, phantoms
@@ -99,8 +99,11 @@ class Result:
         console.print(f"contact sheet: {self.sheet}")
 
 
-def run(out: Path, notes: Console) -> Result:
-    """Run the demo into the directory `out`; raises HealthGPTError, also where fp32 ids leave the reference."""
+def run(out: Path, on_step: Callable[[int, int], None] = lambda done, total: None) -> Result:
+    """Run the demo into the directory `out`; raises HealthGPTError, also where fp32 ids leave the reference.
+
+    `on_step(done, total)` reports progress in jobs.
+    """
     if not PHANTOM.is_dir():
         raise HealthGPTError(
             "the demo needs the phantom checkpoint of a source checkout, found none beside the package"
@@ -109,18 +112,17 @@ def run(out: Path, notes: Console) -> Result:
     result = Result(out / "contact-sheet.png")
     jobs = list_jobs()
     tiles: list[tuple[str, np.ndarray]] = []
-    with Checkpoint.open(**released_files(PHANTOM)) as checkpoint, Progress(console=notes, transient=True) as progress:
+    with Checkpoint.open(**released_files(PHANTOM)) as checkpoint:
         sessions = {precision: _export(checkpoint, out, precision) for precision in PRECISIONS}
         references = {task: HealthGPT.load(checkpoint, task) for task in checkpoint.tasks}
-        bar = progress.add_task("demo", total=len(jobs))
-        for job in jobs:
+        for index, job in enumerate(jobs):
+            on_step(index, len(jobs))
             expected_ids, reference_ms = _reference(references, sessions["fp32"], job)
             for precision, session in sessions.items():
                 row, made = _run(session, job, precision, expected_ids, reference_ms)
                 result.rows.append(row)
                 if precision == "fp32":
                     tiles += _tiles(job, row, made)
-            progress.advance(bar)
     write_image(result.sheet, contact_sheet(tiles))
     if wrong := [row.name for row in result.rows if row.precision == "fp32" and not row.ids_equal_reference]:
         raise HealthGPTError(f"fp32 token ids must equal the PyTorch reference, they differ for {', '.join(wrong)}")

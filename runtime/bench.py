@@ -12,7 +12,6 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +153,7 @@ def run(
         },
         "machine": machine.description(),
         "versions": {"python": platform.python_version()}
-        | {name: _version(name) for name in ("healthgpt-edge", "numpy", "onnxruntime")},
+        | {name: machine.version(name) for name in ("healthgpt-edge", "numpy", "onnxruntime")},
         "settings": {
             "executor": session.executor.name,
             # In use, not only asked for: they may not be built.
@@ -167,16 +166,6 @@ def run(
         "memory": memory,
         "rows": [timing.to_json() for timing in timings],
     }
-
-
-def _version(name: str) -> str | None:
-    """Of an installed package, which for a GPU has another name; None where it runs from its sources."""
-    for installed in (name, f"{name}-gpu"):
-        try:
-            return metadata.version(installed)
-        except metadata.PackageNotFoundError:
-            continue
-    return None
 
 
 class _Bench:

@@ -55,6 +55,21 @@ Certify = Annotated[bool, typer.Option("--certify", help="Decode again without d
 Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Check the hashes of the weights first.")]
 
 
+def _print_version(wanted: bool) -> None:
+    from .machine import version
+
+    if wanted:
+        print(", ".join(f"{name} {version(name)}" for name in ("healthgpt-edge", "onnxruntime")))
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", help="Show the version.", callback=_print_version)] = False,
+) -> None:
+    """What goes before a command."""
+
+
 @app.command()
 def export(
     base: Annotated[Path, typer.Option(help="Directory of the base model.")],
@@ -490,7 +505,9 @@ def demo(
         from .export.demo import run
     except ModuleNotFoundError as error:
         raise HealthGPTError(f"demo needs {error.name}: pip install 'healthgpt-edge[export,test]'") from error
-    result = run(out, notes)
+    with _progress() as progress:
+        bar = progress.add_task("demo", total=None)
+        result = run(out, on_step=lambda done, total: progress.update(bar, completed=done, total=total))
     if as_json:
         _print_json(result.to_json())
     else:
@@ -610,6 +627,9 @@ def main() -> None:
     except OSError as error:
         name = f": {Path(error.filename).name[:100]}" if isinstance(error.filename, str) else ""
         print(f"error: {_one_line(f'{error.strerror or error}{name}')}", file=sys.stderr)
+        status = 2
+    except MemoryError:
+        print("error: there is not enough memory", file=sys.stderr)
         status = 2
     except (KeyboardInterrupt, typer.Abort):
         status = 130

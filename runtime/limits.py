@@ -60,6 +60,8 @@ def guarded(name: str, kind: str) -> Iterator[None]:
             yield
         except ImageError as error:
             raise ImageError(f"{name}: {error}") from None
+        except MemoryError:  # says nothing of the file
+            raise ImageError(f"{name}: there is not enough memory to read it") from None
         except OSError as error:
             reason = error.strerror or "damaged or cut short"
             raise ImageError(f"{name}: cannot be read as {kind}: {reason}") from None

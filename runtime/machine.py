@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import platform
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,16 @@ def description() -> dict[str, Any]:
         "memory_bytes": memory,
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
     }
+
+
+def version(package: str) -> str | None:
+    """Of an installed package, which for a GPU has another name; None where it runs from its sources."""
+    for installed in (package, f"{package}-gpu"):
+        try:
+            return metadata.version(installed)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
 
 
 def cores() -> int:

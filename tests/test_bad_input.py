@@ -20,6 +20,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -860,6 +861,20 @@ def test_a_disk_that_is_full_when_the_picture_is_written(place):
     assert list(listing(place.folder)) == ["out.png"] and old.read_bytes() == b"an older picture"
 
 
+def test_a_picture_that_does_not_fit_the_memory(place, monkeypatch):
+    """While it is read, and when it is padded to a square; neither says that the file is damaged."""
+
+    def exhausted(*_: object) -> None:
+        raise MemoryError
+
+    words = answer("--image", PICTURE)(place)
+    with monkeypatch.context() as patch:
+        patch.setattr("healthgpt_edge.images._to_rgb", exhausted)
+        assert_refused(run(*words), "wide.png: there is not enough memory to read it")
+    monkeypatch.setattr("healthgpt_edge.session.prepare", exhausted)
+    assert_refused(run(*words), "there is not enough memory")
+
+
 # --- stopped half-way -----------------------------------------------------------------------------------------------
 
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
@@ -949,6 +964,13 @@ def test_what_is_ignored_stays_ignored(place, monkeypatch):
     finally:
         signal.signal(signal.SIGHUP, before)
     assert ignored == [signal.SIG_IGN]
+
+
+def test_the_version_is_told():
+    """What a site names when it reports something."""
+    outcome = run("--version")
+    versions = [f"{name} {version(name)}" for name in ("healthgpt-edge", "onnxruntime")]
+    assert (outcome.code, outcome.output, outcome.errors) == (0, ", ".join(versions) + "\n", "")
 
 
 def test_help_is_no_bad_input():
