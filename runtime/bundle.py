@@ -8,6 +8,7 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from .errors import BundleError
 from .manifest import MAX_MANIFEST_BYTES, Manifest
@@ -79,7 +80,7 @@ class Bundle:
 
     def _check_listing(self) -> None:
         found: set[str] = set()
-        for folder, folders, files in os.walk(self.path):
+        for folder, folders, files in os.walk(self.path, onerror=_raise):
             relative = Path(folder).relative_to(self.path)
             if relative == Path():
                 if (self.path / ENGINES).is_symlink():
@@ -101,15 +102,22 @@ class Bundle:
                 raise BundleError(f"{name} must be a regular file")
             if (size := path.stat().st_size) != entry.size:
                 raise BundleError(f"file {name} must be {entry.size} bytes, found {size}")
+            path.open("rb").close()  # whoever maps it later may have no words for why it cannot
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error
 
 
 @contextmanager
 def _reading(root: Path) -> Iterator[None]:
-    """What the operating system refuses is an error of the bundle."""
+    """What the operating system refuses is an error of the bundle, which names the file."""
     try:
         yield
     except OSError as error:
-        raise BundleError(f"bundle {root.name[:100]!r} cannot be read: {error.strerror}") from error
+        name = Path(os.fsdecode(error.filename or root)).name
+        where = "" if name == root.name else f": {name[:100]}"
+        raise BundleError(f"bundle {root.name[:100]!r} cannot be read: {error.strerror}{where}") from error
 
 
 def _is_regular(path: Path) -> bool:

@@ -12,7 +12,8 @@ import hashlib
 import importlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -145,15 +146,15 @@ def import_tensorrt(target: str) -> Any:
 def read_record(bundle: Bundle, target: str) -> EngineRecord:
     """The record of a target's engines; raises ExecutorError where there is none or it is malformed."""
     path = folder(bundle, target) / RECORD
-    try:
+    with _reading(RECORD):
         if path.is_symlink() or path.parent.is_symlink():
             raise ExecutorError(f"the engines of {target} must be part of the bundle, found a link")
+        if not path.exists():
+            raise ExecutorError(
+                f"the bundle has no engines for {target}: healthgpt-edge build {bundle.path.name} --target {target}"
+            )
         with path.open("rb") as file:
             text = file.read(MAX_MANIFEST_BYTES + 1)
-    except FileNotFoundError:
-        raise ExecutorError(
-            f"the bundle has no engines for {target}: healthgpt-edge build {bundle.path.name} --target {target}"
-        ) from None
     try:
         data = json.loads(text) if len(text) <= MAX_MANIFEST_BYTES else None
     except (ValueError, RecursionError):
@@ -185,25 +186,35 @@ def read_engine(bundle: Bundle, record: EngineRecord, name: str, tensorrt: str) 
     entry = check_fresh(bundle, record, name, tensorrt)
     file_name = f"{name}.engine"
     path = folder(bundle, record.target) / file_name
-    if not _FILE_NAME.fullmatch(file_name) or path.is_symlink() or not path.is_file():
-        raise ExecutorError(f"engine {name} must be a regular file of the bundle: build again")
-    size = path.stat().st_size
-    if size != entry.size or size > MAX_ENGINE_BYTES:
-        raise ExecutorError(f"engine {name} is damaged: it must have {entry.size} bytes, found {size}; build again")
-    data = np.empty(size, np.uint8)
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        for first in range(0, size, _CHUNK_BYTES):
-            chunk = data[first : first + _CHUNK_BYTES]
-            if file.readinto(chunk.data) != len(chunk):
-                raise ExecutorError(f"engine {name} is damaged: it ended while it was read; build again")
-            digest.update(chunk.data)
+    with _reading(file_name):
+        if not _FILE_NAME.fullmatch(file_name) or path.is_symlink() or not path.is_file():
+            raise ExecutorError(f"engine {name} must be a regular file of the bundle: build again")
+        size = path.stat().st_size
+        if size != entry.size or size > MAX_ENGINE_BYTES:
+            raise ExecutorError(f"engine {name} is damaged: it must have {entry.size} bytes, found {size}; build again")
+        data = np.empty(size, np.uint8)
+        digest = hashlib.sha256()
+        with path.open("rb", buffering=0) as file:
+            for first in range(0, size, _CHUNK_BYTES):
+                chunk = data[first : first + _CHUNK_BYTES]
+                if file.readinto(chunk.data) != len(chunk):
+                    raise ExecutorError(f"engine {name} is damaged: it ended while it was read; build again")
+                digest.update(chunk.data)
     if digest.hexdigest() != entry.sha256:
         raise ExecutorError(
             f"engine {name} is damaged: SHA-256 must be {entry.sha256[:16]}..., found {digest.hexdigest()[:16]}...; "
             "build again"
         )
     return data
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """What the operating system refuses is an error of the file `name`."""
+    try:
+        yield
+    except OSError as error:
+        raise ExecutorError(f"{name} cannot be read: {error.strerror}") from error
 
 
 def _difference(found: Mapping[str, str], expected: Mapping[str, str]) -> str:

@@ -24,9 +24,13 @@ def label(path: Path) -> str:
 
 
 def require_file(path: Path) -> Path:
-    """`path` if it is a file, otherwise a CheckpointError."""
-    if not path.is_file():
-        raise CheckpointError(f"{label(path)}: expected a file, found {'a folder' if path.is_dir() else 'nothing'}")
+    """`path` if it is a file that may be read, otherwise a CheckpointError."""
+    try:
+        if not path.is_file():
+            raise CheckpointError(f"{label(path)}: expected a file, found {'a folder' if path.is_dir() else 'nothing'}")
+        path.open("rb").close()
+    except OSError as error:
+        raise CheckpointError(f"{label(path)}: cannot be read: {error.strerror}") from error
     return path
 
 

@@ -788,6 +788,22 @@ def test_a_tied_base_takes_no_rows(release):
         open_release(release)
 
 
+@pytest.mark.parametrize(
+    "name", ["config.json", "model-00001-of-00002.safetensors", "com_hlora_weights.bin", "last.ckpt"]
+)
+def test_a_file_that_may_not_be_read_is_named(name, monkeypatch):
+    opened = Path.open
+
+    def refuse(path, *arguments, **options):
+        if path.name == name:
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(CheckpointError, match=f"{name}: cannot be read: Permission denied$"):
+        Checkpoint.open(**arguments("m3"))
+
+
 def test_unknown_names_are_errors():
     with open_golden("m3") as checkpoint:
         with pytest.raises(CheckpointError, match="task: expected one of comprehension, generation, found 'drawing'"):

@@ -525,6 +525,13 @@ def test_without_engines_or_without_a_gpu_the_reason_is_one_line(plain, built, t
         assert outcome.code == 2 and "CUDA failed in cudaGetDeviceCount" in outcome.errors
 
 
+def test_a_record_that_cannot_be_read_is_an_error_of_ours(plain, tmp_path):
+    shutil.copytree(plain, tmp_path / "int4")
+    (tmp_path / "int4" / "engines" / TARGET / "engines.json").mkdir(parents=True)
+    with pytest.raises(ExecutorError, match=r"engines\.json cannot be read: Is a directory"):
+        read_record(Bundle.open(tmp_path / "int4"), TARGET)
+
+
 def test_a_record_behind_a_link_is_refused(copied, tmp_path):
     folder = copied / "engines" / TARGET
     folder.rename(tmp_path / "elsewhere")
