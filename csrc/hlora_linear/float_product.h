@@ -99,7 +99,7 @@ void AddFloatProduct(const Matrix& matrix, const Input& input, int64_t first_blo
   constexpr int64_t bytes = storage == Storage::kFloat16 ? 2 : 4;
   const char* values = static_cast<const char*>(matrix.values);
   const int64_t end = Min(end_block * kFloatBlock, matrix.channels), tiles = part.stride / kTile;
-  const bool few = part.rows <= kFewRows;
+  const bool few = part.rows <= FewRows(storage);
   const int64_t step = few ? 4 : kFloatBlock;
   for (int64_t channel = first_block * kFloatBlock; channel < end; channel += step) {
     const int64_t channels = Min(step, end - channel);

@@ -1,7 +1,6 @@
 // The kernels of HLoraLinear, compiled once per target (simd/simd.h).
 //
-// A matrix is worked through in tiles of kTile outputs, whose sums for up to three rows fill the registers: eight
-// vectors per row. There are two ways through it:
+// A matrix is worked through in tiles of kTile outputs, eight vectors of sums per row. There are two ways through it:
 //   few rows    Bytes are the limit. The file is read as it lies, eight channels at a time over all tiles of the run,
 //               and the sums of all its tiles wait in a cache.
 //   more rows   Arithmetic is. A block of channels of one tile is unpacked once into the first cache, and its sums then

@@ -20,7 +20,6 @@ constexpr bool kInPairs = Simd::kPairsPerSum4 > 1;  // see pair_product.h
 constexpr int kRowsAtOnce = Simd::kRegisters >= 32 ? 3 : 6;
 constexpr int kSumsAtOnce = Simd::kRegisters >= 32 ? kVectors : 2;
 constexpr int64_t kFloatRowsAtOnce = 6;  // with fewer vectors each (SumsPerRow)
-constexpr int64_t kFewRows = 3;
 // For as many or fewer, threads share the splits of the channels.
 constexpr int64_t kRowsBySplit = Simd::kRegisters >= 32 ? 12 : 6;
 constexpr int64_t kFloatBlock = 64;        // channels of a tile of floats
@@ -34,7 +33,12 @@ constexpr int64_t kRowsPerTask = 384;
 constexpr int64_t kRunSums = 64 << 10, kRunColumns = 10 << 10;
 constexpr int64_t kPartsPerMatrix = 8;  // at least, where it is large enough
 
-bool IsInteger(Storage storage) { return storage == Storage::kInt4 || storage == Storage::kInt8; }
+constexpr bool IsInteger(Storage storage) { return storage == Storage::kInt4 || storage == Storage::kInt8; }
+// As many rows or fewer go over a matrix as it lies in the file. Where pairs are added, unpacking saves less, and makes
+// two tiles of one of 8 bits.
+constexpr int64_t FewRows(Storage storage) {
+  return !kInPairs || !IsInteger(storage) ? 3 : storage == Storage::kInt4 ? 6 : 16;
+}
 int64_t BlockOf(const Matrix& matrix) { return IsInteger(matrix.storage) ? matrix.block_size : kFloatBlock; }
 int64_t BlocksOf(const Matrix& matrix) { return CeilDivide(matrix.channels, BlockOf(matrix)); }
 
@@ -96,7 +100,7 @@ int64_t RunColumns(int64_t outputs, int64_t rows) {
 
 // Whether so few rows go over a matrix as it lies in the file.
 bool InPlace(const Matrix& matrix, int64_t rows) {
-  return rows <= kFewRows && (matrix.storage != Storage::kInt4 || matrix.outputs % 2 == 0);
+  return rows <= FewRows(matrix.storage) && (matrix.storage != Storage::kInt4 || matrix.outputs % 2 == 0);
 }
 
 // Bytes that a task needs beside its sums: for its sums to wait in, or for one unpacked tile.

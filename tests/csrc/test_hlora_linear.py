@@ -110,7 +110,7 @@ def test_integer_products_are_exact_but_for_the_rounding_of_x(storage, target):
 
 @each_target
 @pytest.mark.parametrize("storage", ["int8", "int4"])
-@pytest.mark.parametrize("rows", [1, 3, 7])
+@pytest.mark.parametrize("rows", [1, 3, 6, 7])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_largest_products_do_not_overflow(storage, rows, sign, target):
     """All of one sign and as large as they can be: AVX2 sums sixteen of them in 16 bits."""
