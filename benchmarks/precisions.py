@@ -27,7 +27,7 @@ from healthgpt_edge.export.bundle import export_bundle
 from healthgpt_edge.export.checkpoint import Checkpoint
 from healthgpt_edge.export.phantom.release import released_files
 from healthgpt_edge.images import prepare, read_image
-from healthgpt_edge.prompt import prompt_ids
+from healthgpt_edge.prompt import prompt_ids, with_patches
 from healthgpt_edge.session import GENERATION, Session
 
 PHANTOM = Path(__file__).parents[1] / "phantom"
@@ -71,10 +71,9 @@ def log_shares(session: Session, task: phantoms.Task, ids: list[int]) -> np.ndar
     manifest = session.bundle.manifest
     picture = prepare(read_image(task.picture), manifest.vision.image_size, manifest.vision.background)
     prompt = prompt_ids(session.tokenizer, manifest.template, task.instruction, True, True)
-    patches = range(manifest.language.vocab, manifest.language.vocab + manifest.vision.patches)
-    spliced = [token for one in prompt for token in (patches if one < 0 else (one,))]
+    spliced = with_patches(prompt, manifest.language.vocab, manifest.vision.patches)
     context = session.executor.context(GENERATION, session.executor.features(GENERATION, picture))
-    logits = context.forward(np.array(spliced + ids[:-1], np.int64), last_positions=len(ids)).astype(np.float64)
+    logits = context.forward(np.array([*spliced, *ids[:-1]], np.int64), last_positions=len(ids)).astype(np.float64)
     logits -= logits.max(axis=-1, keepdims=True)
     return np.asarray(logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True)))
 

@@ -18,7 +18,7 @@ from .errors import HealthGPTError
 from .executors import Context
 from .images import prepare, read_image
 from .phantoms import held_out, questions
-from .prompt import IMAGE, prompt_ids
+from .prompt import prompt_ids, with_patches
 from .session import COMPREHENSION, GENERATION, Session
 
 PHANTOMS, NEW_TOKENS = 4, 16
@@ -124,12 +124,10 @@ def compare(found: Session, expected: Session, on_step: Callable[[str], None] = 
 
 
 def _prompt(session: Session, words: str, task: str) -> np.ndarray:
-    """The ids of a prompt with a picture, its patches behind the vocabulary."""
+    """The ids of a prompt with a picture, as the language graph takes them."""
     manifest = session.bundle.manifest
     ids = prompt_ids(session.tokenizer, manifest.template, words, True, task != COMPREHENSION)
-    vocab, patches = manifest.language.vocab, manifest.vision.patches
-    spliced = [list(range(vocab, vocab + patches)) if token_id == IMAGE else [token_id] for token_id in ids]
-    return np.array([token_id for part in spliced for token_id in part], np.int64)
+    return with_patches(ids, manifest.language.vocab, manifest.vision.patches)
 
 
 def _compare_layers(report: Report, task: str, found: Context, expected: Context, cosine: float) -> None:

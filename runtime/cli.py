@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import io
 import json
-import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -18,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from .errors import HealthGPTError, ImageError, PromptError
+from .stopping import stopping_cleanly
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -588,29 +586,6 @@ def _one_line(message: str) -> str:
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
 
 
-@contextlib.contextmanager
-def _stopping_cleanly() -> Iterator[None]:
-    """Signals that end the process raise SystemExit, so that `finally` removes what is half-written: once only, or the
-    next Ctrl-C would cut that short."""
-
-    def stop(number: int, frame: object) -> NoReturn:
-        for other in handlers:
-            signal.signal(other, signal.SIG_IGN)
-        raise SystemExit(128 + number)
-
-    known = (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP"))
-    handlers = {number: signal.getsignal(number) for number in known if number is not None}
-    # What is ignored stays ignored, as SIGHUP is under nohup.
-    handlers = {number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN}
-    for number in handlers:
-        signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
 def main() -> None:
     """Entry point: bad input is one line on stderr and exit code 2."""
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -618,7 +593,7 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     status: object = None
     try:
-        with _stopping_cleanly():
+        with stopping_cleanly():
             status = app(standalone_mode=False)
     except (HealthGPTError, typer.TyperException) as error:
         message = error.format_message() if isinstance(error, typer.TyperException) else str(error)

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
+from numpy.typing import NDArray
 
 from .errors import BundleError, GenerationError, PromptError
 
@@ -79,6 +81,19 @@ def prompt_ids(tokenizer: Tokenizer, template: str, question: str, image: bool, 
     for position, chunk in enumerate(_chunks(template, question, image, generation)):
         ids += [IMAGE] * (position > 0) + tokenizer.encode(chunk)
     return ids
+
+
+def with_patches(ids: Iterable[int], vocab: int, patches: int) -> NDArray[np.int64]:
+    """A prompt's ids as the language graph takes them, [S]: the picture as its patches, which follow the vocabulary.
+
+    Raises BundleError for an id that is not in the vocabulary.
+    """
+    spliced: list[int] = []
+    for token_id in ids:
+        if token_id != IMAGE and not 0 <= token_id < vocab:
+            raise BundleError(f"the tokenizer must give ids below {vocab}, found {token_id}")
+        spliced += range(vocab, vocab + patches) if token_id == IMAGE else (token_id,)
+    return np.array(spliced, np.int64)
 
 
 def _chunks(template: str, question: str, image: bool, generation: bool) -> list[str]:

@@ -23,7 +23,7 @@ from .kept import read_kept, write_kept
 from .manifest import Codes
 from .prefixes import Prefix, Prefixes
 from .previews import Previews
-from .prompt import IMAGE, TEMPLATES, Tokenizer, prompt_ids
+from .prompt import IMAGE, TEMPLATES, Tokenizer, prompt_ids, with_patches
 from .results import Answer, Clock, Picture
 
 COMPREHENSION, GENERATION = "comprehension", "generation"
@@ -190,7 +190,7 @@ class Session:
         if not has_image and (request.frame is not None or request.window is not None):
             raise ImageError("frame and window need an image, got none")
         ids = prompt_ids(self.tokenizer, manifest.template, request.words, has_image, task == GENERATION)
-        spliced = self._spliced(ids)
+        spliced = with_patches(ids, manifest.language.vocab, manifest.vision.patches)
         if len(spliced) + request.max_new_tokens > manifest.language.max_positions:
             raise PromptError(
                 f"prompt and new tokens must fit {manifest.language.max_positions} positions, "
@@ -296,17 +296,6 @@ class Session:
             "certified": run.certified,
             "reused_tokens": run.reused_tokens,
         }
-
-    def _spliced(self, ids: list[int]) -> np.ndarray:
-        """The ids the graph takes: the image placeholder as its patches, which follow the vocabulary."""
-        manifest = self.bundle.manifest
-        vocab = manifest.language.vocab
-        spliced: list[int] = []
-        for token_id in ids:
-            if token_id != IMAGE and not 0 <= token_id < vocab:
-                raise BundleError(f"the tokenizer must give ids below {vocab}, found {token_id}")
-            spliced.extend(range(vocab, vocab + manifest.vision.patches) if token_id == IMAGE else (token_id,))
-        return np.array(spliced, np.int64)
 
     def _codes(self) -> Codes:
         if self.bundle.manifest.codes is None or GENERATION not in self.bundle.manifest.tasks:

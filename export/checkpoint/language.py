@@ -87,15 +87,10 @@ class LanguageConfig:
 
 @dataclass(frozen=True, slots=True)
 class GenerationConfig:
-    """The base's decoding defaults; greedy decoding keeps only the stop ids and the repetition penalty."""
+    """What greedy decoding keeps of the base's defaults."""
 
     eos_ids: tuple[int, ...]
-    bos_id: int | None
-    pad_id: int | None
     repetition_penalty: float
-    temperature: float
-    top_p: float
-    top_k: int
 
 
 def read_language(base: Path, vocab: int | None = None) -> LanguageConfig:
@@ -143,21 +138,12 @@ def read_language(base: Path, vocab: int | None = None) -> LanguageConfig:
 
 
 def read_generation(base: Path, vocab: int) -> GenerationConfig:
-    """generation_config.json of the base; settings beyond sampling and the repetition penalty are refused."""
+    """generation_config.json of the base: settings of sampling are left out, others that change a token refused."""
     fields = Fields(base / "generation_config.json", read_json(base / "generation_config.json"))
     fields.only(GENERATION_KEYS)
-    special = {
-        key: None if fields.values.get(key) is None else fields.integer(key, 0, vocab - 1)
-        for key in ("bos_token_id", "pad_token_id")
-    }
     return GenerationConfig(
         eos_ids=fields.integers("eos_token_id", 0, vocab - 1, most=64),
-        bos_id=special["bos_token_id"],
-        pad_id=special["pad_token_id"],
         repetition_penalty=fields.number("repetition_penalty", 0.01, 100.0, default=1.0),
-        temperature=fields.number("temperature", 0.0, 100.0, default=1.0),
-        top_p=fields.number("top_p", 0.0, 1.0, default=1.0),
-        top_k=fields.integer("top_k", 0, MAX_VOCABULARY, default=50),
     )
 
 

@@ -41,15 +41,7 @@ LANGUAGE = LanguageConfig(
     sliding_window=2047,
     max_positions=4096,
 )
-GENERATION = GenerationConfig(
-    eos_ids=(END_OF_TEXT, ASSISTANT, END),
-    bos_id=1,
-    pad_id=END_OF_TEXT,
-    repetition_penalty=1.0,
-    temperature=1.0,
-    top_p=1.0,
-    top_k=50,
-)
+GENERATION = GenerationConfig(eos_ids=(END_OF_TEXT, ASSISTANT, END), repetition_penalty=1.0)
 CODES = GRID * GRID
 COPY_BATCH, TEXT_BATCH = 4, 24
 LEARNING_RATE = 2e-3

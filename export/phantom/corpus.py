@@ -28,6 +28,7 @@ BASE_ROWS = 464  # padded, as the released table is
 END_OF_TEXT, ASSISTANT, MARKER, END = (
     PIECES + SPECIAL.index(text) for text in ("<|endoftext|>", "<|assistant|>", "<|placeholder1|>", "<|end|>")
 )
+BEGIN = 1  # <s>
 FIRST_BYTE = 3  # SentencePiece's 256 byte tokens follow <unk>, <s> and </s>
 
 MODALITIES = ("CT", "MR")

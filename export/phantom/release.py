@@ -21,7 +21,7 @@ from ..checkpoint import VqConfig
 from ..reference.model import ROWS, HealthGPT
 from ..reference.vqgan import Vqgan
 from .base import GENERATION, LANGUAGE
-from .corpus import BASE_ROWS, END_OF_TEXT
+from .corpus import BASE_ROWS, BEGIN, END_OF_TEXT
 from .vision import CONFIG as VISION
 
 
@@ -45,7 +45,7 @@ def write_base(folder: Path, model: HealthGPT) -> None:
         {
             "architectures": ["Phi3ForCausalLM"],
             "attention_bias": False,
-            "bos_token_id": GENERATION.bos_id,
+            "bos_token_id": BEGIN,
             "eos_token_id": END_OF_TEXT,
             "hidden_act": "silu",
             "hidden_size": LANGUAGE.hidden,
@@ -68,7 +68,7 @@ def write_base(folder: Path, model: HealthGPT) -> None:
     )
     _write_json(
         folder / "generation_config.json",
-        {"bos_token_id": GENERATION.bos_id, "eos_token_id": list(GENERATION.eos_ids), "pad_token_id": END_OF_TEXT},
+        {"bos_token_id": BEGIN, "eos_token_id": list(GENERATION.eos_ids), "pad_token_id": END_OF_TEXT},
     )
     state = {name: tensor.half().contiguous() for name, tensor in model.base_state(BASE_ROWS).items()}
     safetensors.torch.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})

@@ -165,11 +165,6 @@ class HealthGPT(nn.Module):
 
     # --- the released layout ------------------------------------------------------------------------------------
 
-    def freeze_base(self) -> None:
-        """Train the plugin only: adapters, projector, vocabulary rows."""
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(is_plugin(name) or name in ROWS)
-
     def base_state(self, rows: int) -> dict[str, Tensor]:
         """The tensors of the base's files, with the first `rows` vocabulary rows."""
         state = {

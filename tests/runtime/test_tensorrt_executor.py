@@ -15,7 +15,7 @@ from healthgpt_edge.executors import Choice
 from healthgpt_edge.executors.onnx import OnnxExecutor
 from healthgpt_edge.executors.tensorrt_context import DECODE, PREFILL
 from healthgpt_edge.export.engines.build import default_settings
-from healthgpt_edge.prompt import Tokenizer
+from healthgpt_edge.prompt import Tokenizer, with_patches
 from healthgpt_edge.session import Session
 
 MAX_CONTEXT, MAX_ROWS = 1400, 8
@@ -118,7 +118,8 @@ def test_an_answer_that_just_fits_the_caches_is_given(choosing, monkeypatch):
         monkeypatch.setattr(executor, "settings", settings)
         return session.answer(case.image, case.question, max_new_tokens=case.max_new_tokens, draft="none")
 
-    prompt = len(session._spliced(answer(MAX_CONTEXT).prompt_ids))
+    language, vision = session.bundle.manifest.language, session.bundle.manifest.vision
+    prompt = len(with_patches(answer(MAX_CONTEXT).prompt_ids, language.vocab, vision.patches))
     assert answer(prompt + len(expected) - 1).token_ids == expected
     with pytest.raises(ExecutorError, match="build with --max-context"):
         answer(prompt + len(expected) - 2)
