@@ -232,4 +232,4 @@ class _Export:
             },
             provenance=checkpoint.provenance() | ({"calibration": [f"{count} pictures"]} if count else {}),
             files=self.files,
-        )
+        ).sealed()

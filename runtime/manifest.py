@@ -7,6 +7,7 @@ an allocation are bounded here.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
 import types
@@ -108,7 +109,10 @@ class Task:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Manifest:
-    """Everything the runtime knows about a bundle before it opens another file of it."""
+    """Everything the runtime knows about a bundle before it opens another file of it.
+
+    own_sha256: of all the rest of it; empty in bundles from before there was one, which open unchecked.
+    """
 
     format: str
     version: int
@@ -125,8 +129,15 @@ class Manifest:
     tasks: dict[str, Task]
     provenance: dict[str, Any]
     files: dict[str, FileEntry]
+    own_sha256: str = ""
+
+    def sealed(self) -> Manifest:
+        """This manifest with the hash of itself."""
+        unsealed = dataclasses.replace(self, own_sha256="")
+        return dataclasses.replace(self, own_sha256=hashlib.sha256(unsealed.to_json().encode()).hexdigest())
 
     def to_json(self) -> str:
+        """The text of `bundle.json`: the same for equal manifests."""
         return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n"
 
     @classmethod
@@ -144,6 +155,9 @@ class Manifest:
             raise BundleError(f"bundle format version must be {VERSION}, found {data.get('version')!r}")
         manifest = parse(cls, data, "bundle.json")
         _check(manifest)
+        if manifest.own_sha256 and manifest != manifest.sealed():
+            expected, found = manifest.own_sha256[:16], manifest.sealed().own_sha256[:16]
+            raise BundleError(f"bundle.json is damaged: SHA-256 must be {expected}..., found {found}...")
         return manifest
 
 

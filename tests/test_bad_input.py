@@ -402,7 +402,13 @@ ASK = ("answer", "--question", QUESTION, "--threads", 1)
 
 
 def manifest(change: Callable[[dict[str, Any]], object]) -> Change:
-    return lambda bundle: edit_json(bundle / "bundle.json", change)
+    """Another manifest, without the hash of the one that was there."""
+
+    def unsealed(data: dict[str, Any]) -> None:
+        change(data)
+        del data["own_sha256"]
+
+    return lambda bundle: edit_json(bundle / "bundle.json", unsealed)
 
 
 def link(name: str) -> Change:
@@ -468,6 +474,12 @@ BUNDLES = {
             "verify",
         ),
         "bundle.json must be JSON",
+    ),
+    "bundle: a stop id in the manifest": Bad(
+        damaged(
+            lambda bundle: edit_json(bundle / "bundle.json", lambda data: data["decoding"].update(stop_ids=[3])), *ASK
+        ),
+        "bundle.json is damaged: SHA-256 must be ",
     ),
     "bundle: bit of a hash": Bad(
         damaged(manifest(lambda data: data["files"]["tokenizer.json"].update(sha256="0" * 64)), "verify"),
