@@ -35,6 +35,8 @@ app = typer.Typer(
 notes = Console(stderr=True, highlight=False)
 # What several questions about one picture may keep of it: 0.7 GB for M3 after the longest answer.
 _ONE_PICTURE_BYTES = 1 << 30
+# The widest tables fit.
+_PIPE_COLUMNS = 120
 
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A directory written by `export`.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
@@ -509,7 +511,7 @@ def demo(
     if as_json:
         _print_json(result.to_json())
     else:
-        result.print_tables(Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 110))
+        result.print_tables(_stdout())
 
 
 def _load(bundle: Path, *, executor: str, device: str | None, kernels: bool, **options: Any) -> Session:
@@ -576,8 +578,12 @@ def _print_json(value: dict[str, Any]) -> None:
 
 
 def _print_table(table: Table) -> None:
-    # Names of files are no markup, whatever brackets they hold.
-    Console(highlight=False, markup=False).print(table)
+    _stdout().print(table)
+
+
+def _stdout() -> Console:
+    # Names of files are no markup, whatever brackets they hold. A file or a pipe has no width to cut words for.
+    return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else _PIPE_COLUMNS)
 
 
 def _one_line(message: str) -> str:
