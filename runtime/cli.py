@@ -333,7 +333,7 @@ def answer(
 def generate(
     bundle: BundlePath,
     instruction: Annotated[str, typer.Option(help="What to make.")],
-    out: Annotated[Path, typer.Option(help="The PNG file to write.")],
+    out: Annotated[Path, typer.Option(help="The file to write: PNG, or DICOM of the study of --image.")],
     image: Annotated[Path | None, typer.Option(help="PNG, JPEG or DICOM file; may be left out.")] = None,
     faithful: Annotated[bool, typer.Option("--faithful", help="Run free, as the original does.")] = False,
     max_new_tokens: Annotated[int | None, typer.Option(min=1)] = None,
@@ -356,18 +356,21 @@ def generate(
 ) -> None:
     """Make a picture from a picture, or from words alone."""
     from .decoding import Sampling
-    from .images import write_image
+    from .images import read_study, write_image
     from .session import GENERATION
 
-    if out.suffix.lower() != ".png":
-        raise HealthGPTError(f"--out must be a .png file, got {out.name!r}")
+    if out.suffix.lower() not in (".png", ".dcm"):
+        raise HealthGPTError(f"--out must be a .png or .dcm file, got {out.name!r}")
+    if out.suffix.lower() == ".dcm" and image is None:
+        raise HealthGPTError("--out as .dcm takes patient and study from --image, which is missing")
     # Known before the minutes that a picture may take.
     if not out.parent.is_dir():
         raise HealthGPTError(f"the folder to hold {out.name!r} does not exist")
     if out.is_dir():
-        raise HealthGPTError(f"--out must be a .png file, {out.name!r} is a folder")
+        raise HealthGPTError(f"--out must be a file, {out.name!r} is a folder")
     sampling = Sampling(temperature, top_p, seed)
     picture = _picture(image, frame, window)
+    study = read_study(image, frame=frame) if image and out.suffix.lower() == ".dcm" else None
     session = _load(
         bundle,
         tasks=(GENERATION,),
@@ -396,7 +399,7 @@ def generate(
     finally:
         if show_progress:
             partial.unlink(missing_ok=True)
-    write_image(out, result.pixels)
+    write_image(out, result.pixels, study)
     _note_uncertified(result)
     if as_json:
         fields = dataclasses.fields(result)

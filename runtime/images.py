@@ -1,12 +1,14 @@
-"""Pictures in (PNG, JPEG, DICOM) and out (PNG), and what the vision graph takes."""
+"""Pictures in (PNG, JPEG, DICOM) and out (PNG, DICOM), and what the vision graph takes."""
 
 from __future__ import annotations
 
 import io
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +17,9 @@ from PIL import Image
 from .errors import ImageError
 from .files import written_whole
 from .limits import MAX_FILE_BYTES, MAX_PIXELS, check_size, check_window, guarded
+
+if TYPE_CHECKING:
+    from .dicom.write import Study
 
 Pixels = NDArray[np.uint8]
 
@@ -42,22 +47,23 @@ def read_image(source: Any, *, frame: int | None = None, window: tuple[float, fl
         name = "picture" if isinstance(source, Image.Image) else "array"
         with guarded(name, "a picture"):
             return _to_rgb(_checked_array(source) if isinstance(source, np.ndarray) else source, frame, window)
-    if isinstance(source, bytes):
-        return _read_file(io.BytesIO(source), "picture", len(source), frame, window)
-    if not isinstance(source, str | os.PathLike):
-        found = type(source).__name__
-        raise ImageError(f"expected a path, bytes, a PIL image or an array as the picture, found {found}")
-    name = _printable(os.fspath(source))
-    try:
-        status = Path(os.fsdecode(source)).stat()
-        # Neither a pipe, which may never end, nor a directory.
-        if not stat.S_ISREG(status.st_mode):
-            raise ImageError(f"{name}: expected a file, found a {_kind(status.st_mode)}")
-        with Path(os.fsdecode(source)).open("rb") as file:
-            return _read_file(file, name, status.st_size, frame, window)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "not a usable path"
-        raise ImageError(f"{name}: cannot be opened: {reason}") from None
+    with _opened(source, "a path, bytes, a PIL image or an array") as (file, name):
+        return _read_file(file, name, frame, window)
+
+
+def read_study(source: str | os.PathLike[str] | bytes, *, frame: int | None = None) -> Study:
+    """What a picture made from the DICOM file `source`, a path or its bytes, shares with it: see `write_image`.
+
+    `frame` is the one that was read. Raises ImageError, which never quotes DICOM values.
+    """
+    from .dicom.file import is_dicom
+    from .dicom.write import parse_study
+
+    with _opened(source, "a path or bytes") as (file, name):
+        if not is_dicom(file.read(132)):
+            raise ImageError(f"{name}: expected DICOM, to write DICOM of its study, found another format")
+        with guarded(name, "DICOM"):
+            return parse_study(file, frame)
 
 
 def prepare(image: Image.Image, size: int, background: tuple[int, ...] = BACKGROUND) -> Pixels:
@@ -74,29 +80,74 @@ def prepare(image: Image.Image, size: int, background: tuple[int, ...] = BACKGRO
     return np.array(square.resize((size, size), Image.Resampling.BICUBIC))
 
 
-def write_image(path: str | os.PathLike[str], pixels: Pixels) -> None:
-    """Write `pixels` (uint8 [H, W, 3]) as a PNG file: whole, or not at all. Raises ImageError."""
+def write_image(path: str | os.PathLike[str], pixels: Pixels, study: Study | None = None) -> None:
+    """Write `pixels` (uint8 [H, W, 3]) to a file: whole, or not at all. Raises ImageError.
+
+    A name that ends in .png gives a PNG; one in .dcm, a DICOM Secondary Capture Image in a new series of `study`, which
+    `read_study` takes from the file that the picture was made from.
+    """
     target = Path(path)
     name = _printable(str(target))
-    if target.suffix.lower() != ".png":
-        raise ImageError(f"{name}: pictures are written as PNG, expected a name that ends in .png")
+    suffix = target.suffix.lower()
+    if suffix not in (".png", ".dcm"):
+        raise ImageError(f"{name}: pictures are written as PNG or DICOM, expected a name that ends in .png or .dcm")
+    if (suffix == ".dcm") != (study is not None):
+        raise ImageError(f"{name}: a DICOM file needs the study it belongs to, and a PNG has none")
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.size == 0:
         raise ImageError(f"{name}: expected pixels uint8 [H, W, 3], got {pixels.dtype} {list(pixels.shape)}")
+    content = _png(pixels) if study is None else _dicom(name, pixels, study)
     try:
         with written_whole(target) as file:
-            Image.fromarray(pixels).save(file, "PNG")
+            file.write(content)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not a usable path"
         raise ImageError(f"{name}: cannot be written: {reason}") from None
 
 
-def _read_file(
-    file: BinaryIO, name: str, size_bytes: int, frame: int | None, window: tuple[float, float] | None
-) -> Image.Image:
+def _png(pixels: Pixels) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _dicom(name: str, pixels: Pixels, study: Study) -> bytes:
+    from .dicom.write import secondary_capture
+
+    with guarded(name, "DICOM", "written"):
+        return secondary_capture(pixels, study)
+
+
+@contextmanager
+def _opened(source: Any, wanted: str) -> Iterator[tuple[BinaryIO, str]]:
+    """The file `source`, a path or its bytes, and its name in messages; refused if empty or too large."""
+    if isinstance(source, bytes):
+        yield _sized(io.BytesIO(source), "picture", len(source))
+        return
+    if not isinstance(source, str | os.PathLike):
+        found = type(source).__name__
+        raise ImageError(f"expected {wanted} as the picture, found {found}")
+    name = _printable(os.fspath(source))
+    try:
+        status = Path(os.fsdecode(source)).stat()
+        # Neither a pipe, which may never end, nor a directory.
+        if not stat.S_ISREG(status.st_mode):
+            raise ImageError(f"{name}: expected a file, found a {_kind(status.st_mode)}")
+        with Path(os.fsdecode(source)).open("rb") as file:
+            yield _sized(file, name, status.st_size)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not a usable path"
+        raise ImageError(f"{name}: cannot be opened: {reason}") from None
+
+
+def _sized(file: BinaryIO, name: str, size_bytes: int) -> tuple[BinaryIO, str]:
     if size_bytes == 0:
         raise ImageError(f"{name}: expected a picture, found an empty file")
     if size_bytes > MAX_FILE_BYTES:
         raise ImageError(f"{name}: expected at most {MAX_FILE_BYTES} bytes, found {size_bytes}")
+    return file, name
+
+
+def _read_file(file: BinaryIO, name: str, frame: int | None, window: tuple[float, float] | None) -> Image.Image:
     head = file.read(132)
     for kind, signature in _SIGNATURES.items():
         if head.startswith(signature):

@@ -29,7 +29,7 @@ MAX_INFLATED_BYTES = 128 << 20
 MAX_HEADER_BYTES = 16 << 20
 MAX_ITEMS = 100_000
 
-_LIBRARIES = {"PIL", "libjpeg", "openjpeg", "pydicom", "pylibjpeg", "rle"}
+_LIBRARIES = {"PIL", "highdicom", "libjpeg", "openjpeg", "pydicom", "pylibjpeg", "rle"}
 _reading = threading.local()
 # The settings of Python and Pillow belong to the process: two threads must not save and restore them in turns.
 _settings_lock = threading.RLock()
@@ -46,8 +46,11 @@ _silence = _NotWhileReading()
 
 
 @contextmanager
-def guarded(name: str, kind: str) -> Iterator[None]:
-    """Turn every failure inside into one ImageError about `name`, and let no library warn or log meanwhile."""
+def guarded(name: str, kind: str, done: str = "read") -> Iterator[None]:
+    """Turn every failure inside into one ImageError about `name`, and let no library warn or log meanwhile.
+
+    `done` is what is being done to `name` as `kind`.
+    """
     for logger_name, logger in list(logging.root.manager.loggerDict.items()):
         if logger_name.split(".")[0] in _LIBRARIES and isinstance(logger, logging.Logger):
             logger.addFilter(_silence)
@@ -64,11 +67,11 @@ def guarded(name: str, kind: str) -> Iterator[None]:
             raise ImageError(f"{name}: there is not enough memory to read it") from None
         except OSError as error:
             reason = error.strerror or "damaged or cut short"
-            raise ImageError(f"{name}: cannot be read as {kind}: {reason}") from None
+            raise ImageError(f"{name}: cannot be {done} as {kind}: {reason}") from None
         except Exception as error:
             # The text of a library's exception may hold DICOM values; its class does not.
             raise ImageError(
-                f"{name}: cannot be read as {kind}: damaged or not supported ({type(error).__name__})"
+                f"{name}: cannot be {done} as {kind}: damaged or not supported ({type(error).__name__})"
             ) from None
         finally:
             _reading.active = False

@@ -686,8 +686,15 @@ REQUESTS = {
     "task: generate with qwen": Bad(generate(system="qwen"), "the bundle has no generation plugin, only comprehension"),
     "task: generate with phi4": Bad(generate(system="phi4"), "the bundle has no generation plugin, only comprehension"),
     # where the picture goes
-    "out: not png": Bad(generate(out="out.jpg"), "--out must be a .png file, got 'out.jpg'"),
-    "out: no ending": Bad(generate(out="png"), "--out must be a .png file, got 'png'"),
+    "out: not png": Bad(generate(out="out.jpg"), "--out must be a .png or .dcm file, got 'out.jpg'"),
+    "out: no ending": Bad(generate(out="png"), "--out must be a .png or .dcm file, got 'png'"),
+    "out: DICOM of no picture": Bad(
+        generate(out="out.dcm"), "--out as .dcm takes patient and study from --image, which is missing"
+    ),
+    "out: DICOM of a PNG": Bad(
+        generate("--image", PICTURE, out="out.dcm"),
+        "wide.png: expected DICOM, to write DICOM of its study, found another format",
+    ),
     "out: missing folder": Bad(generate(out="a/out.png"), "the folder to hold 'out.png' does not exist"),
     "out: a folder": Bad(generate(lambda place: (make("out.png")(place), "--json")[1]), "'out.png' is a folder"),
     "out: in a folder that is not to be written to": Bad(

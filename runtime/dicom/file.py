@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -87,8 +88,8 @@ def is_dicom(head: bytes) -> bool:
     return head[128:132] == b"DICM" or without_preamble or _is_bare(head)
 
 
-def open_dicom(file: BinaryIO) -> PixelData:
-    """Parse the wanted attributes of `file`, and find its pixel data."""
+def open_dicom(file: BinaryIO, more: Sequence[str] = ()) -> PixelData:
+    """Parse of `file` the attributes that a picture needs and `more`, by their keywords, and find its pixel data."""
     file.seek(0)
     syntax, offset = _file_meta(file.read(MAX_HEADER_BYTES))
     file.seek(offset)
@@ -112,7 +113,9 @@ def open_dicom(file: BinaryIO) -> PixelData:
 
     little_endian = syntax != uid.ExplicitVRBigEndian
     implicit = syntax == uid.ImplicitVRLittleEndian
-    dataset = read_dataset(header, implicit, little_endian, stop_when=at_pixels, specific_tags=_WANTED)
+    dataset = read_dataset(
+        header, implicit, little_endian, stop_when=at_pixels, specific_tags=[*_WANTED, *map(Tag, more)]
+    )
     if not found:
         where = f" in its first {MAX_HEADER_BYTES} bytes" if len(head) == MAX_HEADER_BYTES else ""
         raise ImageError(f"holds no pixel data{where}")

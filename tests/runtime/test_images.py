@@ -401,8 +401,8 @@ def test_a_written_picture_has_the_rights_of_any_new_file(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["out.jpg", "out", "out.png.gz", "png"])
-def test_only_png_is_written(tmp_path, name):
-    message = f"{name}: pictures are written as PNG, expected a name that ends in .png"
+def test_only_png_and_dicom_are_written(tmp_path, name):
+    message = f"{name}: pictures are written as PNG or DICOM, expected a name that ends in .png or .dcm"
     with pytest.raises(ImageError, match=message):
         write_image(tmp_path / name, np.zeros((2, 2, 3), np.uint8))
     assert not list(tmp_path.iterdir())
@@ -461,11 +461,11 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path):
 
 
 def test_an_interrupt_while_writing_leaves_nothing(tmp_path, monkeypatch):
-    def interrupted(self, file, kind):
-        file.write(b"half a picture")
+    def interrupted(descriptor):
+        assert len(list(tmp_path.iterdir())) == 1  # the temporary file
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Image.Image, "save", interrupted)
+    monkeypatch.setattr(os, "fsync", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_image(tmp_path / "out.png", np.zeros((2, 2, 3), np.uint8))
     assert not list(tmp_path.iterdir())

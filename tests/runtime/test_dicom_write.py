@@ -1,0 +1,146 @@
+"""Pictures written as DICOM: in the patient's study, and never taken for what was acquired."""
+
+import logging
+import warnings
+
+import numpy as np
+import pydicom
+import pytest
+from command import run
+from dicom_samples import SECRET, dicom, real_file
+from pydicom.uid import SecondaryCaptureImageStorage, generate_uid
+
+from healthgpt_edge import read_study, write_image
+from healthgpt_edge.errors import ImageError
+from healthgpt_edge.images import read_image
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (256, 256, 3)).astype(np.uint8)
+GREY = np.zeros((4, 6), np.uint8)
+
+
+def named(**attributes):
+    """A DICOM file that says who and what it is."""
+    return {
+        "StudyInstanceUID": generate_uid(),
+        "SOPClassUID": SecondaryCaptureImageStorage,
+        "SOPInstanceUID": generate_uid(),
+    } | attributes
+
+
+def written(folder, source, **options):
+    path = folder / "out.dcm"
+    write_image(path, PIXELS, read_study(source, **options))
+    return pydicom.dcmread(path)
+
+
+def test_the_pixels_are_what_was_made(tmp_path):
+    made = written(tmp_path, real_file("CT_small.dcm"))
+    np.testing.assert_array_equal(made.pixel_array, PIXELS)
+    np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "out.dcm")), PIXELS)
+
+
+@pytest.mark.parametrize("name", ["CT_small.dcm", "MR_small.dcm", "US1_J2KR.dcm", "chrH31.dcm", "ExplVR_BigEnd.dcm"])
+def test_it_belongs_to_the_study_of_its_source(tmp_path, name):
+    source, made = pydicom.dcmread(real_file(name)), written(tmp_path, real_file(name))
+    for keyword in (
+        "PatientName",
+        "PatientBirthDate",
+        "PatientSex",
+        "StudyInstanceUID",
+        "StudyDate",
+        "StudyDescription",
+    ):
+        assert str(made.get(keyword) or "") == str(source.get(keyword) or ""), keyword
+    assert made.SourceImageSequence[0].ReferencedSOPInstanceUID == source.SOPInstanceUID
+    assert made.SourceImageSequence[0].ReferencedSOPClassUID == source.SOPClassUID
+
+
+def test_it_says_that_it_was_not_acquired(tmp_path):
+    made = written(tmp_path, real_file("CT_small.dcm"))
+    assert made.SOPClassUID == made.file_meta.MediaStorageSOPClassUID == SecondaryCaptureImageStorage
+    assert made.ImageType[0] == "DERIVED" and made.ContentQualification == "RESEARCH"
+    assert "not acquired" in made.DerivationDescription and "synthetic" in made.SeriesDescription
+    assert "PixelSpacing" not in made
+
+
+def test_each_picture_is_a_series_of_its_own(tmp_path):
+    source = real_file("CT_small.dcm")
+    first, second = written(tmp_path, source), written(tmp_path, source)
+    for keyword in ("SeriesInstanceUID", "SOPInstanceUID"):
+        assert len({first[keyword].value, second[keyword].value, pydicom.dcmread(source)[keyword].value}) == 3
+
+
+@pytest.mark.parametrize(
+    ("attributes", "expected"),
+    [
+        ({"ImageOrientationPatient": [1, 0, 0, 0, 1, 0]}, ["L", "P"]),
+        ({"ImageOrientationPatient": [0, 1, 0, 0, 0, -1]}, ["P", "F"]),
+        ({"ImageOrientationPatient": [-0.8, 0.6, 0, 0, 0, -1]}, ["RP", "F"]),
+        ({"PatientOrientation": ["A", "F"], "ImageOrientationPatient": [1, 0, 0, 0, 1, 0]}, ["A", "F"]),
+        ({}, []),
+    ],
+)
+def test_the_orientation_is_that_of_the_source(tmp_path, attributes, expected):
+    made = written(tmp_path, dicom(GREY, **named(**attributes)))
+    assert list(made.PatientOrientation or []) == expected
+
+
+def test_a_frame_is_referred_to(tmp_path):
+    several, one = dicom(np.zeros((3, 4, 6), np.uint8), **named()), dicom(GREY, **named())
+    assert written(tmp_path, several, frame=2).SourceImageSequence[0].ReferencedFrameNumber == 3
+    assert written(tmp_path, several).SourceImageSequence[0].ReferencedFrameNumber == 1
+    assert "ReferencedFrameNumber" not in written(tmp_path, one).SourceImageSequence[0]
+
+
+def test_names_and_dates_that_a_site_lives_with_stay(tmp_path):
+    """No caret in the name, a sex and a date that the standard does not know, another character set."""
+    odd = {"PatientName": "Müller", "PatientSex": "X", "StudyDate": "2004.01.19", "SpecificCharacterSet": "ISO_IR 100"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pydicom's, about what the test makes
+        made = written(tmp_path, dicom(GREY, **named(**odd)))
+        assert {keyword: str(made[keyword].value) for keyword in odd} == odd
+
+
+@pytest.mark.parametrize("missing", ["StudyInstanceUID", "SOPClassUID", "SOPInstanceUID"])
+def test_a_source_that_names_no_study_is_refused(missing):
+    attributes = named()
+    del attributes[missing]
+    with pytest.raises(ImageError, match=f"picture: expected {missing} in the data set, found none"):
+        read_study(dicom(GREY, **attributes))
+
+
+def test_what_does_not_fit_together_is_refused(tmp_path):
+    study = read_study(real_file("CT_small.dcm"))
+    for name, given in {"out.dcm": None, "out.png": study}.items():
+        with pytest.raises(ImageError, match=f"{name}: a DICOM file needs the study it belongs to, and a PNG has none"):
+            write_image(tmp_path / name, PIXELS, given)
+    with pytest.raises(ImageError, match="picture: expected DICOM, to write DICOM of its study, found another format"):
+        read_study(b"no DICOM")
+    with pytest.raises(ImageError, match="expected a path or bytes as the picture, found ndarray"):
+        read_study(GREY)
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_of_the_patient_is_told(tmp_path, caplog, recwarn, monkeypatch):
+    caplog.set_level(logging.DEBUG)
+    study = read_study(dicom(GREY, **named(PatientName=SECRET)))  # highdicom warns of names without a caret
+    assert SECRET not in repr(study)
+    write_image(tmp_path / "out.dcm", PIXELS, study)
+
+    def fails(buffer, image, **options):
+        raise ValueError(f"cannot encode {image.PatientName}")
+
+    monkeypatch.setattr("healthgpt_edge.dicom.write.dcmwrite", fails)
+    with pytest.raises(ImageError, match=r"bad\.dcm: cannot be written as DICOM: .* \(ValueError\)") as caught:
+        write_image(tmp_path / "bad.dcm", PIXELS, study)
+    assert SECRET not in str(caught.value) + caplog.text and not any(SECRET in str(w.message) for w in recwarn)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.dcm"]
+
+
+def test_the_command_line_writes_what_it_shows(golden_bundle, tmp_path):
+    """The same picture as a PNG and as DICOM, of a DICOM source."""
+    words = ["generate", golden_bundle("m3"), "--instruction", "Reconstruct the image.", "--threads", 1]
+    for name in ("out.png", "out.dcm"):
+        done = run(*words, "--image", real_file("CT_small.dcm"), "--out", tmp_path / name, "--json")
+        assert (done.code, done.errors) == (0, "") and done.json["image"] == str(tmp_path / name)
+    np.testing.assert_array_equal(*(np.asarray(read_image(tmp_path / name)) for name in ("out.png", "out.dcm")))
