@@ -6,6 +6,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import eq
 
 from .jacobi import Jacobi
 from .pace import Pace
@@ -122,7 +123,8 @@ class Drafter:
                 continue
             self.pace.learn_plain(plain_seconds)
             plain_seconds = []
-            self.pace.learn(1 + len(drafts), len(ids), seconds)
+            agreed = len(ids) - 1 + sum(map(eq, drafts[len(ids) :], choices))
+            self.pace.learn(1 + len(drafts), len(ids), agreed, seconds)
         self.pace.learn_plain(plain_seconds)
         self._told = []
 
