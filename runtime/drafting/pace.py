@@ -18,7 +18,7 @@ _FIRST_ROWS, _FIRST_PASSES = 8, 10
 # the prefill left nothing in the processor's caches.
 _PLAIN_PASSES = 2
 # Before the model was asked, how many drafts it is taken to agree with, of how many.
-_FIRST_AGREED = 2, 4
+_FIRST_AGREED = 4, 8
 # The least weight of the newest pass in what is expected of the next.
 _NEWEST = 0.05
 # Drafting has work beside its passes, and its gain is an estimate: it must promise this much to be worth leaving.
@@ -38,9 +38,9 @@ class Pace:
 
     Tokens per pass are taken as rows ** exponent, the law that drafts of 4 to 32 rows follow on the trained phantom
     (docs/drafting.md). The exponent is measured in the request, the cost of rows on the machine. At exponent 0 drafts
-    are never right and a pass has one row: plain decoding. Drafts that the model agrees with, be it behind a wrong one,
-    are the most that may be accepted: where they are few that shows in the first pass, which tells of each of its
-    drafts this and of one only whether it is accepted.
+    are never right and a pass has one row: plain decoding. The drafts that the model chooses, be it behind a wrong one,
+    are the most that may be accepted. A pass tells of each of its drafts whether it is one of them, so where they are
+    few two or three passes show it.
 
     The estimate may be wrong, so a pass is made only if the request could afford that all of its drafts are:
     `_MAY_LOSE` of what plain decoding takes for the tokens so far, or for all of the `expected` ones where their number
@@ -70,19 +70,20 @@ class Pace:
             return 1
         fixed, each = self._costs.line()
         plain, may_lose = self._costs.plain, self._allowance() - self._lost
-        exponent, share, first = self.exponent, self._agreed / self._drafts, self._passes == _FIRST_PASSES
+        exponent, first = self.exponent, self._passes == _FIRST_PASSES
         rates: dict[int, float] = {}  # tokens a second, by the rows that can be afforded
         for rows in _SIZES[: bisect(_SIZES, max(4, 2 * known))]:
             seconds = fixed + each * rows
             if (seconds if known > 1 else plain * rows) - plain <= may_lose:
-                rates[rows] = min(rows**exponent, 1 + share * (rows - 1)) / seconds
+                rates[rows] = rows**exponent / seconds
         most = max(rates, default=1)
         if most == 1:
             self._plain_left = _LOOK_AGAIN
             return 1
         best = max(rates.values())
-        if best >= _LEAST_GAIN / plain:
-            rows = max(rows for rows, rate in rates.items() if rate >= _NEARLY * best)
+        rows = max(rows for rows, rate in rates.items() if rate >= _NEARLY * best)
+        agreed = 1 + self._agreed / self._drafts * (rows - 1)
+        if min(best, agreed / (fixed + each * rows)) >= _LEAST_GAIN / plain:
             return min(rows, _FIRST_ROWS) if first else rows
         self._plain_left, self._wait = self._wait, 2 * self._wait
         self._expect(self._first)
@@ -113,7 +114,7 @@ class Pace:
             newest = max(_NEWEST, 1 / self._passes)
             self._rows += newest * (rows - self._rows)
             self._tokens += newest * (tokens - self._tokens)
-            if self._passes > _FIRST_PASSES + 1:  # a first pass has drafts that no other has looked at
+            if self._passes > _FIRST_PASSES + 1:  # a first pass has drafts that the model had not seen
                 self._agreed += agreed
                 self._drafts += rows - 1
 
