@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from typer.core import TyperCommand
 
 from .errors import HealthGPTError, ImageError, PromptError
 from .stopping import stopping_cleanly
@@ -55,6 +56,17 @@ Certify = Annotated[bool, typer.Option("--certify", help="Decode again without d
 Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Check the hashes of the weights first.")]
 
 
+class OneOfEach(TyperCommand):
+    """A command that refuses an option given twice; its parser would take the last, one picture of two."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        *_, given = self.make_parser(ctx).parse_args(args=list(args))
+        for one in given:
+            if given.count(one) > 1 and not getattr(one, "multiple", False):
+                raise HealthGPTError(f"{one.opts[0]} must be given once, got it {given.count(one)} times")
+        return super().parse_args(ctx, args)
+
+
 def _print_version(wanted: bool) -> None:
     from .machine import version
 
@@ -70,7 +82,7 @@ def options(
     """What goes before a command."""
 
 
-@app.command()
+@app.command(cls=OneOfEach)
 def export(
     base: Annotated[Path, typer.Option(help="Directory of the base model.")],
     vision: Annotated[Path, typer.Option(help="Directory of the CLIP vision tower.")],
@@ -130,7 +142,7 @@ def export(
     print("\n".join(f"folded: {line}" for line in summary.folded))
 
 
-@app.command()
+@app.command(cls=OneOfEach)
 def inspect(bundle: BundlePath, as_json: Json = False) -> None:
     """Show what a bundle holds, without loading its weights."""
     from .bundle import Bundle
@@ -165,7 +177,7 @@ def inspect(bundle: BundlePath, as_json: Json = False) -> None:
     _print_table(table)
 
 
-@app.command()
+@app.command(cls=OneOfEach)
 def build(
     bundle: BundlePath,
     target: Annotated[str, typer.Option(help="tensorrt-rtx (needs no GPU), or tensorrt for the GPU at hand.")],
@@ -210,7 +222,7 @@ def build(
     _print_table(table)
 
 
-@app.command()
+@app.command(cls=OneOfEach)
 def verify(
     bundle: BundlePath,
     executor: Annotated[
@@ -258,7 +270,7 @@ def verify(
         raise HealthGPTError(f"{executor} must compute what {against} does: {report.first_failure}")
 
 
-@app.command()
+@app.command(cls=OneOfEach)
 def answer(
     bundle: BundlePath,
     question: Annotated[list[str], typer.Option(help="The question; several are asked one after another.")],
@@ -329,7 +341,7 @@ def answer(
         _print_json(results[0] if len(results) == 1 else {"answers": results})
 
 
-@app.command()
+@app.command(cls=OneOfEach)
 def generate(
     bundle: BundlePath,
     instruction: Annotated[str, typer.Option(help="What to make.")],
@@ -409,7 +421,7 @@ def generate(
         print(out)
 
 
-@app.command()
+@app.command(cls=OneOfEach)
 def evaluate(
     bundle: BundlePath,
     answer_phantoms: Annotated[int, typer.Option(min=0, max=10_000, help="Phantoms to ask about.")] = 100,
@@ -452,7 +464,7 @@ def evaluate(
     _print_table(table)
 
 
-@app.command()
+@app.command(cls=OneOfEach)
 def bench(
     bundle: BundlePath,
     rows: Annotated[str, typer.Option(help="ppN, tgN@C, img, img+draft, vq, vit or load, with commas between.")] = (
@@ -498,7 +510,7 @@ def bench(
     _print_table(table)
 
 
-@app.command()
+@app.command(cls=OneOfEach)
 def demo(
     out: Annotated[Path, typer.Option(help="Where the bundle and the contact sheet go.")] = Path("demo-output"),
     as_json: Json = False,

@@ -566,6 +566,10 @@ def answer(*more: object, question: str | None = QUESTION, system: str = "m3") -
     return words
 
 
+def with_threads(number: int) -> Callable[[Place], list[object]]:
+    return lambda place: ["answer", place.sound(), "--question", QUESTION, "--threads", number]
+
+
 def generate(*more: object, out: str | None = "out.png", system: str = "m3") -> Callable[[Place], list[object]]:
     def words(place: Place) -> list[object]:
         target = [] if out is None else ["--out", place.folder / out]
@@ -735,6 +739,10 @@ REQUESTS = {
     "command: none": Bad(lambda place: [], "Missing command"),
     "command: unknown": Bad(lambda place: ["diagnose", place.sound()], "No such command 'diagnose'"),
     "command: unknown option": Bad(answer("--verbose"), "No such option: --verbose"),
+    "command: two pictures": Bad(
+        answer("--image", PICTURE, "--image", PICTURE), "--image must be given once, got it 2 times"
+    ),
+    "command: yes and no": Bad(answer("--verify", "--no-verify"), "--verify must be given once, got it 2 times"),
     "command: one bundle too many": Bad(
         lambda place: ["inspect", place.sound(), place.sound()], "unexpected extra argument"
     ),
@@ -742,9 +750,9 @@ REQUESTS = {
     "command: option without its value": Bad(
         lambda place: ["answer", place.sound(), "--question"], "'--question' requires an argument"
     ),
-    "command: no threads": Bad(answer("--threads", 0), "threads must be from 1 to 1024, got 0"),
-    "command: fewer than no threads": Bad(answer("--threads", -1), "threads must be from 1 to 1024, got -1"),
-    "command: threads of a farm": Bad(answer("--threads", 10**6), "threads must be from 1 to 1024, got 1000000"),
+    "command: no threads": Bad(with_threads(0), "threads must be from 1 to 1024, got 0"),
+    "command: fewer than no threads": Bad(with_threads(-1), "threads must be from 1 to 1024, got -1"),
+    "command: threads of a farm": Bad(with_threads(10**6), "threads must be from 1 to 1024, got 1000000"),
     "command: unknown device": Bad(answer("--device", "tpu"), "device must be cpu or cuda, found 'tpu'"),
     "command: device that is not there": Bad(
         answer("--device", "cuda"), "device cuda needs CUDAExecutionProvider; this"
