@@ -241,7 +241,7 @@ def test_int8_caches_are_kept_in_a_file_and_come_back(commanded, tmp_path):
 def test_a_manifest_that_contradicts_its_graphs_on_caches_is_refused(commanded, tmp_path):
     shutil.copytree(commanded / "bundle", tmp_path / "bundle")
     manifest = tmp_path / "bundle/bundle.json"
-    told = json.loads(manifest.read_text())
+    told = json.loads(manifest.read_text()) | {"own_sha256": ""}
     for precision, found in (("fp16", "float16 ['B', 4, 'M', 32] by the manifest, found int8"), ("fp32", "float32 [")):
         manifest.write_text(json.dumps(told | {"cache_precision": precision}))
         outcome = run("answer", tmp_path / "bundle", "--question", "What is this?")
