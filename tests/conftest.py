@@ -11,6 +11,8 @@ import pytest
 
 # Before torch is imported, which reads it once. The golden models are so small that a second thread only waits.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before a test imports onnxruntime itself, ahead of the package that does this for its users.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 
 @pytest.fixture(scope="session")
