@@ -347,7 +347,7 @@ def load(
     """
     if threads is not None and not (is_whole(threads) and 1 <= threads <= MAX_THREADS):
         raise ExecutorError(f"threads must be from 1 to {MAX_THREADS}, got {threads!r:.40}")
-    bundle = Bundle.open(Path(path), verify=verify)
+    bundle = Bundle.open(Path(path), verify=False)
     manifest = bundle.manifest
     if manifest.template not in TEMPLATES:
         raise BundleError(f"template must be one of {', '.join(TEMPLATES)}, found {manifest.template!r:.40}")
@@ -358,5 +358,7 @@ def load(
         if task not in manifest.tasks:
             raise BundleError(f"the bundle has no {task} plugin, only {', '.join(sorted(manifest.tasks))}")
     tokenizer = Tokenizer.load(bundle.file(manifest.tokenizer.file), manifest.tokenizer.options)
+    if verify:  # after all that takes no time, for this reads gigabytes
+        bundle.verify()
     engine = open_executor(bundle, wanted, executor, device, threads, kernels)
     return Session(bundle, engine, tokenizer, prefix_cache_bytes=prefix_cache_bytes)

@@ -300,6 +300,16 @@ def test_tasks_that_a_bundle_has_not(golden_bundle):
     assert refusal(BundleError, lambda: qwen.generate(None, "Draw.")) == "the bundle has no generation plugin"
 
 
+def test_what_a_bundle_has_not_is_said_before_its_weights_are_hashed(golden_bundle, monkeypatch):
+    """That reads gigabytes."""
+    hashed = []
+    monkeypatch.setattr(Bundle, "verify", lambda self, skip=(), **_: hashed.append(skip) or 0)
+    refusal(BundleError, lambda: load(golden_bundle("qwen"), tasks=("generation",)))
+    assert hashed == [("weights/",)]
+    load(golden_bundle("qwen"), threads=1)
+    assert hashed == [("weights/",), ("weights/",), ()]
+
+
 def test_executors_and_devices_that_are_not_there(golden_bundle):
     path = golden_bundle("qwen")
     assert (
