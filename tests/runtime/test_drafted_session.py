@@ -136,6 +136,18 @@ def test_a_slow_encoder_is_left_out_by_auto(session):
     assert session.drafts.for_picture("auto", kind, None).name == "jacobi"
 
 
+def test_costs_are_kept_for_each_kind_of_pass(golden_bundle):
+    session = eager(golden_bundle)
+    for temperature in (0.0, 0.5):
+        session.answer(None, QUESTION, max_new_tokens=2, sampling=Sampling(temperature))
+    message(GenerationError, lambda: session.generate(None, QUESTION, faithful=True, max_new_tokens=2))
+    assert set(session.drafts.costs) == {
+        PassKind("comprehension"),
+        PassKind("comprehension", sampled=True),
+        PassKind("generation", full_vocabulary=True),
+    }
+
+
 # --- exact, and known to be ------------------------------------------------------------------------------------------
 
 
