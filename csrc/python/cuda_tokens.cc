@@ -40,23 +40,23 @@ void GatherRows(const py::object& ids, const py::object& table, const py::object
 
 void TokenSelection(const py::object& logits, const py::object& step, const py::object& ids, const py::object& token,
                     int64_t first_id, const py::object& allowed, float penalty, const py::object& seen,
-                    float temperature, float top_p, const py::object& uniform, const py::object& past_length,
+                    float temperature, float top_p, const py::object& times, const py::object& past_length,
                     uintptr_t stream) {
-  const std::vector<int64_t> shape = DeviceArray("logits", logits).shape(), times = DeviceArray("ids", ids).shape();
-  if (shape.size() != 2 || times.size() != 2) throw py::value_error("logits and ids must have 2 dimensions");
+  const std::vector<int64_t> shape = DeviceArray("logits", logits).shape(), chosen = DeviceArray("ids", ids).shape();
+  if (shape.size() != 2 || chosen.size() != 2) throw py::value_error("logits and ids must have 2 dimensions");
   cuda::TokenSelectionArguments arguments;
   arguments.batch = shape[0];
   arguments.rows = shape[1];
-  arguments.steps = times[0];
+  arguments.steps = chosen[0];
   arguments.first_id = first_id;
   arguments.penalty = penalty;
   arguments.temperature = temperature;
   arguments.top_p = top_p;
   arguments.logits = Floats("logits", logits, shape);
   arguments.step = Integers("step", step, {shape[0]});
-  arguments.ids = Integers("ids", ids, {times[0], shape[0]});
+  arguments.ids = Integers("ids", ids, {chosen[0], shape[0]});
   arguments.token = Integers("token", token, {shape[0]});
-  arguments.uniform = OptionalFloats("uniform", uniform, {times[0], shape[0]});
+  arguments.times = OptionalFloats("times", times, {chosen[0], shape[0], shape[1]});
   if (!past_length.is_none()) arguments.past_length = Integers("past_length", past_length, {shape[0]});
   if (!allowed.is_none()) {
     const std::vector<int64_t> words = {cuda::CeilDivide(shape[1], 32)};
@@ -77,7 +77,7 @@ void BindTokens(py::module_& module) {
   module.def("token_selection", &TokenSelection, py::arg("logits"), py::arg("step"), py::arg("ids"), py::arg("token"),
              py::arg("first_id") = 0, py::arg("allowed") = py::none(), py::arg("penalty") = 1.0f,
              py::arg("seen") = py::none(), py::arg("temperature") = 0.0f, py::arg("top_p") = 1.0f,
-             py::arg("uniform") = py::none(), py::arg("past_length") = py::none(), py::arg("stream") = 0,
+             py::arg("times") = py::none(), py::arg("past_length") = py::none(), py::arg("stream") = 0,
              "Chooses ids [T, B] at the GPU's own step [B]; operands as in csrc/token_selection/cuda.h, the bits of "
              "allowed in int32.");
 }

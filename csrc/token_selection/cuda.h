@@ -17,7 +17,7 @@ struct TokenSelectionArguments {
   float temperature = 0;              // 0 for the largest logit, the first of equal ones
   float top_p = 1;
   int64_t steps = 0;               // T
-  const float* uniform = nullptr;  // (T, B) in [0, 1), drawn beforehand; null at temperature 0
+  const float* times = nullptr;    // (T, B, N) above 0, exponential, drawn beforehand; null at temperature 0
   int64_t* step = nullptr;         // (B): a call reads it and adds one; from T on it does nothing
   int64_t* ids = nullptr;          // (T, B): what was chosen, -1 where a logit was not finite
   int64_t* token = nullptr;        // (B): the same, for what looks up the embedding

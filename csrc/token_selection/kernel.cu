@@ -1,6 +1,6 @@
-// One block per sequence. Sampling asks twice for the first token, from the most likely on, at which the probabilities
-// so far reach a goal: once for the end of top_p, once for the random number. Both are a descent through the bytes of
-// the tokens' keys by histograms of probability, in integers, whose sums no order changes.
+// One block per sequence. A sampled token is the winner of a race: the largest of probability / exponential time. Where
+// top_p ends is found without a sort, by a descent through the bytes of the tokens' keys by histograms of probability,
+// in integers, whose sums no order changes.
 #include "cuda/launch.cuh"
 #include "cuda/numbers.cuh"
 #include "token_selection/cuda.h"
@@ -15,13 +15,19 @@ constexpr int kKeyBits = 32 + 24;              // of the score, then of the row
 constexpr float kMassUnit = 1099511627776.0f;  // 2^40: the sum of 2^24 still fits
 constexpr float kNone = -INFINITY;
 
+struct Best {
+  float score;
+  int64_t row;
+};
+__device__ inline Best Better(const Best& a, const Best& b) {
+  return b.score > a.score || (b.score == a.score && b.row < a.row) ? b : a;
+}
+
 struct Memory {
   uint64_t masses[kBins];
   uint64_t sums[kBins / 8];
   uint64_t before, prefix;  // mass of what comes before the prefix; the key's bytes found so far
-  float scores[kWarps];
-  int64_t rows[kWarps];
-  uint32_t bad[kWarps];
+  Best largest[kWarps], winners[kWarps];
 };
 
 // A row's logit as it takes part: penalised where it was chosen before, -inf where it may not come.
@@ -40,43 +46,34 @@ __device__ inline uint64_t KeyOf(float score, int64_t row) {
   return static_cast<uint64_t>(ordered) << 24 | (0xFFFFFFu - static_cast<uint64_t>(row));
 }
 
-struct Best {
-  float score;
-  int64_t row;
-};
-__device__ inline Best Better(const Best& a, const Best& b) {
-  return b.score > a.score || (b.score == a.score && b.row < a.row) ? b : a;
-}
-
-// The largest score and its row; row -1 where a logit is not finite.
-__device__ inline Best FindBest(const TokenSelectionArguments& given, Memory& memory) {
-  Best best = {kNone, given.rows};
-  uint32_t bad = 0;
-  for (int64_t row = threadIdx.x; row < given.rows; row += kThreads) {
-    const uint32_t exponent = FloatToBits(given.logits[blockIdx.x * given.rows + row]) & 0x7F800000u;
-    bad |= exponent == 0x7F800000u ? 1u : 0u;
-    best = Better(best, {ScoreOf(given, row), row});
-  }
+// The best of all threads' ones, by `of_warps` in shared memory, which nobody else uses.
+__device__ inline Best BestOfBlock(Best best, Best (&of_warps)[kWarps]) {
   const auto over_lanes = [&] {
     for (int mask = kWarpSize / 2; mask > 0; mask /= 2) {
       const float score = ShuffleXor(best.score, mask);
       const int64_t row = ShuffleXor(best.row, mask);
       best = Better(best, {score, row});
-      bad |= ShuffleXor(bad, mask);
     }
   };
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize, warp = static_cast<int>(threadIdx.x) / kWarpSize;
   over_lanes();
-  if (lane == 0) {
-    memory.scores[warp] = best.score;
-    memory.rows[warp] = best.row;
-    memory.bad[warp] = bad;
-  }
+  if (lane == 0) of_warps[warp] = best;
   SyncThreads();
-  best = {memory.scores[lane], memory.rows[lane]};
-  bad = memory.bad[lane];
+  best = of_warps[lane];
   over_lanes();
-  if (bad != 0 || best.row == given.rows) best.row = -1;
+  return best;
+}
+
+// The largest score and its row; row -1 where a logit is not finite, or no row may come.
+__device__ inline Best FindBest(const TokenSelectionArguments& given, Memory& memory) {
+  Best best = {kNone, given.rows};
+  for (int64_t row = threadIdx.x; row < given.rows; row += kThreads) {
+    const uint32_t exponent = FloatToBits(given.logits[blockIdx.x * given.rows + row]) & 0x7F800000u;
+    const bool finite = exponent != 0x7F800000u;
+    best = Better(best, finite ? Best{ScoreOf(given, row), row} : Best{INFINITY, -1});
+  }
+  best = BestOfBlock(best, memory.largest);
+  if (best.row == given.rows) best.row = -1;
   return best;
 }
 
@@ -84,9 +81,8 @@ struct Sampler {
   const TokenSelectionArguments& given;
   float largest;
 
-  __device__ uint64_t mass(float score) const {
-    return static_cast<uint64_t>(expf((score - largest) / given.temperature) * kMassUnit);
-  }
+  __device__ float weight(float score) const { return expf((score - largest) / given.temperature); }
+  __device__ uint64_t mass(float score) const { return static_cast<uint64_t>(weight(score) * kMassUnit); }
 
   // The masses of the rows whose keys begin with `prefix`, by the next byte.
   __device__ void Count(uint64_t prefix, int shift, Memory& memory) const {
@@ -108,7 +104,7 @@ struct Sampler {
     return total;
   }
 
-  // The first row, by falling keys, at which the masses reach `goal`, and in memory.before what they are before it.
+  // The first row, by falling keys, at which the masses reach `goal`.
   __device__ int64_t Reach(uint64_t goal, Memory& memory) const {
     uint64_t prefix = 0, before = 0;
     for (int shift = kKeyBits - 8; shift >= 0; shift -= 8) {
@@ -134,13 +130,23 @@ struct Sampler {
     return static_cast<int64_t>(0xFFFFFFu - (prefix & 0xFFFFFFu));
   }
 
-  __device__ int64_t Draw(float uniform, Memory& memory) const {
+  // The key of the last row that belongs to top_p.
+  __device__ uint64_t LeastKey(Memory& memory) const {
+    if (given.top_p == 1) return 0;
     const uint64_t total = Total(memory);
     const auto top = static_cast<uint64_t>(ceil(static_cast<double>(given.top_p) * static_cast<double>(total)));
     const int64_t last = Reach(top < 1 ? 1 : top > total ? total : top, memory);
-    const uint64_t kept = memory.before + mass(ScoreOf(given, last));
-    const auto goal = static_cast<uint64_t>(static_cast<double>(uniform) * static_cast<double>(kept)) + 1;
-    return Reach(goal > kept ? kept : goal, memory);
+    return KeyOf(ScoreOf(given, last), last);
+  }
+
+  __device__ int64_t Draw(const float* times, Memory& memory) const {
+    const uint64_t least = LeastKey(memory);
+    Best best = {kNone, given.rows};
+    for (int64_t row = threadIdx.x; row < given.rows; row += kThreads) {
+      const float score = ScoreOf(given, row);
+      if (KeyOf(score, row) >= least) best = Better(best, {weight(score) / times[row], row});
+    }
+    return BestOfBlock(best, memory.winners).row;
   }
 };
 
@@ -153,7 +159,7 @@ __global__ void __launch_bounds__(kThreads, 1) TokenSelectionKernel(TokenSelecti
   const Best best = FindBest(given, memory);
   int64_t row = best.row;
   if (given.temperature > 0 && row >= 0) {
-    row = Sampler{given, best.score}.Draw(given.uniform[step * given.batch + sequence], memory);
+    row = Sampler{given, best.score}.Draw(given.times + (step * given.batch + sequence) * given.rows, memory);
   }
   if (threadIdx.x != 0) return;  // all others have read the step and what was seen, before the barriers above
   const int64_t id = row < 0 ? -1 : row + given.first_id;
@@ -171,7 +177,7 @@ Status TokenSelection(const TokenSelectionArguments& given, Stream stream) {
   if (!(given.temperature >= 0) || !(given.top_p > 0) || given.top_p > 1) {
     return "[token_selection] temperature must be 0 or more, top_p above 0 and at most 1";
   }
-  if (given.temperature > 0 && given.uniform == nullptr) return "[token_selection] sampling needs random numbers";
+  if (given.temperature > 0 && given.times == nullptr) return "[token_selection] sampling needs random times";
   if (given.penalty != 1 && given.seen == nullptr) return "[token_selection] a penalty needs what was seen";
   if (given.step == nullptr || given.ids == nullptr || given.token == nullptr || given.logits == nullptr) {
     return "[token_selection] logits, step, ids and token must be given";

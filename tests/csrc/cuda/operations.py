@@ -37,12 +37,14 @@ def token_selection(device: Any, temperature: float) -> list[np.ndarray]:
     from test_tokens import Selection
 
     random = np.random.default_rng(0)
-    uniform = device.put(random.random((1, 2)).astype(np.float32))
+    times = device.put(random.standard_exponential((1, 2, 900)).astype(np.float32))
     seen = device.put(np.zeros((2, 900), np.uint8))
-    settings = {"temperature": temperature, "top_p": 0.9, "uniform": uniform, "seen": seen, "penalty": 1.5}
+    settings = {"temperature": temperature, "top_p": 0.9, "times": times, "seen": seen, "penalty": 1.5}
     selection = Selection(device, 2, 1, **settings)
     # Few different logits: to the last byte of its key, what a token is found by weighs much.
-    selection.choose(random.integers(0, 3, (2, 900)).astype(np.float32))
+    logits = random.integers(0, 3, (2, 900)).astype(np.float32)
+    logits[1, 777] = 3  # found by another warp than the one that writes
+    selection.choose(logits)
     return [device.get(one) for one in (selection.ids, selection.token, selection.past, seen)]
 
 

@@ -79,13 +79,13 @@ def test_the_runtimes_chooser_chooses_what_its_selector_does(device):
     assert chooser.ids().tolist() == [-1]
 
 
-def drawn(scores, temperature, top_p, uniform):
-    """The sampling rule of runtime/decoding.py with its random number given."""
-    scaled = (scores.astype(np.float64) - float(scores.max())) / temperature
-    order = np.argsort(-scaled, kind="stable")
-    cumulative = np.cumsum(np.exp(scaled[order]) / np.exp(scaled[order]).sum())
-    kept = min(int(np.searchsorted(cumulative, top_p, side="left")) + 1, len(order))
-    return order[np.searchsorted(cumulative[:kept], uniform * cumulative[kept - 1], side="right")]
+def drawn(scores, temperature, top_p, times):
+    """The sampling rule of runtime/decoding.py with its times given."""
+    weights = np.exp((scores.astype(np.float64) - float(scores.max())) / temperature)
+    order = np.argsort(-weights, kind="stable")
+    before = np.cumsum(weights[order]) - weights[order]
+    weights[order[before >= top_p * weights.sum()]] = 0
+    return (weights / times).argmax()
 
 
 @pytest.mark.parametrize("rows", [1, 33, 1023, 5000])
@@ -124,14 +124,14 @@ def test_the_grammar_and_the_penalty(device):
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.9), (2.0, 0.3), (1e-3, 0.5)])
 def test_sampling(device, temperature, top_p):
-    steps, rows, random = 3, 700, np.random.default_rng(3)
-    uniform = random.random((steps, 1)).astype(np.float32)
-    settings = {"temperature": temperature, "top_p": top_p, "uniform": device.put(uniform)}
+    steps, rows, random = 12, 700, np.random.default_rng(3)
+    times = random.standard_exponential((steps, 1, rows)).astype(np.float32)
+    settings = {"temperature": temperature, "top_p": top_p, "times": device.put(times)}
     selection = Selection(device, 1, steps, **settings)
     for step in range(steps):
         logits = random.standard_normal((1, rows)).astype(np.float32) * 2
         logits[0, 5:9] = logits[0].max()  # equal ones come in the order of their rows
-        assert selection.choose(logits) == drawn(logits[0], temperature, top_p, float(uniform[step, 0]))
+        assert selection.choose(logits) == drawn(logits[0], temperature, top_p, times[step, 0])
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -145,7 +145,7 @@ def test_wrong_settings_are_named(device):
     logits = np.zeros((1, 4), np.float32)
     for settings, message in (
         ({"temperature": -1.0}, "temperature must be 0 or more"),
-        ({"temperature": 1.0}, "sampling needs random numbers"),
+        ({"temperature": 1.0}, "sampling needs random times"),
         ({"top_p": 0.0}, "top_p above 0"),
         ({"penalty": 2.0}, "a penalty needs what was seen"),
         ({"allowed": device.put(np.zeros(2, np.int32))}, r"allowed must be \[1\], got \[2\]"),
