@@ -55,19 +55,20 @@ class Drafts:
         if mode == "none" or codes is None:
             return None
         sources = own_sources(codes.grid)
-        encoder_seconds = 0.0
+        lost = 0.0  # what was asked for is no loss
         encoded = mode == "input" or (mode == "auto" and self._encoding_pays(kind, image))
         if encoded:
             if image is None:
                 raise GenerationError("drafts from the input need a picture, got none")
             begin = time.perf_counter()
             grid = self._executor.draft(prepare(image, codes.image_size, self.manifest.vision.background))
-            self._encoder_seconds = encoder_seconds = time.perf_counter() - begin
+            self._encoder_seconds = time.perf_counter() - begin
+            lost = self._encoder_seconds if mode == "auto" else 0.0
             sources = [*input_sources(grid, codes.first), *sources]
         return Drafter(
             "input" if encoded else "jacobi",
             sources,
-            Pace(self.costs[kind], _PICTURE_EXPONENT, codes.grid**2, encoder_seconds),
+            Pace(self.costs[kind], _PICTURE_EXPONENT, codes.grid**2, lost),
             allowed=lambda: mode != "auto" or self.agree(kind.task),
             jacobi=mode != "input",
             newline=codes.newline,

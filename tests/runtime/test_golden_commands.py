@@ -97,7 +97,7 @@ def test_the_text_is_what_the_original_printed(golden_bundle, case):
 
 def test_a_free_run_makes_the_original_picture(golden_bundle, tmp_path):
     case, out = Case("m3_gen_wide"), tmp_path / "picture.png"
-    words = ["--instruction", case.question, "--out", out, "--faithful", *options(case), "--json"]
+    words = ["--instruction", case.question, "--out", out, "--faithful", *options(case, "--draft", "input"), "--json"]
     outcome = run_process("generate", golden_bundle("m3"), *words)
     assert (outcome.code, outcome.errors) == (0, "")
     picture = outcome.json
