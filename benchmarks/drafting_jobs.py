@@ -57,4 +57,5 @@ def jobs(count: int) -> Iterator[Job]:
                 if made[job.task] <= count:
                     yield job
         words = list(INSTRUCTIONS.values())[number % len(INSTRUCTIONS)]
-        yield Job("from words", None, f"{words} {number}", ways=("jacobi",))
+        for task, sampling in (("from words", None), ("from words, sampled", Sampling(temperature=1.0, seed=number))):
+            yield Job(task, None, f"{words} {number}", ways=("jacobi",), sampling=sampling)

@@ -9,7 +9,13 @@ from typing import Any
 import numpy as np
 
 # Issue 6: times fewer forward passes, times less wall clock, share of the first question's time.
-FEWER_PASSES = {"reconstruct": 4.0, "super-resolve": 3.0, "ct-to-mr": 2.0, "from words": 1.5}
+FEWER_PASSES = {
+    "reconstruct": 4.0,
+    "super-resolve": 3.0,
+    "ct-to-mr": 2.0,
+    "from words": 1.5,
+    "from words, sampled": 1.5,
+}
 LESS_TIME = {"reconstruct": 2.5}
 SECOND_QUESTION = 0.15
 AUTO_COSTS = 1.05  # at most, where drafts do not pay

@@ -45,7 +45,7 @@ def test_a_run_that_was_stopped_goes_on(tmp_path):
     assert compare(second, 2, cut, 60) is True
     assert first.calls + second.calls == session.calls  # none made twice, none left out
     assert json.loads(cut.read_text()) == json.loads(whole.read_text())
-    assert [one.pictures for one in read(whole).values()] == [2] * 5
+    assert [one.pictures for one in read(whole).values()] == [2] * 6
     one = read(whole)["ct-to-mr"].to_json()
     assert (one["differing_ids"], one["fewer_passes"], one["accepted_per_pass"]) == (0, 2.0, 2.5)
     assert one["drafted_by_place"] == [[0, 1], [1, 1]]  # the first is the prefill's, the end is the last pass's own
