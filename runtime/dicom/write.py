@@ -54,9 +54,10 @@ class Study:
 def parse_study(file: BinaryIO, frame: int | None) -> Study:
     """The study of the DICOM `file`. Raises ImageError where the file does not name one, or itself."""
     dataset = open_dicom(file, (*_SHARED, *_IDENTITY, *_ORIENTATION)).dataset
-    missing = [keyword for keyword in _IDENTITY if not dataset.get(keyword)]
-    if missing:
-        raise ImageError(f"expected {', '.join(missing)} in the data set, found none")
+    for keyword in _IDENTITY:
+        value = dataset.get(keyword)
+        if not value or not isinstance(value, str):
+            raise ImageError(f"expected one {keyword} in the data set, found {'several' if value else 'none'}")
     return Study(dataset, frame or 0)
 
 

@@ -103,10 +103,11 @@ def test_names_and_dates_that_a_site_lives_with_stay(tmp_path):
 
 @pytest.mark.parametrize("missing", ["StudyInstanceUID", "SOPClassUID", "SOPInstanceUID"])
 def test_a_source_that_names_no_study_is_refused(missing):
-    attributes = named()
-    del attributes[missing]
-    with pytest.raises(ImageError, match=f"picture: expected {missing} in the data set, found none"):
-        read_study(dicom(GREY, **attributes))
+    several = [generate_uid(), generate_uid()]
+    for attributes, found in (({}, "none"), ({missing: several}, "several")):
+        made = {keyword: value for keyword, value in named().items() if keyword != missing} | attributes
+        with pytest.raises(ImageError, match=f"picture: expected one {missing} in the data set, found {found}"):
+            read_study(dicom(GREY, **made))
 
 
 def test_what_does_not_fit_together_is_refused(tmp_path):
