@@ -1,4 +1,4 @@
-"""Two builds of the kernels' library for ONNX Runtime in turn, on one bundle: prefill, decode and vision of a task.
+"""Two builds of the kernels' library for ONNX Runtime in turn, on one bundle: prefill, tokens, drafts and vision.
 
     python -m benchmarks.libraries BUNDLE BEFORE.so AFTER.so --task comprehension [--repeat 2] [--threads 2]
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from healthgpt_edge.bundle import Bundle
 from healthgpt_edge.executors import onnx
 
 PROMPT_TOKENS, DECODED_TOKENS = 600, 16
+DRAFT_ROWS, DRAFT_PASSES = (4, 6, 8, 16), 4
 
 
 def open_with(bundle: Bundle, library: Path, task: str, threads: int) -> onnx.OnnxExecutor:
@@ -46,7 +48,12 @@ def one_round(executor: onnx.OnnxExecutor, task: str, ids: np.ndarray, pixels: n
     for token in ids[:DECODED_TOKENS]:
         took, logits = timed_ms(lambda token=token: context.forward(np.array([token])))  # type: ignore[misc]
         tokens.append(took)
-    return {"vit": [features], "pp": [prefill], "tg": tokens, "logits": logits}
+    passes: dict[str, Any] = {f"rows{count}": [] for count in DRAFT_ROWS}
+    for count in DRAFT_ROWS * DRAFT_PASSES:
+        context.length = PROMPT_TOKENS
+        took = timed_ms(lambda count=count: context.forward(ids[:count], last_positions=count))[0]  # type: ignore[misc]
+        passes[f"rows{count}"].append(took)
+    return {"vit": [features], "pp": [prefill], "tg": tokens, "logits": logits} | passes
 
 
 def main() -> None:
@@ -63,7 +70,7 @@ def main() -> None:
     pixels = random.integers(0, 256, (size, size, 3), np.uint8)
     names = ("before", "after")
     executors = [open_with(bundle, one, arguments.task, arguments.threads) for one in arguments.libraries]
-    samples: dict[str, dict[str, list[float]]] = {name: {"pp": [], "tg": [], "vit": []} for name in names}
+    samples: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in names}
     logits, ceilings = {}, []
     for turn in range(1 + arguments.repeat):  # the first warms up
         ceilings.append([machine.arithmetic_rate("int8", arguments.threads), machine.read_bandwidth(arguments.threads)])
@@ -77,7 +84,8 @@ def main() -> None:
         "machine": machine.description(),
         "task": arguments.task,
         "threads": arguments.threads,
-        "rows": {"pp": f"{PROMPT_TOKENS} tokens", "tg": f"a token after {PROMPT_TOKENS}", "vit": "a picture"},
+        "rows": {"pp": f"{PROMPT_TOKENS} tokens", "tg": f"a token after {PROMPT_TOKENS}", "vit": "a picture"}
+        | {f"rows{count}": f"a pass of so many rows after {PROMPT_TOKENS}" for count in DRAFT_ROWS},
         "distance": distance,
         "int8_rate_and_bandwidth": ceilings,
         "results": {name: {row: summary(some) | {"samples_ms": some} for row, some in rows.items()}
