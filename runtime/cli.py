@@ -371,9 +371,10 @@ def generate(
     from .images import read_study, write_image
     from .session import GENERATION
 
-    if out.suffix.lower() not in (".png", ".dcm"):
+    as_dicom = out.suffix.lower() == ".dcm"
+    if not as_dicom and out.suffix.lower() != ".png":
         raise HealthGPTError(f"--out must be a .png or .dcm file, got {out.name!r}")
-    if out.suffix.lower() == ".dcm" and image is None:
+    if as_dicom and image is None:
         raise HealthGPTError("--out as .dcm takes patient and study from --image, which is missing")
     # Known before the minutes that a picture may take.
     if not out.parent.is_dir():
@@ -382,7 +383,7 @@ def generate(
         raise HealthGPTError(f"--out must be a file, {out.name!r} is a folder")
     sampling = Sampling(temperature, top_p, seed)
     picture = _picture(image, frame, window)
-    study = read_study(image, frame=frame) if image and out.suffix.lower() == ".dcm" else None
+    study = read_study(image, frame=frame) if image and as_dicom else None
     session = _load(
         bundle,
         tasks=(GENERATION,),
@@ -563,14 +564,9 @@ def _files(folder: Path) -> list[Path]:
 
 def _picture(path: Path | None, frame: int | None, window: str | None) -> Image | None:
     """The picture at `path`, read before the bundle is: hashing and loading that takes a while, for nothing if not."""
-    from .images import read_image
+    from .images import read_if_any
 
-    chosen = _window(window)
-    if path is not None:
-        return read_image(path, frame=frame, window=chosen)
-    if frame is not None or chosen is not None:
-        raise ImageError("frame and window need an image, got none")
-    return None
+    return read_if_any(path, frame, _window(window))
 
 
 def _window(text: str | None) -> tuple[float, float] | None:

@@ -51,6 +51,15 @@ def read_image(source: Any, *, frame: int | None = None, window: tuple[float, fl
         return _read_file(file, name, frame, window)
 
 
+def read_if_any(source: Any, frame: int | None, window: tuple[float, float] | None) -> Image.Image | None:
+    """`read_image`, or None where there is no picture, of which neither frame nor window can be: then an ImageError."""
+    if source is not None:
+        return read_image(source, frame=frame, window=window)
+    if frame is not None or window is not None:
+        raise ImageError("frame and window need an image, got none")
+    return None
+
+
 def read_study(source: str | os.PathLike[str] | bytes, *, frame: int | None = None) -> Study:
     """What a picture made from the DICOM file `source`, a path or its bytes, shares with it: see `write_image`.
 
@@ -113,7 +122,7 @@ def _png(pixels: Pixels) -> bytes:
 def _dicom(name: str, pixels: Pixels, study: Study) -> bytes:
     from .dicom.write import secondary_capture
 
-    with guarded(name, "DICOM", "written"):
+    with guarded(name, "DICOM", writing=True):
         return secondary_capture(pixels, study)
 
 

@@ -46,11 +46,9 @@ _silence = _NotWhileReading()
 
 
 @contextmanager
-def guarded(name: str, kind: str, done: str = "read") -> Iterator[None]:
-    """Turn every failure inside into one ImageError about `name`, and let no library warn or log meanwhile.
-
-    `done` is what is being done to `name` as `kind`.
-    """
+def guarded(name: str, kind: str, writing: bool = False) -> Iterator[None]:
+    """Turn every failure inside into one ImageError about `name`, and let no library warn or log meanwhile."""
+    do, done = ("write", "written") if writing else ("read", "read")
     for logger_name, logger in list(logging.root.manager.loggerDict.items()):
         if logger_name.split(".")[0] in _LIBRARIES and isinstance(logger, logging.Logger):
             logger.addFilter(_silence)
@@ -64,7 +62,7 @@ def guarded(name: str, kind: str, done: str = "read") -> Iterator[None]:
         except ImageError as error:
             raise ImageError(f"{name}: {error}") from None
         except MemoryError:  # says nothing of the file
-            raise ImageError(f"{name}: there is not enough memory to read it") from None
+            raise ImageError(f"{name}: there is not enough memory to {do} it") from None
         except OSError as error:
             reason = error.strerror or "damaged or cut short"
             raise ImageError(f"{name}: cannot be {done} as {kind}: {reason}") from None

@@ -16,9 +16,9 @@ from .bundle import Bundle
 from .checks import is_whole
 from .decoding import CodeGrid, Decoded, FreeText, Grammar, Sampling, Selector, decode
 from .drafting import Drafter, Drafts, PassKind
-from .errors import BundleError, ExecutorError, GenerationError, ImageError, PromptError
+from .errors import BundleError, ExecutorError, GenerationError, PromptError
 from .executors import Executor, open_executor
-from .images import prepare, read_image
+from .images import prepare, read_if_any
 from .kept import read_kept, write_kept
 from .manifest import Codes
 from .prefixes import Prefix, Prefixes
@@ -187,8 +187,6 @@ class Session:
         if not isinstance(request.sampling, Sampling | None):
             raise GenerationError(f"sampling must be a Sampling or None, got {type(request.sampling).__name__}")
         has_image = request.image is not None
-        if not has_image and (request.frame is not None or request.window is not None):
-            raise ImageError("frame and window need an image, got none")
         ids = prompt_ids(self.tokenizer, manifest.template, request.words, has_image, task == GENERATION)
         spliced = with_patches(ids, manifest.language.vocab, manifest.vision.patches)
         if len(spliced) + request.max_new_tokens > manifest.language.max_positions:
@@ -196,7 +194,7 @@ class Session:
                 f"prompt and new tokens must fit {manifest.language.max_positions} positions, "
                 f"got {len(spliced)} + {request.max_new_tokens}"
             )
-        picture = read_image(request.image, frame=request.frame, window=request.window) if has_image else None
+        picture = read_if_any(request.image, request.frame, request.window)
         with clock.stage("draft"):
             drafter = self._drafter(request, ids, picture)
         pixels = prepare(picture, manifest.vision.image_size, manifest.vision.background) if picture else None
