@@ -722,6 +722,17 @@ REQUESTS = {
     "limit: beyond a machine's integer": Bad(
         answer("--max-new-tokens", 10**30), "prompt and new tokens must fit 4096 positions, got 24 + 1000000"
     ),
+    "draft: unknown, and the bundle is missing, which comes later": Bad(
+        lambda place: ["answer", place.folder / "none", "--question", QUESTION, "--draft", "input"],
+        "draft must be one of auto, lookup, none, got 'input'",
+    ),
+    "draft: unknown for a picture, and the bundle is missing, which comes later": Bad(
+        lambda place: [
+            *("generate", place.folder / "none", "--instruction", QUESTION),
+            *("--out", place.folder / "out.png", "--draft", "lookup"),
+        ],
+        "draft must be one of auto, input, jacobi, none, got 'lookup'",
+    ),
     "sampling: negative temperature": Bad(
         answer("--temperature", -1), "temperature must be 0 or a positive number, found -1.0"
     ),

@@ -5,6 +5,6 @@ Greedy or sampled, the tokens that come out are those of decoding one by one (do
 
 from .costs import PassKind
 from .drafter import Drafter
-from .drafts import PICTURE_DRAFTS, TEXT_DRAFTS, Drafts
+from .drafts import PICTURE_DRAFTS, TEXT_DRAFTS, Drafts, check_draft
 
-__all__ = ["PICTURE_DRAFTS", "TEXT_DRAFTS", "Drafter", "Drafts", "PassKind"]
+__all__ = ["PICTURE_DRAFTS", "TEXT_DRAFTS", "Drafter", "Drafts", "PassKind", "check_draft"]

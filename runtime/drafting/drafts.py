@@ -50,7 +50,7 @@ class Drafts:
 
         Raises GenerationError, and BundleError where the input is to be encoded by a bundle that cannot.
         """
-        _check(mode, PICTURE_DRAFTS)
+        check_draft(mode, PICTURE_DRAFTS)
         codes = self.manifest.codes
         if mode == "none" or codes is None:
             return None
@@ -77,7 +77,7 @@ class Drafts:
 
     def for_text(self, mode: str, kind: PassKind, prompt: Sequence[int]) -> Drafter | None:
         """A drafter for the answer to `prompt`, token ids; None for plain decoding. Raises GenerationError."""
-        _check(mode, TEXT_DRAFTS)
+        check_draft(mode, TEXT_DRAFTS)
         if mode == "none":
             return None
         return Drafter(
@@ -99,6 +99,7 @@ class Drafts:
         return self._encoder_seconds <= _ENCODER_SHARE * plain_seconds
 
 
-def _check(mode: str, known: tuple[str, ...]) -> None:
+def check_draft(mode: str, known: tuple[str, ...]) -> None:
+    """Raise GenerationError unless `mode` is one of PICTURE_DRAFTS or TEXT_DRAFTS, whichever are `known`."""
     if mode not in known:
         raise GenerationError(f"draft must be one of {', '.join(known)}, got {mode!r:.40}")

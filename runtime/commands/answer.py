@@ -1,0 +1,106 @@
+"""`answer`: words about a picture."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import HealthGPTError
+from .options import (
+    BundlePath,
+    Certify,
+    Device,
+    ExecutorName,
+    Frame,
+    InputImage,
+    Json,
+    Kernels,
+    Seed,
+    Temperature,
+    Threads,
+    TopP,
+    Verify,
+    Window,
+)
+from .output import note_uncertified, print_json
+from .requests import load_session, read_picture
+
+# What several questions about one picture may keep of it: 0.7 GB for M3 after the longest answer.
+_ONE_PICTURE_BYTES = 1 << 30
+
+
+def answer(
+    bundle: BundlePath,
+    question: Annotated[list[str], typer.Option(help="The question; several are asked one after another.")],
+    image: InputImage = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 1024,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    frame: Frame = None,
+    window: Window = None,
+    draft: Annotated[str, typer.Option(help="Guess ahead: auto, lookup (in the words so far) or none.")] = "auto",
+    certify: Certify = False,
+    keep: Annotated[
+        Path | None, typer.Option(help="Keep what was read of pictures in this file, for questions to come.")
+    ] = None,
+    executor: ExecutorName = "onnx",
+    device: Device = None,
+    threads: Threads = None,
+    kernels: Kernels = True,
+    verify: Verify = True,
+    as_json: Json = False,
+) -> None:
+    """Answer a question about a picture; the text appears as it is written, a line for each question."""
+    from ..decoding import Sampling
+    from ..drafting import TEXT_DRAFTS, check_draft
+    from ..session import COMPREHENSION
+
+    if keep and not image:
+        raise HealthGPTError("--keep needs a picture: give --image")
+    if keep and not keep.parent.is_dir():
+        raise HealthGPTError(f"the folder to hold {keep.name!r} does not exist")
+    # Refused before the bundle is hashed and loaded, which takes a while.
+    check_draft(draft, TEXT_DRAFTS)
+    sampling = Sampling(temperature, top_p, seed)
+    picture = read_picture(image, frame, window)
+    session = load_session(
+        bundle,
+        tasks=(COMPREHENSION,),
+        executor=executor,
+        device=device,
+        threads=threads,
+        verify=verify,
+        kernels=kernels,
+        prefix_cache_bytes=_ONE_PICTURE_BYTES if len(question) > 1 or keep else 0,
+    )
+    if keep and keep.exists():
+        session.restore_pictures(keep)
+
+    def write(piece: str) -> None:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    results = []
+    for one in question:
+        result = session.answer(
+            picture,
+            one,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            draft=draft,
+            certify=certify,
+            on_text=None if as_json else write,
+        )
+        note_uncertified(result)
+        results.append(dataclasses.asdict(result))
+        if not as_json:
+            print()
+    if keep and not all(result["reused_tokens"] for result in results):
+        session.save_pictures(keep)
+    if as_json:
+        print_json(results[0] if len(results) == 1 else {"answers": results})

@@ -1,0 +1,50 @@
+"""What commands show: the result alone on stdout, progress and notes on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from ..results import Answer, Picture
+
+_notes = Console(stderr=True, highlight=False)
+# The widest tables fit.
+_PIPE_COLUMNS = 120
+
+
+def note(text: str) -> None:
+    """One line on stderr, of any length."""
+    _notes.print(f"note: {text}", soft_wrap=True)
+
+
+def note_uncertified(result: Answer | Picture) -> None:
+    """Say where drafts may have changed a token."""
+    if not result.certified:
+        note("not certified: this executor's passes round by their size, so drafts may have changed a token")
+
+
+def progress_bar() -> Progress:
+    """Progress on a terminal; nothing elsewhere."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=_notes, transient=True, disable=not _notes.is_terminal)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """One line."""
+    print(json.dumps(value))
+
+
+def print_table(table: Table) -> None:
+    console().print(table)
+
+
+def console() -> Console:
+    """Stdout for tables."""
+    # Names of files are no markup, whatever brackets they hold. A file or a pipe has no width to cut words for.
+    return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else _PIPE_COLUMNS)

@@ -1,0 +1,60 @@
+"""`verify`: whether a bundle is whole, and what a machine computes from it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from ..errors import HealthGPTError
+from .options import BundlePath, Device, Json, Threads
+from .output import print_json, print_table, progress_bar
+from .requests import load_session
+
+
+def verify(
+    bundle: BundlePath,
+    executor: Annotated[
+        str | None, typer.Option(help="Compare what this executor computes, too: onnx or tensorrt.", show_default=False)
+    ] = None,
+    against: Annotated[
+        str, typer.Option(help="The executor it is compared with; with itself, by its standard bodies.")
+    ] = "onnx",
+    device: Device = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Check every byte of a bundle against its manifest, and with --executor what a machine computes from it."""
+    from ..bundle import Bundle
+
+    opened = Bundle.open(bundle, verify=False)
+    total = sum(entry.size for entry in opened.manifest.files.values())
+    with progress_bar() as progress:
+        bar = progress.add_task("verify", total=total)
+        checked = opened.verify(on_bytes=lambda count: progress.advance(bar, count))
+    result: dict[str, Any] = {"ok": True, "files": len(opened.manifest.files), "bytes": checked}
+    if executor is not None:
+        from ..acceptance import compare
+
+        found = load_session(bundle, executor=executor, device=device, threads=threads, kernels=True, verify=False)
+        # The same executor on the same device is held to the graphs' standard bodies, not to itself.
+        kernels = against != executor or device == "cuda"
+        expected = load_session(bundle, executor=against, device=None, threads=threads, kernels=kernels, verify=False)
+        if found.executor.name == expected.executor.name:
+            raise HealthGPTError(f"{executor} must be compared with another, found {expected.executor.name} in both")
+        with progress_bar() as progress:
+            bar = progress.add_task("compare", total=None)
+            report = compare(found, expected, on_step=lambda name: progress.update(bar, description=name))
+        result |= {"ok": report.passed, **report.to_json()}
+        if not as_json:
+            table = Table("what", "found", "must be", "", title=f"{report.executor} against {report.against}")
+            for check in report.checks:
+                table.add_row(check.name, f"{check.found:.5g}", check.bound, "ok" if check.passed else "FAILED")
+            print_table(table)
+    if as_json:
+        print_json(result)
+    elif result["ok"]:
+        print(f"ok: {result['files']} files, {checked:,} bytes")
+    if not result["ok"]:
+        raise HealthGPTError(f"{executor} must compute what {against} does: {report.first_failure}")
