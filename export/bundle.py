@@ -145,8 +145,8 @@ class _Export:
         self._save(task, "vision", vision)
         self._step(f"{task}: vision")
         if task == "generation":
-            self._save(task, "codes", build_codes(self.checkpoint, own))
-            self._save(task, "draft", build_draft(self.checkpoint, own))
+            self._save(task, "codes", build_codes(self.checkpoint, own, self.storage.picture))
+            self._save(task, "draft", build_draft(self.checkpoint, own, self.storage.picture))
             self._step(f"{task}: codes")
         self._close(own)
 

@@ -30,7 +30,8 @@ class Storage:
     """How a bundle stores each kind of tensor, as onnx.TensorProto types.
 
     linear: base matrices. adapter: [A;R] and B. head: the output head. vision: tower and projector. table: the
-    embedding, of which only the rows of a prompt are ever read. cache: keys and values, which the runtime keeps.
+    embedding, of which only the rows of a prompt are ever read. picture: the VQGAN's 3x3 convolutions. cache: keys and
+    values, which the runtime keeps.
     """
 
     linear: int
@@ -38,6 +39,7 @@ class Storage:
     head: int
     vision: int
     table: int
+    picture: int
     cache: int
 
     @classmethod
@@ -48,14 +50,15 @@ class Storage:
         relative rounding error weighs less there, and at rank 256 an 8-bit adapter would add 22% to the bytes of
         a 4-bit token instead of 11%. Head and vision keep 8 bits at `int4`: the head's rounding goes straight into
         the logits, and the tower runs once per picture, so 4 bits would save little there. Caches are float32 only
-        where the ids must be the original's; float16 rounds keys and values no more than the matrices that made them.
+        where the ids must be the original's; float16 rounds keys and values no more than the matrices that made them. The
+        VQGAN is never rounded to integers, for a wrong level in a picture is visible: its largest weights are float16.
         """
         float32, float16, int8, int4 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT8, TensorProto.INT4
         storage = {
-            "fp32": cls(float32, float32, float32, float32, float32, float32),
-            "fp16": cls(float16, float16, float16, float16, float16, float16),
-            "int8": cls(int8, int8, int8, int8, float16, float16),
-            "int4": cls(int4, int4, int8, int8, float16, float16),
+            "fp32": cls(*[float32] * 7),
+            "fp16": cls(*[float16] * 7),
+            "int8": cls(int8, int8, int8, int8, float16, float16, float16),
+            "int4": cls(int4, int4, int8, int8, float16, float16, float16),
         }[precision]
         return replace(storage, cache=CACHE_TYPES[cache]) if cache else storage
 

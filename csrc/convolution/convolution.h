@@ -22,7 +22,8 @@ struct ConvolutionArguments {
   const float* x = nullptr;            // (B, H, W, C)
   const float* norm_weight = nullptr;  // (C), as all of the next where groups is not 0
   const float* norm_bias = nullptr;    // (C)
-  const float* weight = nullptr;       // (3, 3, C, O), cross-correlation: row and column of the kernel first
+  const void* weight = nullptr;        // (3, 3, C, O), cross-correlation: row and column of the kernel first
+  bool half = false;                   // the weight is float16, else float32
   const float* bias = nullptr;         // (O)
   const float* residual = nullptr;     // like y, or null
   float* y = nullptr;                  // (B, enlarge H, enlarge W, O)

@@ -35,6 +35,11 @@ SIMD_INLINE Floats NormSwish(Floats x, Floats scale, Floats shift) {
   return Simd::Divide(x, Simd::Add(one, Exp(Scaled(-1.0f, Simd::Max(Simd::Repeat(-87.0f), x)))));
 }
 
+SIMD_INLINE Floats LoadWeights(const float* from, int count) { return Simd::Load(from, count); }
+SIMD_INLINE Floats LoadWeights(const uint16_t* from, int count) {
+  return count >= Simd::kLanes ? Simd::LoadHalf(from) : Simd::LoadHalf(from, count);
+}
+
 // How a convolution is cut, by its shape alone.
 struct Cut {
   int64_t height, width;            // of y
@@ -155,6 +160,7 @@ struct Call {
   }
 
   // to (36, part / kStrip rounded up, C, kStrip): outputs from `first` on; zeros behind the last.
+  template <class Number>
   __attribute__((noinline)) void TransformWeights(int64_t first, float* to) const {
     const int64_t strips = CeilDivide(cut.part, kStrip), tap = given.channels * given.outputs;
     for (int64_t strip = 0; strip < strips; ++strip) {
@@ -162,11 +168,12 @@ struct Call {
         for (int64_t i = 0; i < kStrip; i += kLanes) {
           const int64_t output = first + strip * kStrip + i;
           const int count = static_cast<int>(Max(0, Min(kLanes, given.outputs - output)));
-          const float* from = given.weight + c * given.outputs + Min(output, given.outputs);
+          const Number* from =
+              static_cast<const Number*>(given.weight) + c * given.outputs + Min(output, given.outputs);
           TransformBothSides<kKernelSide, kInputSide>(
               [](const Floats(&g)[3], Floats(&done)[6]) SIMD_INLINE_LAMBDA { TransformKernel(g, done); },
               [&](auto row, auto column)
-                  SIMD_INLINE_LAMBDA { return Simd::Load(from + (row * kKernelSide + column) * tap, count); },
+                  SIMD_INLINE_LAMBDA { return LoadWeights(from + (row * kKernelSide + column) * tap, count); },
               [&](auto row, auto column, Floats done) SIMD_INLINE_LAMBDA {
                 float* matrix = to + (row * kInputSide + column) * cut.weight_size;
                 Simd::Store(matrix + (strip * given.channels + c) * kStrip + i, done);
@@ -274,7 +281,11 @@ struct Call {
     float* inputs = weights + kProducts * cut.weight_size;
     float* products = inputs + kProducts * cut.input_size;
     Activate(image, first, rows, activations);
-    TransformWeights(part * cut.part, weights);
+    if (given.half) {
+      TransformWeights<uint16_t>(part * cut.part, weights);
+    } else {
+      TransformWeights<float>(part * cut.part, weights);
+    }
     const int64_t tiles = rows * cut.tile_columns;
     for (int64_t tile = 0; tile < tiles; tile += kTilesPerGroup) {
       const int64_t count = Min(kTilesPerGroup, tiles - tile);

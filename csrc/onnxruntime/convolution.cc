@@ -10,7 +10,7 @@ namespace healthgpt {
 namespace {
 
 constexpr Operand kOperands[] = {
-    {"x", kOrtFloat32},           {"weight", kOrtFloat32},    {"bias", kOrtFloat32},
+    {"x", kOrtFloat32},           {"weight", kOrtUndefined},  {"bias", kOrtFloat32},
     {"norm_weight", kOrtFloat32}, {"norm_bias", kOrtFloat32}, {"residual", kOrtFloat32},
 };
 
@@ -60,6 +60,10 @@ class ConvolutionKernel {
     const Tensor x = call.Input(0), weight = call.Input(1), bias = call.Input(2);
     if (x.rank != 4) throw std::invalid_argument("x must be [B, H, W, C], found " + x.ShapeText());
     if (weight.rank != 4) throw std::invalid_argument("weight must be [3, 3, C, O], found " + weight.ShapeText());
+    if (weight.type != kOrtFloat32 && weight.type != kOrtFloat16) {
+      throw std::invalid_argument("weight must be float32 or float16, found the ONNX type " +
+                                  std::to_string(weight.type));
+    }
     ConvolutionArguments arguments;
     arguments.batch = x.shape[0];
     arguments.height = x.shape[1];
@@ -71,7 +75,8 @@ class ConvolutionKernel {
     weight.Expect({3, 3, arguments.channels, arguments.outputs});
     bias.Expect({arguments.outputs});
     arguments.x = x.As<float>();
-    arguments.weight = weight.As<float>();
+    arguments.weight = weight.data;
+    arguments.half = weight.type == kOrtFloat16;
     arguments.bias = bias.As<float>();
     if constexpr (kNormed) {
       const Tensor norm_weight = call.Input(3), norm_bias = call.Input(4);

@@ -59,6 +59,8 @@ void CheckShape(const char* name, const py::array& array, const std::vector<int6
   }
 }
 
+bool IsHalf(const py::array& array) { return array.dtype().kind() == 'f' && array.itemsize() == 2; }
+
 // A matrix as the exporter stores it, kept alive by its arrays.
 struct StoredMatrix {
   StoredMatrix(const py::array& given, const std::optional<Floats>& scales_given, int64_t block_size,
@@ -72,7 +74,7 @@ struct StoredMatrix {
       matrix.storage = Storage::kInt8;
     } else if (py::isinstance<py::array_t<float>>(values)) {
       matrix.storage = Storage::kFloat32;
-    } else if (values.dtype().kind() == 'f' && values.itemsize() == 2) {
+    } else if (IsHalf(values)) {
       matrix.storage = Storage::kFloat16;
     } else {
       throw py::value_error("values must be float32, float16, int8, or uint8 with two int4 each");
@@ -236,10 +238,13 @@ Floats CachedAttention(const Floats& query, const Floats& key, const Floats& val
   return output;
 }
 
-Floats Convolution(const Floats& x, const Floats& weight, const Floats& bias, const std::optional<Floats>& norm_weight,
+Floats Convolution(const Floats& x, const py::array& given, const Floats& bias, const std::optional<Floats>& norm_weight,
                    const std::optional<Floats>& norm_bias, const std::optional<Floats>& residual, int64_t groups,
                    int64_t enlarge, const std::optional<std::string>& target, size_t threads) {
-  if (x.ndim() != 4 || weight.ndim() != 4) throw py::value_error("x and weight must have 4 dimensions");
+  if (x.ndim() != 4 || given.ndim() != 4) throw py::value_error("x and weight must have 4 dimensions");
+  const bool half = IsHalf(given);
+  const py::array weight = half ? py::array::ensure(given, py::array::c_style) : Floats::ensure(given);
+  if (!weight) throw py::error_already_set();
   healthgpt::ConvolutionArguments arguments;
   arguments.batch = x.shape(0);
   arguments.height = x.shape(1);
@@ -272,6 +277,7 @@ Floats Convolution(const Floats& x, const Floats& weight, const Floats& bias, co
   }
   arguments.x = x.data();
   arguments.weight = weight.data();
+  arguments.half = half;
   arguments.bias = bias.data();
   Floats y(shape);
   arguments.y = y.mutable_data();

@@ -12,7 +12,7 @@ from .builder import GraphBuilder
 from .vq_blocks import VqBlocks
 
 
-def build_codes(checkpoint: Checkpoint, own: WeightFile) -> ModelProto:
+def build_codes(checkpoint: Checkpoint, own: WeightFile, picture: int) -> ModelProto:
     """codes int64 [B, h, w] -> image uint8 [B, H, W, 3] (RGB), at the config's grid and picture size.
 
     The reverse of `build_draft`; the convolution after the codebook is folded into it. Codes
@@ -22,7 +22,7 @@ def build_codes(checkpoint: Checkpoint, own: WeightFile) -> ModelProto:
     widths = [config.channels * multiplier for multiplier in config.multipliers]
     top, side = len(widths) - 1, config.grid
     graph = GraphBuilder("codes")
-    blocks = VqBlocks(checkpoint, graph, own)
+    blocks = VqBlocks(checkpoint, graph, own, picture)
 
     codes = graph.input("codes", TensorProto.INT64, ["B", side, side])
 

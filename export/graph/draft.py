@@ -14,7 +14,7 @@ from .vq_blocks import VqBlocks
 FLOAT = TensorProto.FLOAT
 
 
-def build_draft(checkpoint: Checkpoint, own: WeightFile) -> ModelProto:
+def build_draft(checkpoint: Checkpoint, own: WeightFile, picture: int) -> ModelProto:
     """pixels uint8 [B, H, W, 3] (RGB), at the config's picture size -> codes int64 [B, h, w].
 
     A code is the one of largest logit, the noise-free form of the Gumbel quantiser; the two 1x1 convolutions that
@@ -24,7 +24,7 @@ def build_draft(checkpoint: Checkpoint, own: WeightFile) -> ModelProto:
     widths = [config.channels * multiplier for multiplier in config.multipliers]
     top, side = len(widths) - 1, config.image_size
     graph = GraphBuilder("draft")
-    blocks = VqBlocks(checkpoint, graph, own)
+    blocks = VqBlocks(checkpoint, graph, own, picture)
 
     pixels = graph.input("pixels", TensorProto.UINT8, ["B", side, side, 3])
     with graph.scope("levels"):

@@ -181,11 +181,16 @@ GROUP_NORM_EPSILON = 1e-6
 
 # Pictures are channels-last between the nodes, as kernels want them; the standard Conv wants channels first. ONNX
 # Runtime removes the transposes of neighbouring bodies against each other.
-_CONVOLVE = """
-    kernel = Transpose <perm = [3, 2, 0, 1]> (weight)
-    convolved = Conv <pads = [1, 1, 1, 1]> (columns, kernel, bias)
-    rows = Transpose <perm = [0, 2, 3, 1]> (convolved)
-"""
+def _convolve(data_type: int) -> str:
+    to_weight, weight = _stored("weight", data_type)
+    return f"""
+        {to_weight}
+        kernel = Transpose <perm = [3, 2, 0, 1]> ({weight})
+        convolved = Conv <pads = [1, 1, 1, 1]> (columns, kernel, bias)
+        rows = Transpose <perm = [0, 2, 3, 1]> (convolved)
+    """
+
+
 # As an instance normalisation of the groups: ONNX Runtime has no CPU kernel for GroupNormalization and takes 1.7 times
 # as long over its standard body.
 _NORM_SWISH = f"""
@@ -211,19 +216,19 @@ _NORM_SWISH = f"""
 """
 
 
-def convolution() -> FunctionProto:
+def convolution(data_type: int) -> FunctionProto:
     """A 3x3 convolution with zeros around the picture: x [B, H, W, C], weight [3, 3, C, O], bias [O]."""
     return parser.parse_function(f"""
         <domain: "healthgpt", opset_import: ["" : 24]>
         Convolution (x, weight, bias) => (y) {{
             columns = Transpose <perm = [0, 3, 1, 2]> (x)
-            {_CONVOLVE}
+            {_convolve(data_type)}
             y = Identity (rows)
         }}
     """)
 
 
-def enlarged_convolution() -> FunctionProto:
+def enlarged_convolution(data_type: int) -> FunctionProto:
     """`Convolution` on x with every pixel repeated twice in both directions: y [B, 2H, 2W, O]."""
     return parser.parse_function(f"""
         <domain: "healthgpt", opset_import: ["" : 24]>
@@ -232,31 +237,31 @@ def enlarged_convolution() -> FunctionProto:
             scales = Constant <value_floats = [1.0, 1.0, 2.0, 2.0]> ()
             columns = Resize <mode = "nearest", coordinate_transformation_mode = "asymmetric", nearest_mode = "floor">
                 (small, , scales)
-            {_CONVOLVE}
+            {_convolve(data_type)}
             y = Identity (rows)
         }}
     """)
 
 
-def norm_swish_convolution() -> FunctionProto:
+def norm_swish_convolution(data_type: int) -> FunctionProto:
     """`Convolution` of swish(group_norm(x)); norm_weight and norm_bias [C]. Attribute: groups, which divides C."""
     return parser.parse_function(f"""
         <domain: "healthgpt", opset_import: ["" : 24]>
         NormSwishConvolution <groups> (x, weight, bias, norm_weight, norm_bias) => (y) {{
             {_NORM_SWISH}
-            {_CONVOLVE}
+            {_convolve(data_type)}
             y = Identity (rows)
         }}
     """)
 
 
-def residual_convolution() -> FunctionProto:
+def residual_convolution(data_type: int) -> FunctionProto:
     """`NormSwishConvolution` plus residual [B, H, W, O]."""
     return parser.parse_function(f"""
         <domain: "healthgpt", opset_import: ["" : 24]>
         ResidualConvolution <groups> (x, weight, bias, norm_weight, norm_bias, residual) => (y) {{
             {_NORM_SWISH}
-            {_CONVOLVE}
+            {_convolve(data_type)}
             y = Add (rows, residual)
         }}
     """)

@@ -1,8 +1,8 @@
 """The blocks that the VQGAN's decoder (`codes`) and encoder (`draft`) are made of.
 
 Names are those of taming-transformers (Esser et al., 2021, arXiv 2012.09841). Letters: B batch, C channels in, O
-channels out. Values are channels-last. All weights are float32: the original decodes in float32, and a wrong level in a
-picture is visible where one in a feature is not.
+channels out. Values are channels-last, and all arithmetic is float32, as the original's: a wrong level in a picture is
+visible where one in a feature is not. Only the weights of the 3x3 convolutions may be kept as float16.
 """
 
 from __future__ import annotations
@@ -22,17 +22,20 @@ GROUPS = 32
 
 
 class VqBlocks:
-    """Appends blocks to `graph`; values are [B, side, side, C], weights go to `file`."""
+    """Appends blocks to `graph`; values are [B, side, side, C], weights go to `file`.
 
-    def __init__(self, checkpoint: Checkpoint, graph: GraphBuilder, file: WeightFile) -> None:
-        self.checkpoint, self.graph, self.file = checkpoint, graph, file
+    picture: the type of the 3x3 convolutions' weights, FLOAT or FLOAT16.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, graph: GraphBuilder, file: WeightFile, picture: int) -> None:
+        self.checkpoint, self.graph, self.file, self.picture = checkpoint, graph, file, picture
 
     def tensor(self, name: str) -> np.ndarray:
         """A tensor of the checkpoint in float32."""
         return self.checkpoint.vq_tensor(name).float().numpy()
 
-    def weight(self, key: str, produce: Callable[[], np.ndarray]) -> str:
-        return self.graph.weight(self.file, f"vq/{key}", TensorProto.FLOAT, produce)
+    def weight(self, key: str, produce: Callable[[], np.ndarray], data_type: int = TensorProto.FLOAT) -> str:
+        return self.graph.weight(self.file, f"vq/{key}", data_type, produce)
 
     def released(self, name: str) -> str:
         """A tensor of the checkpoint, stored as it is."""
@@ -40,20 +43,21 @@ class VqBlocks:
 
     def kernel(self, name: str) -> tuple[str, str]:
         """A convolution's weight, stored as [3, 3, C, O], and its bias [O]."""
-        stored = self.weight(f"{name}.weight", lambda: self.tensor(f"{name}.weight").transpose(2, 3, 1, 0))
+        key = f"{name}.weight"
+        stored = self.weight(key, lambda: self.tensor(key).transpose(2, 3, 1, 0), self.picture)
         return stored, self.released(f"{name}.bias")
 
     def convolution(self, name: str, x: str) -> str:
         """A 3x3 convolution."""
-        return str(self.graph.call(functions.convolution(), x, *self.kernel(name)))
+        return str(self.graph.call(functions.convolution(self.picture), x, *self.kernel(name)))
 
     def norm_swish_convolution(self, norm: str, name: str, x: str, residual: str | None = None) -> str:
         """conv(swish(norm(x))), plus `residual` if there is one."""
         scale, shift = self.released(f"{norm}.weight"), self.released(f"{norm}.bias")
         inputs = [x, *self.kernel(name), scale, shift]
         if residual is None:
-            return str(self.graph.call(functions.norm_swish_convolution(), *inputs, groups=GROUPS))
-        return str(self.graph.call(functions.residual_convolution(), *inputs, residual, groups=GROUPS))
+            return str(self.graph.call(functions.norm_swish_convolution(self.picture), *inputs, groups=GROUPS))
+        return str(self.graph.call(functions.residual_convolution(self.picture), *inputs, residual, groups=GROUPS))
 
     def pointwise(self, name: str, x: str) -> str:
         """A 1x1 convolution: one matrix for all pixels."""
@@ -139,4 +143,4 @@ class VqBlocks:
     def upsample(self, name: str, x: str) -> str:
         """Nearest x2 and a 3x3 convolution."""
         with self.graph.scope(name):
-            return str(self.graph.call(functions.enlarged_convolution(), x, *self.kernel(f"{name}.conv")))
+            return str(self.graph.call(functions.enlarged_convolution(self.picture), x, *self.kernel(f"{name}.conv")))

@@ -115,10 +115,11 @@ double CompareAttention(Target target, Storage cache, int64_t tokens, int64_t pa
   return Distance(output[0], output[1]);
 }
 
-double CompareConvolution(Target target, int64_t side, int64_t channels, int64_t outputs, int64_t enlarge) {
+double CompareConvolution(Target target, bool half, int64_t side, int64_t channels, int64_t outputs, int64_t enlarge) {
   const int64_t pixels = 2 * side * side;
   const std::vector<float> x = Normal(pixels * channels), residual = Normal(pixels * enlarge * enlarge * outputs);
-  const std::vector<float> weight = Normal(9 * channels * outputs, 0.05f), bias = Normal(outputs);
+  const Stored weight(half ? Storage::kFloat16 : Storage::kFloat32, 9 * channels, outputs, 0);
+  const std::vector<float> bias = Normal(outputs);
   const std::vector<float> norm_weight = Normal(channels), norm_bias = Normal(channels);
   std::vector<float> y[2];
   for (int i = 0; i < 2; ++i) {
@@ -133,7 +134,8 @@ double CompareConvolution(Target target, int64_t side, int64_t channels, int64_t
     arguments.x = x.data();
     arguments.norm_weight = norm_weight.data();
     arguments.norm_bias = norm_bias.data();
-    arguments.weight = weight.data();
+    arguments.weight = weight.matrix.values;
+    arguments.half = half;
     arguments.bias = bias.data();
     arguments.residual = residual.data();
     arguments.y = y[i].data();
@@ -166,9 +168,11 @@ int main() {
         worst = std::fmax(worst, CompareAttention(target, cache, tokens, 3, 10));
       }
     }
-    for (const int64_t enlarge : {1, 2}) {
-      worst = std::fmax(worst, CompareConvolution(target, 11, 20, 70, enlarge));
-      worst = std::fmax(worst, CompareConvolution(target, 4, 64, 3, enlarge));
+    for (const bool half : {false, true}) {
+      for (const int64_t enlarge : {1, 2}) {
+        worst = std::fmax(worst, CompareConvolution(target, half, 11, 20, 70, enlarge));
+        worst = std::fmax(worst, CompareConvolution(target, half, 4, 64, 3, enlarge));
+      }
     }
     // Rounding alone; a value on the border between two bytes may fall either way.
     const bool agrees = worst < 5e-3;

@@ -75,6 +75,17 @@ def test_the_definition(case, target):
 
 
 @each_target
+@pytest.mark.parametrize("case", CASES[1:6], ids=str)
+def test_weights_of_float16_are_widened(case, target):
+    given = operands(case)
+    half = given["weight"].astype(np.float16)
+    found = _kernels.convolution(**given | {"weight": half}, target=target)
+    np.testing.assert_array_equal(
+        found, _kernels.convolution(**given | {"weight": half.astype(np.float32)}, target=target)
+    )
+
+
+@each_target
 def test_every_weight_and_pixel_has_its_place(target):
     """One pixel and one weight at a time: the transforms must not mix places, nor one picture with the next."""
     for row in range(3):

@@ -247,10 +247,10 @@ def test_caches_bound_as_input_and_output_are_written_in_place(cache):
 
 
 CONVOLUTIONS = {
-    "Convolution": convolution(),
-    "EnlargedConvolution": enlarged_convolution(),
-    "NormSwishConvolution": norm_swish_convolution(),
-    "ResidualConvolution": residual_convolution(),
+    "Convolution": convolution,
+    "EnlargedConvolution": enlarged_convolution,
+    "NormSwishConvolution": norm_swish_convolution,
+    "ResidualConvolution": residual_convolution,
 }
 
 
@@ -269,11 +269,13 @@ def convolution_attributes(op: str) -> dict[str, int]:
     return {"groups": 4} if "norm_weight" in convolution_operands(op) else {}
 
 
+@pytest.mark.parametrize("storage", ["float32", "float16"])
 @pytest.mark.parametrize("op", CONVOLUTIONS)
-def test_convolutions(op):
+def test_convolutions(op, storage):
     operands, more = convolution_operands(op), convolution_attributes(op)
+    operands["weight"] = operands["weight"].astype(storage)
     (found,) = run(op, operands, {"y": FLOAT}, threads=2, **more)
-    (expected,) = run(op, operands, {"y": FLOAT}, body=CONVOLUTIONS[op], **more)
+    (expected,) = run(op, operands, {"y": FLOAT}, body=CONVOLUTIONS[op](STORED[storage]), **more)
     assert found.shape == ((2, 10, 14, 6) if op == "EnlargedConvolution" else (2, 5, 7, 6))
     # Winograd's transforms lose a digit: relative to results of up to 10.
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
@@ -441,6 +443,12 @@ def test_a_bound_output_of_another_shape_is_onnx_runtimes_own_error():
     [
         ("Convolution", zeros("x", 5, 7, 8), {}, "x must be [B, H, W, C], found [5, 7, 8]"),
         ("Convolution", zeros("weight", 8, 6), {}, "weight must be [3, 3, C, O], found [8, 6]"),
+        (
+            "Convolution",
+            {"weight": np.zeros((3, 3, 8, 6))},
+            {},
+            "weight must be float32 or float16, found the ONNX type 11",
+        ),
         ("EnlargedConvolution", zeros("weight", 3, 3, 7, 6), {}, "weight must be [3, 3, 8, 6], found [3, 3, 7, 6]"),
         ("EnlargedConvolution", zeros("weight", 1, 1, 8, 6), {}, "weight must be [3, 3, 8, 6], found [1, 1, 8, 6]"),
         ("NormSwishConvolution", zeros("bias", 8), {}, "bias must be [6], found [8]"),
