@@ -76,6 +76,22 @@ class Results:
         entry = self.find(name, kind, task, end)
         return entry.median_ms if entry else None
 
+    @classmethod
+    def from_json(cls, contenders: dict[str, Any]) -> Results:
+        """The reverse of `to_json`."""
+        results = cls()
+        for name, report in contenders.items():
+            if "absent" in report:
+                results.absent[name] = report["absent"]
+                continue
+            entries = [Entry(row["row"], row["task"]) for row in report["rows"]]
+            for entry, row in zip(entries, report["rows"], strict=True):
+                for turn in row["turns"]:
+                    entry.add(turn)
+            results.entries[name] = {(entry.row, entry.task): entry for entry in entries}
+            results.facts[name] = report["turns"]
+        return results
+
     def to_json(self) -> dict[str, Any]:
         return {
             name: {"rows": [entry.to_json() for entry in entries.values()], "turns": self.facts[name]}

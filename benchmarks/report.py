@@ -1,7 +1,13 @@
-"""The comparison as a Markdown page and as a plot."""
+"""The comparison as a Markdown page and as a plot.
+
+python -m benchmarks.report benchmarks/results/comparison.json      # draws its plot again
+"""
 
 from __future__ import annotations
 
+import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +16,8 @@ from healthgpt_edge.bench import summary
 from .contenders import OURS
 from .goals import Goal, overheads
 from .pooled import Entry, Results
+
+_PANELS_ACROSS = 2
 
 
 def markdown(settings: dict[str, Any], results: Results, goals: list[Goal]) -> str:
@@ -58,26 +66,41 @@ def plot(results: Results, path: Path) -> None:
             # A peer's time without adapters belongs beside those with them.
             for shown in ("comprehension", "generation") if task == "base" else (task,):
                 panels.setdefault((row, shown), []).append((f"{name}, no adapters" if task == "base" else name, entry))
-    panels = {key: bars for key, bars in panels.items() if len(bars) > 1}
+    panels = {key: bars for key, bars in panels.items() if len(bars) > 1 and key[0] != "linears"}
     if not panels:
         return
-    tallest = max(len(bars) for bars in panels.values())
-    figure, axes = pyplot.subplots(
-        len(panels), figsize=(9, (0.3 * tallest + 0.7) * len(panels)), layout="constrained", squeeze=False
-    )
-    for ((row, task), bars), axis in zip(sorted(panels.items()), axes[:, 0], strict=True):
+    tallest, lines = max(len(bars) for bars in panels.values()), -(-len(panels) // _PANELS_ACROSS)
+    size = (6 * _PANELS_ACROSS, (0.25 * tallest + 0.6) * lines)
+    figure, grid = pyplot.subplots(lines, _PANELS_ACROSS, figsize=size, layout="constrained", squeeze=False)
+    for axis in grid.flat[len(panels) :]:
+        axis.set_visible(False)
+    for ((row, task), bars), axis in zip(sorted(panels.items()), grid.flat, strict=False):
         bars = sorted(bars, key=lambda bar: bar[1].median_ms, reverse=True)
+        unit, scale = ("s", 1e-3) if bars[-1][1].median_ms >= 1000 else ("ms", 1.0)
         for position, (name, entry) in enumerate(bars):
             figures = summary(entry.samples_ms)
-            median, high = float(figures["p50_ms"]), float(figures["p90_ms"])
+            median, high = (float(figures[key]) * scale for key in ("p50_ms", "p90_ms"))
             colour = "tab:blue" if name == OURS else "lightgrey"
             axis.barh(position, median, color=colour, xerr=[[0], [high - median]], ecolor="grey")
-            axis.text(0, position, f" {_milliseconds(median)}", va="center")
+            axis.text(0, position, f" {_number(median)}", va="center")
         axis.set_yticks(range(len(bars)), [name for name, _ in bars])
-        axis.set_title(f"{row}, {task} (ms{' per token' if row.startswith('tg') else ''}, less is better)", loc="left")
+        axis.set_title(f"{_title(row)}, {task}, {unit}", loc="left", fontsize="medium")
         axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)
     pyplot.close(figure)
+
+
+def _title(row: str) -> str:
+    """A row's name (bench.py) in words."""
+    number = re.search(r"\d+", row)
+    count = number.group() if number else ""
+    return {
+        "pp": f"prefill of {count} tokens",
+        "tg": f"a token at context {row.partition('@')[2]}",
+        "img": "a whole picture",
+        "vq": "codes to picture",
+        "vit": "vision tower",
+    }.get(row[: number.start()] if number else row, row)
 
 
 def _rows(results: Results) -> list[tuple[str, ...]]:
@@ -85,15 +108,20 @@ def _rows(results: Results) -> list[tuple[str, ...]]:
     for name, entries in results.entries.items():
         for entry in entries.values():
             figures = summary(entry.samples_ms)
-            percentiles = (_milliseconds(float(figures[key])) for key in ("p50_ms", "p90_ms", "p99_ms"))
+            percentiles = (_number(float(figures[key])) for key in ("p50_ms", "p90_ms", "p99_ms"))
             share = "" if entry.share is None else f"{entry.share:.0%}"
             rows.append((name, entry.row, entry.task, *percentiles, str(figures["count"]), share))
     return rows
 
 
-def _milliseconds(value: float) -> str:
+def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (head, ("---",) * len(head), *rows)]
+
+
+if __name__ == "__main__":
+    source = Path(sys.argv[1])
+    plot(Results.from_json(json.loads(source.read_text())["contenders"]), source.with_suffix(".png"))
