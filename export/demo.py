@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from pydicom.data import get_testdata_file
 from rich.console import Console
 from rich.table import Table
@@ -38,7 +38,7 @@ STAGES = ("vision", "prefill", "decode", "codes", "total")
 HELD_OUT = 2
 DICOM_FILES = ("CT_small.dcm", "MR_small.dcm", "RG1_UNCR.dcm")
 QUESTIONS = tuple(phantoms.QUESTIONS.values())[:3]
-TILE, MARGIN, LINE = 128, 8, 14
+TILE, MARGIN, LINE, COLUMNS = 128, 8, 14, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ def run(out: Path, on_step: Callable[[int, int], None] = lambda done, total: Non
     out.mkdir(parents=True, exist_ok=True)
     result = Result(out / "contact-sheet.png")
     jobs = list_jobs()
-    tiles: list[tuple[str, np.ndarray]] = []
+    shown: list[tuple[Job, str, np.ndarray | None]] = []
     with Checkpoint.open(**released_files(PHANTOM)) as checkpoint:
         sessions = {precision: _export(checkpoint, out, precision) for precision in PRECISIONS}
         references = {task: HealthGPT.load(checkpoint, task) for task in checkpoint.tasks}
@@ -122,8 +122,8 @@ def run(out: Path, on_step: Callable[[int, int], None] = lambda done, total: Non
                 row, made = _run(session, job, precision, expected_ids, reference_ms)
                 result.rows.append(row)
                 if precision == "fp32":
-                    tiles += _tiles(job, row, made)
-    write_image(result.sheet, contact_sheet(tiles))
+                    shown.append((job, row.answer, made))
+    write_image(result.sheet, contact_sheet(shown))
     if wrong := [row.name for row in result.rows if row.precision == "fp32" and not row.ids_equal_reference]:
         raise HealthGPTError(f"fp32 token ids must equal the PyTorch reference, they differ for {', '.join(wrong)}")
     return result
@@ -192,23 +192,28 @@ def _reference(references: dict[str, HealthGPT], session: Session, job: Job) -> 
     return new_ids, (time.perf_counter() - begin) * 1e3
 
 
-def _tiles(job: Job, row: Row, made: np.ndarray | None) -> list[tuple[str, np.ndarray]]:
-    """An input picture with its answers below, or input and output side by side."""
-    before = np.asarray(prepare(read_image(job.picture), TILE))
-    if made is None:
-        return [(f"{job.name}\n{job.words}\n{row.answer}", before)]
-    after = np.asarray(Image.fromarray(made).resize((TILE, TILE), Image.Resampling.BICUBIC))
-    return [(f"{job.name}\n{job.words}", np.concatenate([before, after], axis=1))]
+def contact_sheet(shown: list[tuple[Job, str, np.ndarray | None]]) -> np.ndarray:
+    """What was asked and made of each picture on one page, uint8 [H, W, 3].
 
-
-def contact_sheet(tiles: list[tuple[str, np.ndarray]], columns: int = 4) -> np.ndarray:
-    """Captioned pictures on one page, uint8 [H, W, 3]."""
-    width, height = 2 * TILE + MARGIN, TILE + 3 * LINE + 2 * MARGIN
-    rows = -(-len(tiles) // columns)
-    page = Image.new("RGB", (columns * width + MARGIN, rows * height + MARGIN), "white")
-    draw = ImageDraw.Draw(page)
-    for index, (caption, picture) in enumerate(tiles):
-        left, top = MARGIN + index % columns * width, MARGIN + index // columns * height
-        page.paste(Image.fromarray(picture), (left, top))
-        draw.multiline_text((left, top + TILE + 2), caption, fill="black", spacing=2)
+    shown: jobs with the answer in words or the picture made. Answers about one picture stand in one cell.
+    """
+    cells: list[tuple[Job, list[str], np.ndarray | None]] = []
+    for job, answer, made in shown:
+        if made is None and cells and cells[-1][2] is None and cells[-1][0].name == job.name:
+            cells[-1][1].extend((job.words, f"  {answer}"))
+        else:
+            cells.append((job, [job.words, f"  {answer}"] if made is None else [], made))
+    width, height = 2 * TILE + 4 * MARGIN, TILE + LINE + 2 * MARGIN
+    lines = -(-len(cells) // COLUMNS)
+    page = Image.new("RGB", (COLUMNS * width + MARGIN, lines * height + MARGIN), "white")
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(10)
+    for index, (job, words, made) in enumerate(cells):
+        left, top = MARGIN + index % COLUMNS * width, MARGIN + index // COLUMNS * height
+        page.paste(Image.fromarray(prepare(read_image(job.picture), TILE)), (left, top))
+        if made is None:
+            draw.multiline_text((left + TILE + MARGIN, top), "\n".join(words), fill="black", font=font, spacing=3)
+        else:
+            page.paste(Image.fromarray(made).resize((TILE, TILE), Image.Resampling.BICUBIC), (left + TILE, top))
+        caption = job.name if made is None else f"{job.name}: {job.words}"
+        draw.text((left, top + TILE + 2), caption, fill="black", font=font)
     return np.asarray(page)

@@ -50,8 +50,8 @@ class Storage:
         relative rounding error weighs less there, and at rank 256 an 8-bit adapter would add 22% to the bytes of
         a 4-bit token instead of 11%. Head and vision keep 8 bits at `int4`: the head's rounding goes straight into
         the logits, and the tower runs once per picture, so 4 bits would save little there. Caches are float32 only
-        where the ids must be the original's; float16 rounds keys and values no more than the matrices that made them. The
-        VQGAN is never rounded to integers, for a wrong level in a picture is visible: its largest weights are float16.
+        where the ids must be the original's; float16 rounds keys and values no more than the matrices that made them.
+        The VQGAN is never rounded to integers, for a wrong level in a picture is visible.
         """
         float32, float16, int8, int4 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT8, TensorProto.INT4
         storage = {

@@ -17,7 +17,7 @@ from healthgpt_edge import Sampling, phantoms
 from healthgpt_edge.evaluate import MAX_ANSWER_TOKENS, evaluate
 from healthgpt_edge.export.bundle import export_bundle
 from healthgpt_edge.export.checkpoint import Checkpoint
-from healthgpt_edge.export.demo import QUESTIONS, contact_sheet, list_jobs
+from healthgpt_edge.export.demo import QUESTIONS, Job, contact_sheet, list_jobs
 from healthgpt_edge.export.phantom.release import released_files
 from healthgpt_edge.export.reference.model import HealthGPT
 from healthgpt_edge.images import prepare, read_image
@@ -106,8 +106,10 @@ def test_fp32_ids_equal_the_reference_on_phantoms_and_dicom(session, checkpoint)
 def test_contact_sheet_holds_every_tile():
     colour = np.array([7, 99, 200], np.uint8)  # which neither paper nor ink has
     tile = np.broadcast_to(colour, (128, 128, 3))
-    sheet = contact_sheet([("one", tile), ("two\nlines", tile), ("wide", np.concatenate([tile, tile], axis=1))], 2)
+    asked = [Job("one", tile, "What?", False), Job("one", tile, "Where?", False), Job("two", tile, "What?", False)]
+    sheet = contact_sheet([*((job, "yes", None) for job in asked), (Job("three", tile, "Draw.", True), "", tile)])
     assert sheet.dtype == np.uint8
+    # Two questions about one picture show it once; what is made stands beside what it was made of.
     assert (sheet == colour).all(-1).sum() == 4 * 128 * 128
 
 

@@ -179,6 +179,7 @@ def cached_attention(cache_type: int) -> FunctionProto:
 
 GROUP_NORM_EPSILON = 1e-6
 
+
 # Pictures are channels-last between the nodes, as kernels want them; the standard Conv wants channels first. ONNX
 # Runtime removes the transposes of neighbouring bodies against each other.
 def _convolve(data_type: int) -> str:
