@@ -238,9 +238,10 @@ Floats CachedAttention(const Floats& query, const Floats& key, const Floats& val
   return output;
 }
 
-Floats Convolution(const Floats& x, const py::array& given, const Floats& bias, const std::optional<Floats>& norm_weight,
-                   const std::optional<Floats>& norm_bias, const std::optional<Floats>& residual, int64_t groups,
-                   int64_t enlarge, const std::optional<std::string>& target, size_t threads) {
+Floats Convolution(const Floats& x, const py::array& given, const Floats& bias,
+                   const std::optional<Floats>& norm_weight, const std::optional<Floats>& norm_bias,
+                   const std::optional<Floats>& residual, int64_t groups, int64_t enlarge,
+                   const std::optional<std::string>& target, size_t threads) {
   if (x.ndim() != 4 || given.ndim() != 4) throw py::value_error("x and weight must have 4 dimensions");
   const bool half = IsHalf(given);
   const py::array weight = half ? py::array::ensure(given, py::array::c_style) : Floats::ensure(given);
