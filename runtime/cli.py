@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -18,8 +17,9 @@ from .commands.evaluate import evaluate
 from .commands.export import export
 from .commands.generate import generate
 from .commands.inspect import inspect
+from .commands.serve import serve
 from .commands.verify import verify
-from .errors import HealthGPTError
+from .errors import HealthGPTError, in_one_line
 from .stopping import stopping_cleanly
 
 app = typer.Typer(
@@ -41,7 +41,7 @@ class OneOfEach(TyperCommand):
         return super().parse_args(ctx, args)
 
 
-for command in (export, inspect, build, verify, answer, generate, evaluate, bench, demo):
+for command in (export, inspect, build, verify, answer, generate, serve, evaluate, bench, demo):
     app.command(cls=OneOfEach)(command)
 
 
@@ -60,12 +60,6 @@ def options(
     """What goes before a command."""
 
 
-def _one_line(message: str) -> str:
-    """The message without line breaks or what a terminal would obey."""
-    line = " ".join(message.split())
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
-
-
 def main() -> None:
     """Entry point: bad input is one line on stderr and exit code 2."""
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -75,16 +69,11 @@ def main() -> None:
     try:
         with stopping_cleanly():
             status = app(standalone_mode=False)
-    except (HealthGPTError, typer.TyperException) as error:
-        message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
-        print(f"error: {_one_line(message)}", file=sys.stderr)
+    except typer.TyperException as error:
+        print(f"error: {in_one_line(error.format_message())}", file=sys.stderr)
         status = 2
-    except OSError as error:
-        name = f": {Path(error.filename).name[:100]}" if isinstance(error.filename, str) else ""
-        print(f"error: {_one_line(f'{error.strerror or error}{name}')}", file=sys.stderr)
-        status = 2
-    except MemoryError:
-        print("error: there is not enough memory", file=sys.stderr)
+    except (HealthGPTError, OSError, MemoryError) as error:
+        print(f"error: {in_one_line(error)}", file=sys.stderr)
         status = 2
     except (KeyboardInterrupt, typer.Abort):
         status = 130

@@ -3,6 +3,8 @@
 Every message names what was expected and what was found, and never holds pixels, prompts or DICOM values.
 """
 
+from pathlib import Path
+
 
 class HealthGPTError(Exception):
     """Base of every error raised on purpose; the command line turns it into exit code 2."""
@@ -38,3 +40,18 @@ class KeptError(HealthGPTError):
 
 class BenchmarkError(HealthGPTError):
     """A row is unknown or does not fit the bundle, or what was to be timed computes something else."""
+
+
+class RequestError(HealthGPTError):
+    """A line given to `serve` is no request: not JSON, or its fields are not those of a task."""
+
+
+def in_one_line(error: Exception | str) -> str:
+    """What went wrong, without line breaks or what a terminal would obey; of files no more than their names."""
+    if isinstance(error, MemoryError):
+        return "there is not enough memory"
+    if isinstance(error, OSError):
+        name = f": {Path(error.filename).name[:100]}" if isinstance(error.filename, str) else ""
+        error = f"{error.strerror or error}{name}"
+    line = " ".join(str(error).split())
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)

@@ -104,7 +104,7 @@ def write_image(path: str | os.PathLike[str], pixels: Pixels, study: Study | Non
         raise ImageError(f"{name}: a DICOM file needs the study it belongs to, and a PNG has none")
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.size == 0:
         raise ImageError(f"{name}: expected pixels uint8 [H, W, 3], got {pixels.dtype} {list(pixels.shape)}")
-    content = _png(pixels) if study is None else _dicom(name, pixels, study)
+    content = png_bytes(pixels) if study is None else _dicom(name, pixels, study)
     try:
         with written_whole(target) as file:
             file.write(content)
@@ -113,7 +113,8 @@ def write_image(path: str | os.PathLike[str], pixels: Pixels, study: Study | Non
         raise ImageError(f"{name}: cannot be written: {reason}") from None
 
 
-def _png(pixels: Pixels) -> bytes:
+def png_bytes(pixels: Pixels) -> bytes:
+    """`pixels` (uint8 [H, W, 3]) as the file of a PNG."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()

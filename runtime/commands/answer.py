@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ..errors import HealthGPTError
+from .loading import load_session
 from .options import (
     BundlePath,
     Certify,
@@ -25,9 +25,9 @@ from .options import (
     TopP,
     Verify,
     Window,
+    parse_window,
 )
 from .output import note_uncertified, print_json
-from .requests import load_session, read_picture
 
 # What several questions about one picture may keep of it: 0.7 GB for M3 after the longest answer.
 _ONE_PICTURE_BYTES = 1 << 30
@@ -56,8 +56,9 @@ def answer(
     as_json: Json = False,
 ) -> None:
     """Answer a question about a picture; the text appears as it is written, a line for each question."""
-    from ..decoding import Sampling
-    from ..drafting import TEXT_DRAFTS, check_draft
+    from ..drafting import TEXT_DRAFTS
+    from ..images import read_if_any
+    from ..requests import checked_options, result_fields
     from ..session import COMPREHENSION
 
     if keep and not image:
@@ -65,9 +66,16 @@ def answer(
     if keep and not keep.parent.is_dir():
         raise HealthGPTError(f"the folder to hold {keep.name!r} does not exist")
     # Refused before the bundle is hashed and loaded, which takes a while.
-    check_draft(draft, TEXT_DRAFTS)
-    sampling = Sampling(temperature, top_p, seed)
-    picture = read_picture(image, frame, window)
+    options = checked_options(
+        TEXT_DRAFTS,
+        draft=draft,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        certify=certify,
+    )
+    picture = read_if_any(image, frame, parse_window(window))
     session = load_session(
         bundle,
         tasks=(COMPREHENSION,),
@@ -87,17 +95,9 @@ def answer(
 
     results = []
     for one in question:
-        result = session.answer(
-            picture,
-            one,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            draft=draft,
-            certify=certify,
-            on_text=None if as_json else write,
-        )
+        result = session.answer(picture, one, **options, on_text=None if as_json else write)
         note_uncertified(result)
-        results.append(dataclasses.asdict(result))
+        results.append(result_fields(result))
         if not as_json:
             print()
     if keep and not all(result["reused_tokens"] for result in results):

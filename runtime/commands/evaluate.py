@@ -7,9 +7,9 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from .loading import load_session
 from .options import BundlePath, Device, ExecutorName, Json, Kernels, Threads
 from .output import print_json, print_table, progress_bar
-from .requests import load_session
 
 
 def evaluate(

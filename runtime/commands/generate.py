@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..errors import HealthGPTError
+from .loading import load_session
 from .options import (
     BundlePath,
     Certify,
@@ -24,9 +23,9 @@ from .options import (
     TopP,
     Verify,
     Window,
+    parse_window,
 )
 from .output import note_uncertified, print_json, progress_bar
-from .requests import load_session, read_picture
 
 
 def generate(
@@ -54,24 +53,24 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Make a picture from a picture, or from words alone."""
-    from ..decoding import Sampling
-    from ..drafting import PICTURE_DRAFTS, check_draft
-    from ..images import read_study, write_image
+    from ..drafting import PICTURE_DRAFTS
+    from ..images import read_if_any, read_study, write_image
+    from ..requests import checked_options, is_dicom_target, result_fields
     from ..session import GENERATION
 
-    as_dicom = out.suffix.lower() == ".dcm"
-    if not as_dicom and out.suffix.lower() != ".png":
-        raise HealthGPTError(f"--out must be a .png or .dcm file, got {out.name!r}")
-    if as_dicom and image is None:
-        raise HealthGPTError("--out as .dcm takes patient and study from --image, which is missing")
-    # Known before the bundle is loaded, and before the minutes that a picture may take.
-    if not out.parent.is_dir():
-        raise HealthGPTError(f"the folder to hold {out.name!r} does not exist")
-    if out.is_dir():
-        raise HealthGPTError(f"--out must be a file, {out.name!r} is a folder")
-    check_draft(draft, PICTURE_DRAFTS)
-    sampling = Sampling(temperature, top_p, seed)
-    picture = read_picture(image, frame, window)
+    # Refused before the bundle is hashed and loaded, which takes a while.
+    as_dicom = is_dicom_target(out, image is not None, "--")
+    options = checked_options(
+        PICTURE_DRAFTS,
+        draft=draft,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        certify=certify,
+        faithful=faithful,
+    )
+    picture = read_if_any(image, frame, parse_window(window))
     study = read_study(image, frame=frame) if image and as_dicom else None
     session = load_session(
         bundle,
@@ -90,11 +89,7 @@ def generate(
             result = session.generate(
                 picture,
                 instruction,
-                faithful=faithful,
-                max_new_tokens=max_new_tokens,
-                sampling=sampling,
-                draft=draft,
-                certify=certify,
+                **options,
                 on_code=lambda count: progress.update(bar, completed=count),
                 on_preview=(lambda pixels, rows: write_image(partial, pixels)) if show_progress else None,
             )
@@ -104,8 +99,6 @@ def generate(
     write_image(out, result.pixels, study)
     note_uncertified(result)
     if as_json:
-        fields = dataclasses.fields(result)
-        values = {field.name: getattr(result, field.name) for field in fields if field.name != "pixels"}
-        print_json(values | {"image": str(out)})
+        print_json(result_fields(result) | {"image": str(out)})
     else:
         print(out)

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from ..errors import PromptError
+
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A directory written by `export`.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 # Where it is computed.
@@ -25,3 +27,14 @@ Temperature = Annotated[float, typer.Option("--temperature", help="0 is greedy."
 TopP = Annotated[float, typer.Option("--top-p", help="Sample from this share of the probability.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the sampling.")]
 Certify = Annotated[bool, typer.Option("--certify", help="Decode again without drafts, and fail if ids differ.")]
+
+
+def parse_window(text: str | None) -> tuple[float, float] | None:
+    """The numbers of `Window`. Raises PromptError."""
+    if text is None:
+        return None
+    try:
+        centre, width = (float(part) for part in text.split(","))
+    except ValueError:
+        raise PromptError(f"--window must be CENTRE,WIDTH, two numbers, got {text!r}") from None
+    return centre, width

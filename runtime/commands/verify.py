@@ -8,9 +8,9 @@ import typer
 from rich.table import Table
 
 from ..errors import HealthGPTError
+from .loading import load_session
 from .options import BundlePath, Device, Json, Threads
 from .output import print_json, print_table, progress_bar
-from .requests import load_session
 
 
 def verify(

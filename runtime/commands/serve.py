@@ -1,0 +1,50 @@
+"""`serve`: requests from a program, one after another."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from ..errors import HealthGPTError
+from .loading import load_session
+from .options import BundlePath, Device, ExecutorName, Kernels, Threads, Verify
+
+
+def serve(
+    bundle: BundlePath,
+    keep_pictures: Annotated[
+        int, typer.Option(min=0, metavar="MB", help="Memory to keep what was read of pictures, for requests to come.")
+    ] = 0,
+    executor: ExecutorName = "onnx",
+    device: Device = None,
+    threads: Threads = None,
+    kernels: Kernels = True,
+    verify: Verify = True,
+) -> None:
+    """Serve requests, lines of JSON from stdin to stdout. See docs/serving.md."""
+    from ..serving import Server
+
+    if sys.stdin is None or sys.stdout is None:
+        raise HealthGPTError("serve needs stdin and stdout, found one of them closed")
+    session = load_session(
+        bundle,
+        executor=executor,
+        device=device,
+        threads=threads,
+        verify=verify,
+        kernels=kernels,
+        prefix_cache_bytes=keep_pictures << 20,
+    )
+
+    def write(line: str) -> None:
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+
+    try:
+        Server(session, write).run(sys.stdin.buffer)
+    except ConnectionError:
+        # Who asked is gone, as at the end of stdin; what is left for it would be an error again when Python exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
