@@ -69,7 +69,7 @@ class Server:
             do = self._tasks[take_task(request)]
             streams = request.pop("stream", False)
             result = do(say if streams else None, **request)
-        except (HealthGPTError, OSError, MemoryError) as error:
+        except (HealthGPTError, OSError, MemoryError) as error:  # a peer that is gone is found gone by this line, too
             self._write_event("error", id=name, error=in_one_line(error))
         except Exception as error:  # ours, but the next request may be served; its text may hold what was asked
             self._write_event("error", id=name, error=f"internal error: {type(error).__name__}{_place(error)}")
