@@ -8,8 +8,18 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 from .decoding import Sampling
 from .errors import HealthGPTError
-from .images import read_study, write_image
+from .images import read_study, write_image, write_report
 from .results import Answer, Picture
 from .session import Session, load
 
-__all__ = ["Answer", "HealthGPTError", "Picture", "Sampling", "Session", "load", "read_study", "write_image"]
+__all__ = [
+    "Answer",
+    "HealthGPTError",
+    "Picture",
+    "Sampling",
+    "Session",
+    "load",
+    "read_study",
+    "write_image",
+    "write_report",
+]

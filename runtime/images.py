@@ -1,11 +1,11 @@
-"""Pictures in (PNG, JPEG, DICOM) and out (PNG, DICOM), and what the vision graph takes."""
+"""Pictures in (PNG, JPEG, DICOM) and out (PNG, DICOM), reports about them, and what the vision graph takes."""
 
 from __future__ import annotations
 
 import io
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -19,7 +19,7 @@ from .files import written_whole
 from .limits import MAX_FILE_BYTES, MAX_PIXELS, check_size, check_window, guarded
 
 if TYPE_CHECKING:
-    from .dicom.write import Study
+    from .dicom.study import Study
 
 Pixels = NDArray[np.uint8]
 
@@ -61,12 +61,12 @@ def read_if_any(source: Any, frame: int | None, window: tuple[float, float] | No
 
 
 def read_study(source: str | os.PathLike[str] | bytes, *, frame: int | None = None) -> Study:
-    """What a picture made from the DICOM file `source`, a path or its bytes, shares with it: see `write_image`.
+    """What files made from the DICOM file `source`, a path or its bytes, share with it: `write_image`, `write_report`.
 
     `frame` is the one that was read. Raises ImageError, which never quotes DICOM values.
     """
     from .dicom.file import is_dicom
-    from .dicom.write import parse_study
+    from .dicom.study import parse_study
 
     with _opened(source, "a path or bytes") as (file, name):
         if not is_dicom(file.read(132)):
@@ -104,13 +104,35 @@ def write_image(path: str | os.PathLike[str], pixels: Pixels, study: Study | Non
         raise ImageError(f"{name}: a DICOM file needs the study it belongs to, and a PNG has none")
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.size == 0:
         raise ImageError(f"{name}: expected pixels uint8 [H, W, 3], got {pixels.dtype} {list(pixels.shape)}")
-    content = png_bytes(pixels) if study is None else _dicom(name, pixels, study)
+    _write(target, png_bytes(pixels) if study is None else _dicom(name, pixels, study))
+
+
+def write_report(path: str | os.PathLike[str], exchanges: Sequence[tuple[str, str]], study: Study) -> None:
+    """Write questions and their answers to a DICOM structured report: whole, or not at all. Raises ImageError.
+
+    It is an Enhanced SR document in a new series of `study`, which `read_study` takes from the file that the questions
+    were about, and says that a device wrote it and nobody has reviewed it. The name must end in .dcm.
+    """
+    from .dicom.report import structured_report
+
+    target = Path(path)
+    name = _printable(str(target))
+    if target.suffix.lower() != ".dcm":
+        raise ImageError(f"{name}: reports are written as DICOM, expected a name that ends in .dcm")
+    if not exchanges:
+        raise ImageError(f"{name}: expected at least one question with its answer, found none")
+    with guarded(name, "DICOM", writing=True):
+        content = structured_report(exchanges, study)
+    _write(target, content)
+
+
+def _write(target: Path, content: bytes) -> None:
     try:
         with written_whole(target) as file:
             file.write(content)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not a usable path"
-        raise ImageError(f"{name}: cannot be written: {reason}") from None
+        raise ImageError(f"{_printable(str(target))}: cannot be written: {reason}") from None
 
 
 def png_bytes(pixels: Pixels) -> bytes:
@@ -121,7 +143,7 @@ def png_bytes(pixels: Pixels) -> bytes:
 
 
 def _dicom(name: str, pixels: Pixels, study: Study) -> bytes:
-    from .dicom.write import secondary_capture
+    from .dicom.picture import secondary_capture
 
     with guarded(name, "DICOM", writing=True):
         return secondary_capture(pixels, study)

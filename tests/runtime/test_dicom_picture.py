@@ -137,7 +137,7 @@ def test_nothing_of_the_patient_is_told(tmp_path, caplog, recwarn, monkeypatch):
     def fails(buffer, image, **options):
         raise ValueError(f"cannot encode {image.PatientName}")
 
-    monkeypatch.setattr("healthgpt_edge.dicom.write.dcmwrite", fails)
+    monkeypatch.setattr("healthgpt_edge.dicom.study.dcmwrite", fails)
     with pytest.raises(ImageError, match=r"bad\.dcm: cannot be written as DICOM: .* \(ValueError\)") as caught:
         write_image(tmp_path / "bad.dcm", PIXELS, study)
     assert SECRET not in str(caught.value) + caplog.text and not any(SECRET in str(w.message) for w in recwarn)

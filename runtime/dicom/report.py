@@ -1,0 +1,128 @@
+"""Answers about a picture as a DICOM structured report of the study that the picture belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from highdicom.sr import (
+    CodedConcept,
+    ContainerContentItem,
+    ContentItem,
+    ContentSequence,
+    DeviceObserverIdentifyingAttributes,
+    EnhancedSR,
+    ImageContentItem,
+    ObserverContext,
+    RelationshipTypeValues,
+    TextContentItem,
+)
+from pydicom import uid
+from pydicom.dataelem import DataElement
+from pydicom.dataset import Dataset
+from pydicom.sr.codedict import codes
+from pydicom.valuerep import PersonName
+
+from ..errors import ImageError
+from ..machine import version
+from .study import SERIES_NUMBER, Study, to_file
+
+_CONTAINS = RelationshipTypeValues.CONTAINS
+# What no code of the standard says. A scheme of one's own begins with 99 (PS3.16, section 8).
+_TITLE = CodedConcept("answers", "99HGPT", "Answers of a vision-language model")
+_EXCHANGE = CodedConcept("exchange", "99HGPT", "Question and answer")
+_QUESTION = CodedConcept("question", "99HGPT", "Question")
+_ANSWER = CodedConcept("answer", "99HGPT", "Answer of the model")
+_SOURCE = CodedConcept("picture", "99HGPT", "Picture that the questions are about")
+_NOTE = "Written by a generative model, for research. Nobody has reviewed it."
+_NO_WORDS = "(no words)"
+
+
+def structured_report(exchanges: Sequence[tuple[str, str]], study: Study) -> bytes:
+    """Questions and their answers as the file of an Enhanced SR document (PS3.3 A.35.2), in a series of its own.
+
+    It says that a device wrote it, that it is preliminary and unverified, and refers to the picture. Text is UTF-8,
+    whatever the source has. Raises ImageError where the source does not name its series.
+    """
+    source = study.dataset
+    series = source.get("SeriesInstanceUID")
+    if not series or not isinstance(series, str):
+        raise ImageError(f"expected one SeriesInstanceUID in the data set, found {'several' if series else 'none'}")
+    document = EnhancedSR(
+        evidence=[_evidence(study)],
+        content=_content(exchanges, study),
+        series_instance_uid=uid.generate_uid(),
+        series_number=SERIES_NUMBER,
+        sop_instance_uid=uid.generate_uid(),
+        instance_number=1,
+        manufacturer="healthgpt-edge",
+        is_complete=True,
+        is_final=False,
+        is_verified=False,
+        transfer_syntax_uid=uid.ExplicitVRLittleEndian,
+        manufacturer_model_name="HealthGPT",
+        software_versions=version("healthgpt-edge"),
+        series_description="HealthGPT (answers)",
+    )
+    study.identify(document)
+    for same_study in document.CurrentRequestedProcedureEvidenceSequence:
+        same_study.ReferencedSeriesSequence[0].ReferencedSOPSequence[0].ReferencedSOPClassUID = source.SOPClassUID
+    document.SpecificCharacterSet = "ISO_IR 192"
+    for element in document:
+        if element.VR == "PN":  # its bytes are those of the source's character set
+            name = PersonName(str(element.value), ["utf8"])
+            document[element.tag] = DataElement(element.tag, "PN", name, validation_mode=0)
+    return to_file(document)
+
+
+def _evidence(study: Study) -> Dataset:
+    """The source as highdicom wants it, which copies patient and study from it and knows no retired or private class.
+
+    `identify` copies them better, and the class is set right in the document.
+    """
+    evidence = Dataset()
+    evidence.SOPClassUID = uid.SecondaryCaptureImageStorage
+    for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"):
+        setattr(evidence, keyword, study.dataset[keyword].value)
+    for keyword in ("PatientID", "PatientName", "PatientBirthDate", "PatientSex"):
+        setattr(evidence, keyword, None)
+    for keyword in ("AccessionNumber", "StudyID", "StudyDate", "StudyTime"):
+        setattr(evidence, keyword, None)
+    return evidence
+
+
+def _content(exchanges: Sequence[tuple[str, str]], study: Study) -> Dataset:
+    """The tree: who observed, which picture, what this is, and each question with its answer."""
+    writer = DeviceObserverIdentifyingAttributes(
+        uid=uid.generate_uid(entropy_srcs=["healthgpt-edge", version("healthgpt-edge")]),
+        name="HealthGPT",
+        manufacturer_name="healthgpt-edge",
+        model_name=version("healthgpt-edge"),
+    )
+    picture = ImageContentItem(
+        _SOURCE,
+        study.dataset.SOPClassUID,
+        study.dataset.SOPInstanceUID,
+        referenced_frame_numbers=study.frame_number,
+        relationship_type=_CONTAINS,
+    )
+    root = ContainerContentItem(_TITLE, is_content_continuous=False)
+    root.ContentSequence = ContentSequence(
+        [
+            *ObserverContext(codes.DCM.Device, writer),
+            picture,
+            TextContentItem(codes.DCM.Comment, _NOTE, relationship_type=_CONTAINS),
+            *(_exchange(question, answer) for question, answer in exchanges),
+        ]
+    )
+    return root
+
+
+def _exchange(question: str, answer: str) -> ContentItem:
+    item = ContainerContentItem(_EXCHANGE, is_content_continuous=False, relationship_type=_CONTAINS)
+    item.ContentSequence = ContentSequence(
+        [
+            TextContentItem(name, text if text.strip() else _NO_WORDS, relationship_type=_CONTAINS)
+            for name, text in ((_QUESTION, question), (_ANSWER, answer))
+        ]
+    )
+    return item

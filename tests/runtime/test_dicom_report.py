@@ -1,0 +1,132 @@
+"""Answers written as DICOM structured reports: in the patient's study, and never taken for a person's words."""
+
+import logging
+import warnings
+
+import numpy as np
+import pydicom
+import pytest
+from dicom_samples import SECRET, dicom, real_file
+from pydicom.uid import CTImageStorage, EnhancedSRStorage, SecondaryCaptureImageStorage, generate_uid
+
+from healthgpt_edge import read_study, write_report
+from healthgpt_edge.errors import ImageError
+
+GREY = np.zeros((4, 6), np.uint8)
+EXCHANGES = [("Is there a fracture?", "Ja – größer als 3 mm. 骨折"), ("Where?", "")]
+
+
+def named(**attributes):
+    """A DICOM file that says who and what it is."""
+    identity = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")
+    uids = {keyword: generate_uid() for keyword in identity}
+    return uids | {"SOPClassUID": SecondaryCaptureImageStorage} | attributes
+
+
+def written(folder, source, **options):
+    path = folder / "report.dcm"
+    write_report(path, EXCHANGES, read_study(source, **options))
+    return pydicom.dcmread(path)
+
+
+def items(dataset, value_type):
+    """All items of a type below `dataset`, by the meaning of their names."""
+    found = []
+    for item in dataset.get("ContentSequence", []):
+        if item.ValueType == value_type:
+            found.append((item.ConceptNameCodeSequence[0].CodeMeaning, item))
+        found += items(item, value_type)
+    return found
+
+
+def test_it_holds_each_question_with_its_answer(tmp_path):
+    report = written(tmp_path, real_file("CT_small.dcm"))
+    assert report.SOPClassUID == report.file_meta.MediaStorageSOPClassUID == EnhancedSRStorage
+    said = [
+        (name, item.TextValue) for name, item in items(report, "TEXT") if name in ("Question", "Answer of the model")
+    ]
+    assert said == [
+        ("Question", "Is there a fracture?"),
+        ("Answer of the model", "Ja – größer als 3 mm. 骨折"),
+        ("Question", "Where?"),
+        ("Answer of the model", "(no words)"),
+    ]
+
+
+def test_it_says_who_wrote_it_and_that_nobody_reviewed_it(tmp_path):
+    report = written(tmp_path, real_file("CT_small.dcm"))
+    assert (report.VerificationFlag, report.PreliminaryFlag) == ("UNVERIFIED", "PRELIMINARY")
+    ((_, observer),) = items(report, "CODE")
+    assert observer.ConceptCodeSequence[0].CodeMeaning == "Device"
+    notes = [item.TextValue for name, item in items(report, "TEXT") if name == "Comment"]
+    assert len(notes) == 1 and "generative model" in notes[0] and "Nobody has reviewed it" in notes[0]
+
+
+@pytest.mark.parametrize("name", ["CT_small.dcm", "MR_small.dcm", "US1_J2KR.dcm", "ExplVR_BigEnd.dcm"])
+def test_it_belongs_to_the_study_of_its_source(tmp_path, name):
+    source, report = pydicom.dcmread(real_file(name)), written(tmp_path, real_file(name))
+    for keyword in ("PatientName", "PatientID", "PatientBirthDate", "StudyInstanceUID", "StudyDate", "AccessionNumber"):
+        assert str(report.get(keyword) or "") == str(source.get(keyword) or ""), keyword
+    assert report.SeriesInstanceUID != source.SeriesInstanceUID
+    ((_, picture),) = items(report, "IMAGE")
+    assert picture.ReferencedSOPSequence[0].ReferencedSOPInstanceUID == source.SOPInstanceUID
+    series = report.CurrentRequestedProcedureEvidenceSequence[0].ReferencedSeriesSequence[0]
+    assert series.SeriesInstanceUID == source.SeriesInstanceUID
+
+
+@pytest.mark.parametrize(
+    "kind", [CTImageStorage, "1.2.840.10008.5.1.4.1.1.6", "1.2.3.4"], ids=["CT", "retired", "private"]
+)
+def test_a_source_of_any_class_is_referred_to(tmp_path, kind):
+    report = written(tmp_path, dicom(GREY, **named(SOPClassUID=kind)))
+    ((_, picture),) = items(report, "IMAGE")
+    series = report.CurrentRequestedProcedureEvidenceSequence[0].ReferencedSeriesSequence[0]
+    for reference in (picture.ReferencedSOPSequence[0], series.ReferencedSOPSequence[0]):
+        assert reference.ReferencedSOPClassUID == kind
+
+
+def test_a_frame_is_referred_to(tmp_path):
+    report = written(tmp_path, dicom(np.zeros((3, 4, 6), np.uint8), **named()), frame=2)
+    ((_, picture),) = items(report, "IMAGE")
+    assert picture.ReferencedSOPSequence[0].ReferencedFrameNumber == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "charset"),
+    [("Müller^Jörg", "ISO_IR 100"), ("Yamada^Tarou=山田^太郎", ["", "ISO 2022 IR 87"]), ("Müller", "ISO_IR 192")],
+)
+def test_names_of_other_character_sets_are_written_as_utf8(tmp_path, name, charset):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pydicom's, about what the test makes
+        source = dicom(GREY, **named(PatientName=name, SpecificCharacterSet=charset, StudyDate="2004.01.19"))
+        report = written(tmp_path, source)
+        assert (report.PatientName, report.StudyDate) == (name, "2004.01.19")
+    assert report.SpecificCharacterSet == "ISO_IR 192"
+    assert name.encode() in (tmp_path / "report.dcm").read_bytes()
+
+
+def test_what_cannot_be_written_is_refused(tmp_path):
+    study = read_study(real_file("CT_small.dcm"))
+    with pytest.raises(ImageError, match=r"report.txt: reports are written as DICOM, .* that ends in \.dcm"):
+        write_report(tmp_path / "report.txt", EXCHANGES, study)
+    with pytest.raises(ImageError, match=r"report\.dcm: expected at least one question with its answer, found none"):
+        write_report(tmp_path / "report.dcm", [], study)
+    without = {keyword: value for keyword, value in named().items() if keyword != "SeriesInstanceUID"}
+    with pytest.raises(ImageError, match=r"report\.dcm: expected one SeriesInstanceUID in the data set, found none"):
+        write_report(tmp_path / "report.dcm", EXCHANGES, read_study(dicom(GREY, **without)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_of_the_patient_is_told(tmp_path, caplog, recwarn, monkeypatch):
+    caplog.set_level(logging.DEBUG)
+    study = read_study(dicom(GREY, **named(PatientName=SECRET)))
+    write_report(tmp_path / "report.dcm", [(SECRET, SECRET)], study)
+
+    def fails(buffer, document, **options):
+        raise ValueError(f"cannot encode {document.PatientName}")
+
+    monkeypatch.setattr("healthgpt_edge.dicom.study.dcmwrite", fails)
+    with pytest.raises(ImageError, match=r"bad\.dcm: cannot be written as DICOM: .* \(ValueError\)") as caught:
+        write_report(tmp_path / "bad.dcm", [(SECRET, SECRET)], study)
+    assert SECRET not in str(caught.value) + caplog.text and not any(SECRET in str(w.message) for w in recwarn)
+    assert [path.name for path in tmp_path.iterdir()] == ["report.dcm"]
