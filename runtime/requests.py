@@ -1,4 +1,4 @@
-"""What `answer`, `generate` and `serve` share: a request's options, where a picture goes, and what a result says."""
+"""What `answer`, `generate` and `serve` share: a request's options, where its file goes, and what a result says."""
 
 from __future__ import annotations
 
@@ -30,14 +30,17 @@ def checked_options(
     return {"draft": draft, "sampling": Sampling(temperature, top_p, seed), **others}
 
 
-def is_dicom_target(out: Path, has_image: bool, dashes: str = "") -> bool:
-    """Whether the picture for `out` is to be DICOM, not PNG; HealthGPTError where it is neither or cannot be written.
+PICTURES, REPORTS = (".png", ".dcm"), (".dcm",)
+
+
+def is_dicom_target(out: Path, suffixes: tuple[str, ...], has_image: bool, dashes: str = "") -> bool:
+    """Whether `out` is to be DICOM, not PNG; HealthGPTError where it ends in none of `suffixes` or cannot be written.
 
     Known before the minutes that a picture may take. `dashes` stand before the names of options in messages.
     """
     as_dicom = out.suffix.lower() == ".dcm"
-    if not as_dicom and out.suffix.lower() != ".png":
-        raise HealthGPTError(f"{dashes}out must be a .png or .dcm file, got {out.name!r}")
+    if out.suffix.lower() not in suffixes:
+        raise HealthGPTError(f"{dashes}out must be a {' or '.join(suffixes)} file, got {out.name!r}")
     if as_dicom and not has_image:
         raise HealthGPTError(f"{dashes}out as .dcm takes patient and study from {dashes}image, which is missing")
     try:

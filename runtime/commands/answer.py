@@ -48,6 +48,9 @@ def answer(
     keep: Annotated[
         Path | None, typer.Option(help="Keep what was read of pictures in this file, for questions to come.")
     ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write a DICOM structured report, too, in the study of --image (.dcm).")
+    ] = None,
     executor: ExecutorName = "onnx",
     device: Device = None,
     threads: Threads = None,
@@ -57,8 +60,8 @@ def answer(
 ) -> None:
     """Answer a question about a picture; the text appears as it is written, a line for each question."""
     from ..drafting import TEXT_DRAFTS
-    from ..images import read_if_any
-    from ..requests import checked_options, result_fields
+    from ..images import read_if_any, read_study, write_report
+    from ..requests import REPORTS, checked_options, is_dicom_target, result_fields
     from ..session import COMPREHENSION
 
     if keep and not image:
@@ -66,6 +69,8 @@ def answer(
     if keep and not keep.parent.is_dir():
         raise HealthGPTError(f"the folder to hold {keep.name!r} does not exist")
     # Refused before the bundle is hashed and loaded, which takes a while.
+    if out:
+        is_dicom_target(out, REPORTS, image is not None, "--")
     options = checked_options(
         TEXT_DRAFTS,
         draft=draft,
@@ -76,6 +81,7 @@ def answer(
         certify=certify,
     )
     picture = read_if_any(image, frame, parse_window(window))
+    study = read_study(image, frame=frame) if image and out else None
     session = load_session(
         bundle,
         tasks=(COMPREHENSION,),
@@ -102,5 +108,9 @@ def answer(
             print()
     if keep and not all(result["reused_tokens"] for result in results):
         session.save_pictures(keep)
+    written = {}
+    if out and study:
+        write_report(out, [(one, str(result["text"])) for one, result in zip(question, results, strict=True)], study)
+        written["report"] = str(out)
     if as_json:
-        print_json(results[0] if len(results) == 1 else {"answers": results})
+        print_json((results[0] if len(results) == 1 else {"answers": results}) | written)

@@ -55,11 +55,11 @@ def generate(
     """Make a picture from a picture, or from words alone."""
     from ..drafting import PICTURE_DRAFTS
     from ..images import read_if_any, read_study, write_image
-    from ..requests import checked_options, is_dicom_target, result_fields
+    from ..requests import PICTURES, checked_options, is_dicom_target, result_fields
     from ..session import GENERATION
 
     # Refused before the bundle is hashed and loaded, which takes a while.
-    as_dicom = is_dicom_target(out, image is not None, "--")
+    as_dicom = is_dicom_target(out, PICTURES, image is not None, "--")
     options = checked_options(
         PICTURE_DRAFTS,
         draft=draft,

@@ -22,7 +22,6 @@ from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
 from pydicom.valuerep import PersonName
 
-from ..errors import ImageError
 from ..machine import version
 from .study import SERIES_NUMBER, Study, to_file
 
@@ -41,12 +40,8 @@ def structured_report(exchanges: Sequence[tuple[str, str]], study: Study) -> byt
     """Questions and their answers as the file of an Enhanced SR document (PS3.3 A.35.2), in a series of its own.
 
     It says that a device wrote it, that it is preliminary and unverified, and refers to the picture. Text is UTF-8,
-    whatever the source has. Raises ImageError where the source does not name its series.
+    whatever the source has.
     """
-    source = study.dataset
-    series = source.get("SeriesInstanceUID")
-    if not series or not isinstance(series, str):
-        raise ImageError(f"expected one SeriesInstanceUID in the data set, found {'several' if series else 'none'}")
     document = EnhancedSR(
         evidence=[_evidence(study)],
         content=_content(exchanges, study),
@@ -65,7 +60,9 @@ def structured_report(exchanges: Sequence[tuple[str, str]], study: Study) -> byt
     )
     study.identify(document)
     for same_study in document.CurrentRequestedProcedureEvidenceSequence:
-        same_study.ReferencedSeriesSequence[0].ReferencedSOPSequence[0].ReferencedSOPClassUID = source.SOPClassUID
+        same_study.ReferencedSeriesSequence[0].ReferencedSOPSequence[
+            0
+        ].ReferencedSOPClassUID = study.dataset.SOPClassUID
     document.SpecificCharacterSet = "ISO_IR 192"
     for element in document:
         if element.VR == "PN":  # its bytes are those of the source's character set

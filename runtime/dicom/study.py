@@ -28,8 +28,8 @@ _SHARED = (
     "AccessionNumber",
     "ReferringPhysicianName",
 )
-_IDENTITY = ("StudyInstanceUID", "SOPClassUID", "SOPInstanceUID")
-_MORE = ("SeriesInstanceUID", "PatientOrientation", "ImageOrientationPatient")
+_IDENTITY = ("StudyInstanceUID", "SeriesInstanceUID", "SOPClassUID", "SOPInstanceUID")
+_ORIENTATION = ("PatientOrientation", "ImageOrientationPatient")
 SERIES_NUMBER = 9001  # far from those that a scanner counts
 
 
@@ -60,7 +60,7 @@ class Study:
 
 def parse_study(file: BinaryIO, frame: int | None) -> Study:
     """The study of the DICOM `file`. Raises ImageError where the file does not name one, or itself."""
-    dataset = open_dicom(file, (*_SHARED, *_IDENTITY, *_MORE)).dataset
+    dataset = open_dicom(file, (*_SHARED, *_IDENTITY, *_ORIENTATION)).dataset
     for keyword in _IDENTITY:
         value = dataset.get(keyword)
         if not value or not isinstance(value, str):

@@ -37,12 +37,13 @@ _BOTH = {
     "seed": _INTEGER,
     "draft": _STRING,
     "certify": _FLAG,
+    "out": _STRING,
     "stream": _FLAG,
 }
 # The first field of a task, if it has any, must be there.
 _TASKS = {
     "answer": {"question": _STRING, **_BOTH},
-    "generate": {"instruction": _STRING, **_BOTH, "faithful": _FLAG, "out": _STRING},
+    "generate": {"instruction": _STRING, **_BOTH, "faithful": _FLAG},
     "forget": {},
 }
 

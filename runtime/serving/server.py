@@ -10,9 +10,9 @@ from typing import Any, BinaryIO
 
 from ..drafting import PICTURE_DRAFTS, TEXT_DRAFTS
 from ..errors import HealthGPTError, RequestError, in_one_line
-from ..images import png_bytes, read_if_any, read_study, write_image
+from ..images import png_bytes, read_if_any, read_study, write_image, write_report
 from ..machine import version
-from ..requests import checked_options, is_dicom_target, result_fields
+from ..requests import PICTURES, REPORTS, checked_options, is_dicom_target, result_fields
 from ..session import COMPREHENSION, GENERATION, Session
 from .fields import take_id, take_task
 from .lines import read_request
@@ -77,16 +77,22 @@ class Server:
             self._write_event("result", id=name, **result)
         return True
 
-    def _answer(self, say: Say | None, question: str, **fields: Any) -> dict[str, Any]:
+    def _answer(self, say: Say | None, question: str, out: str | None = None, **fields: Any) -> dict[str, Any]:
         source, frame, window = _taken(fields)
+        as_dicom = out is not None and is_dicom_target(Path(out), REPORTS, source is not None)
         options = checked_options(TEXT_DRAFTS, **fields)
         picture = read_if_any(source, frame, window)
+        study = read_study(source, frame=frame) if as_dicom and source is not None else None
         on_text = (lambda piece: say("text", text=piece)) if say else None
-        return result_fields(self._session.answer(picture, question, **options, on_text=on_text))
+        result = self._session.answer(picture, question, **options, on_text=on_text)
+        if out is None or study is None:
+            return result_fields(result)
+        write_report(out, [(question, result.text)], study)
+        return result_fields(result) | {"report": out}
 
     def _generate(self, say: Say | None, instruction: str, out: str | None = None, **fields: Any) -> dict[str, Any]:
         source, frame, window = _taken(fields)
-        as_dicom = out is not None and is_dicom_target(Path(out), source is not None)
+        as_dicom = out is not None and is_dicom_target(Path(out), PICTURES, source is not None)
         options = checked_options(PICTURE_DRAFTS, **fields)
         picture = read_if_any(source, frame, window)
         study = read_study(source, frame=frame) if as_dicom and source is not None else None

@@ -48,6 +48,12 @@ def data_set(pixels, **attributes):
     return made
 
 
+def identified(**attributes):
+    """Attributes by which a DICOM file says who and what it is, and others."""
+    uids = {keyword: uid.generate_uid() for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")}
+    return uids | {"SOPClassUID": uid.SecondaryCaptureImageStorage} | attributes
+
+
 def file_bytes(made, syntax=uid.ExplicitVRLittleEndian):
     """The DICOM file of a data set; compressed pixel data must be encapsulated already."""
     meta = FileMetaDataset()

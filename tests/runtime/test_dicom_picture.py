@@ -7,7 +7,7 @@ import numpy as np
 import pydicom
 import pytest
 from command import run
-from dicom_samples import SECRET, dicom, real_file
+from dicom_samples import SECRET, dicom, identified, real_file
 from pydicom.uid import SecondaryCaptureImageStorage, generate_uid
 
 from healthgpt_edge import read_study, write_image
@@ -16,15 +16,6 @@ from healthgpt_edge.images import read_image
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (256, 256, 3)).astype(np.uint8)
 GREY = np.zeros((4, 6), np.uint8)
-
-
-def named(**attributes):
-    """A DICOM file that says who and what it is."""
-    return {
-        "StudyInstanceUID": generate_uid(),
-        "SOPClassUID": SecondaryCaptureImageStorage,
-        "SOPInstanceUID": generate_uid(),
-    } | attributes
 
 
 def written(folder, source, **options):
@@ -81,12 +72,12 @@ def test_each_picture_is_a_series_of_its_own(tmp_path):
     ],
 )
 def test_the_orientation_is_that_of_the_source(tmp_path, attributes, expected):
-    made = written(tmp_path, dicom(GREY, **named(**attributes)))
+    made = written(tmp_path, dicom(GREY, **identified(**attributes)))
     assert list(made.PatientOrientation or []) == expected
 
 
 def test_a_frame_is_referred_to(tmp_path):
-    several, one = dicom(np.zeros((3, 4, 6), np.uint8), **named()), dicom(GREY, **named())
+    several, one = dicom(np.zeros((3, 4, 6), np.uint8), **identified()), dicom(GREY, **identified())
     assert written(tmp_path, several, frame=2).SourceImageSequence[0].ReferencedFrameNumber == 3
     assert written(tmp_path, several).SourceImageSequence[0].ReferencedFrameNumber == 1
     assert "ReferencedFrameNumber" not in written(tmp_path, one).SourceImageSequence[0]
@@ -103,15 +94,15 @@ def test_a_frame_is_referred_to(tmp_path):
 def test_names_and_dates_that_a_site_lives_with_stay(tmp_path, attributes):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pydicom's, about what the test makes
-        made = written(tmp_path, dicom(GREY, **named(**attributes)))
+        made = written(tmp_path, dicom(GREY, **identified(**attributes)))
         assert {keyword: made[keyword].value for keyword in attributes} == attributes
 
 
-@pytest.mark.parametrize("missing", ["StudyInstanceUID", "SOPClassUID", "SOPInstanceUID"])
+@pytest.mark.parametrize("missing", ["StudyInstanceUID", "SeriesInstanceUID", "SOPClassUID", "SOPInstanceUID"])
 def test_a_source_that_names_no_study_is_refused(missing):
     several = [generate_uid(), generate_uid()]
     for attributes, found in (({}, "none"), ({missing: several}, "several")):
-        made = {keyword: value for keyword, value in named().items() if keyword != missing} | attributes
+        made = {keyword: value for keyword, value in identified().items() if keyword != missing} | attributes
         with pytest.raises(ImageError, match=f"picture: expected one {missing} in the data set, found {found}"):
             read_study(dicom(GREY, **made))
 
@@ -130,7 +121,7 @@ def test_what_does_not_fit_together_is_refused(tmp_path):
 
 def test_nothing_of_the_patient_is_told(tmp_path, caplog, recwarn, monkeypatch):
     caplog.set_level(logging.DEBUG)
-    study = read_study(dicom(GREY, **named(PatientName=SECRET)))  # highdicom warns of names without a caret
+    study = read_study(dicom(GREY, **identified(PatientName=SECRET)))  # highdicom warns of names without a caret
     assert SECRET not in repr(study)
     write_image(tmp_path / "out.dcm", PIXELS, study)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pydicom
 import pytest
 from command import run
 from dicom_samples import SECRET, dicom, real_file
@@ -130,6 +131,16 @@ def test_a_picture_may_belong_to_the_study_of_one_in_the_line(session, tmp_path)
     assert made["image"] == str(out)
     found, expected = (read_study(path).dataset for path in (out, source))
     assert found.StudyInstanceUID == expected.StudyInstanceUID
+
+
+def test_an_answer_may_go_to_a_report_of_its_study(session, tmp_path):
+    source, out = real_file("CT_small.dcm"), tmp_path / "report.dcm"
+    said = result(session, **ASK, image_base64=encoded(source), out=str(out))
+    assert said["report"] == str(out)
+    report = pydicom.dcmread(out)
+    assert report.StudyInstanceUID == read_study(source).dataset.StudyInstanceUID
+    texts = [item.TextValue for item in report.ContentSequence[-1].ContentSequence]
+    assert texts == [ASK["question"], said["text"] or "(no words)"]
 
 
 def test_pieces_come_before_the_result_and_are_its_text(session):
@@ -279,7 +290,7 @@ REFUSED = {
     "unknown task": ({"task": "diagnose"}, "task must be one of answer, generate, forget, found 'diagnose'"),
     "task of no type": ({"task": 1}, "task must be a string, found 1"),
     "unknown field": ({**ASK, "top_k": 4}, "answer takes question, image, image_base64, frame, "),
-    "field of another task": ({**ASK, "out": "a.png"}, "seed, draft, certify, stream, id, found 'out'"),
+    "field of another task": ({**ASK, "faithful": True}, "certify, out, stream, id, found 'faithful'"),
     "field of none": ({"task": "forget", "image": "a.png"}, "forget takes id, found 'image'"),
     "no question": ({"task": "answer"}, "answer needs question, found none"),
     "no instruction": ({"task": "generate"}, "generate needs instruction, found none"),
@@ -365,6 +376,8 @@ def test_an_out_that_cannot_be_written_is_refused_before_the_work(session, tmp_p
     out, message = OUTS[name]
     request = {"task": "generate", "instruction": QUESTION, "out": f"{tmp_path}/{out}"}
     assert refusal(session, request) == message
+    request = {"task": "answer", "question": QUESTION, "out": f"{tmp_path}/out.png"}
+    assert refusal(session, request) == "out must be a .dcm file, got 'out.png'"
     assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]
 
 
