@@ -16,14 +16,24 @@ namespace {
 
 constexpr int64_t kKeys = 64;         // positions per block
 constexpr int64_t kRowsPerTask = 64;  // so many share the widening of a block
-constexpr int64_t kRowsInPlace = 2;   // as many or fewer read the caches as they lie
-constexpr int kRowsAtOnce = 4;
+// So many rows of queries go through the keys at once, and of shares through the values.
+constexpr int kQueriesAtOnce = Simd::kInRegisters ? 3 : 1;
+constexpr int kRowsAtOnce = Simd::kInRegisters ? 6 : 4;
+// As many rows or fewer read the caches as they lie, which widens a number once for every kQueriesAtOnce rows. For more
+// of them measured with AVX2 alone.
+constexpr int64_t kRowsInPlace = !Simd::kInRegisters ? 2 : Simd::kRegisters >= 32 ? kQueriesAtOnce : 24;
 constexpr float kNone = -__builtin_inff();
 
-// Vectors of sums for so many rows that registers hold beside shares and values.
+// Vectors of sums for so many rows that registers hold beside shares or values.
 constexpr int VectorsAtOnce(int rows) {
   if (Simd::kRegisters >= 32) return 4;
   return rows == 1 ? 8 : rows == 2 ? 6 : rows == 3 ? 4 : 2;
+}
+
+// Keys whose sums for so many rows registers hold beside a vector of each row.
+constexpr int KeysAtOnce(int rows) {
+  const int most = Simd::kRegisters >= 32 ? 8 : 4;
+  return rows == 1 || kLanes < most ? kLanes : most;
 }
 
 // Rotary positions: the first half of a head is turned against the second.
@@ -90,21 +100,35 @@ struct Next {
   }
 };
 
-// scores (kKeys) = a query (width) times each key of the block. What lies behind its last key counts for nothing.
-template <Storage storage>
-void Score(const float* query, const Block& keys, int64_t count, int64_t width, const Next& next, float* scores) {
+// scores (rows, kKeys) = queries (rows, width) times each key of the block. What lies behind its last key
+// counts for nothing.
+template <Storage storage, int kRows>
+void Score(const float* queries, const Block& keys, int64_t count, int64_t width, const Next& next, float* scores) {
+  constexpr int kCount = KeysAtOnce(kRows);
   for (int64_t key = 0; key < count; key += kLanes) {
     next.Fetch(key, kLanes);
-    Floats sums[kLanes];
-    Unroll<kLanes>([&](auto i) SIMD_INLINE_LAMBDA { sums[i] = Simd::Repeat(0.0f); });
-    for (int64_t at = 0; at < width; at += kLanes) {
-      const Floats factor = Simd::Load(query + at);
-      Unroll<kLanes>([&](auto i) SIMD_INLINE_LAMBDA {
-        sums[i] = Simd::MultiplyAdd(LoadVector<storage>(keys.at, (key + i) * keys.stride + at), factor, sums[i]);
-        SIMD_KEEP(sums[i]);
+    Floats sums[kRows][kLanes];
+    for (int from = 0; from < kLanes; from += kCount) {
+      Floats some[kRows][kCount];
+      Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA {
+        Unroll<kCount>([&](auto i) SIMD_INLINE_LAMBDA { some[r][i] = Simd::Repeat(0.0f); });
+      });
+      for (int64_t at = 0; at < width; at += kLanes) {
+        Floats factors[kRows];
+        Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA { factors[r] = Simd::Load(queries + r * width + at); });
+        Unroll<kCount>([&](auto i) SIMD_INLINE_LAMBDA {
+          const Floats vector = LoadVector<storage>(keys.at, (key + from + i) * keys.stride + at);
+          Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA {
+            some[r][i] = Simd::MultiplyAdd(vector, factors[r], some[r][i]);
+            SIMD_KEEP(some[r][i]);
+          });
+        });
+      }
+      Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA {
+        Unroll<kCount>([&](auto i) SIMD_INLINE_LAMBDA { sums[r][from + i] = some[r][i]; });
       });
     }
-    Simd::Store(scores + key, Simd::SumEach(sums));
+    Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA { Simd::Store(scores + r * kKeys + key, Simd::SumEach(sums[r])); });
   }
 }
 
@@ -122,15 +146,30 @@ void AddValues(const float* shares, const Block& values, int64_t count, int64_t 
   });
   for (int64_t key = 0; key < count; ++key) {
     next.Fetch(key, 1);
-    Floats share[kRows];
-    Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA { share[r] = Simd::Repeat(shares[r * kKeys + key]); });
-    Unroll<kCount>([&](auto i) SIMD_INLINE_LAMBDA {
-      const Floats value = LoadVector<storage>(values.at, key * values.stride + at + i * kLanes);
-      Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA {
-        sums[r][i] = Simd::MultiplyAdd(share[r], value, sums[r][i]);
-        SIMD_KEEP(sums[r][i]);
+    // Registers hold all of what there is less of, shares or values, and one of the other.
+    if constexpr (kRows < kCount) {
+      Floats share[kRows];
+      Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA { share[r] = Simd::Repeat(shares[r * kKeys + key]); });
+      Unroll<kCount>([&](auto i) SIMD_INLINE_LAMBDA {
+        const Floats value = LoadVector<storage>(values.at, key * values.stride + at + i * kLanes);
+        Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA {
+          sums[r][i] = Simd::MultiplyAdd(share[r], value, sums[r][i]);
+          SIMD_KEEP(sums[r][i]);
+        });
       });
-    });
+    } else {
+      Floats value[kCount];
+      Unroll<kCount>([&](auto i) SIMD_INLINE_LAMBDA {
+        value[i] = LoadVector<storage>(values.at, key * values.stride + at + i * kLanes);
+      });
+      Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA {
+        const Floats share = Simd::Repeat(shares[r * kKeys + key]);
+        Unroll<kCount>([&](auto i) SIMD_INLINE_LAMBDA {
+          sums[r][i] = Simd::MultiplyAdd(share, value[i], sums[r][i]);
+          SIMD_KEEP(sums[r][i]);
+        });
+      });
+    }
   }
   Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA {
     Unroll<kCount>([&](auto i) SIMD_INLINE_LAMBDA { Simd::Store(totals + r * width + at + i * kLanes, sums[r][i]); });
@@ -153,8 +192,9 @@ void AddAllValues(const float* shares, const Block& values, int64_t count, int64
 template <Storage storage>
 void ScoreRows(const float* query, int64_t rows, const Block& keys, int64_t count, int64_t width, const Next& next,
                float* scores) {
-  for (int64_t row = 0; row < rows; ++row) {
-    Score<storage>(query + row * width, keys, count, width, next.If(row == 0), scores + row * kKeys);
+  for (int64_t row = 0; row < rows; row += kQueriesAtOnce) {
+    const auto score = Pick(Min(kQueriesAtOnce, rows - row), Score<storage, 1>, Score<storage, 2>, Score<storage, 3>);
+    score(query + row * width, keys, count, width, next.If(row == 0), scores + row * kKeys);
   }
 }
 
@@ -162,8 +202,9 @@ template <Storage storage>
 void AddRows(const float* shares, int64_t rows, const Block& values, int64_t count, int64_t width, const Next& next,
              const float* corrections, float* totals) {
   for (int64_t row = 0; row < rows; row += kRowsAtOnce) {
-    const auto add = Pick(rows - row, AddAllValues<storage, 1>, AddAllValues<storage, 2>, AddAllValues<storage, 3>,
-                          AddAllValues<storage, 4>);
+    const auto add =
+        Pick(Min(kRowsAtOnce, rows - row), AddAllValues<storage, 1>, AddAllValues<storage, 2>, AddAllValues<storage, 3>,
+             AddAllValues<storage, 4>, AddAllValues<storage, 5>, AddAllValues<storage, 6>);
     add(shares + row * kKeys, values, count, width, next.If(row == 0), corrections + row, totals + row * width, 0);
   }
 }

@@ -14,6 +14,7 @@ namespace {
 struct Simd {
   static constexpr int kLanes = 8;
   static constexpr int kRegisters = 16;
+  static constexpr bool kInRegisters = true;
   using Bytes = __m256i;
   using Ints = __m256i;
   using Floats = __m256;

@@ -13,6 +13,7 @@ namespace {
 struct Simd {
   static constexpr int kLanes = 16;
   static constexpr int kRegisters = 32;
+  static constexpr bool kInRegisters = true;
   using Bytes = __m512i;
   using Ints = __m512i;
   using Floats = __m512;

@@ -12,6 +12,7 @@ namespace {
 struct Simd {
   static constexpr int kLanes = 4;
   static constexpr int kRegisters = 32;
+  static constexpr bool kInRegisters = true;
   using Bytes = uint8x16_t;
   using Ints = int32x4_t;
   using Floats = float32x4_t;

@@ -19,7 +19,8 @@ namespace {
 struct Simd {
   // Floats or 32-bit integers in a vector. Bytes holds 4 * kLanes bytes in lanes of 16.
   static constexpr int kLanes = 4;
-  static constexpr int kRegisters = 16;  // assumed
+  static constexpr int kRegisters = 16;        // assumed
+  static constexpr bool kInRegisters = false;  // whether a vector is in one: arrays are not
   struct Bytes {
     uint8_t at[16];
   };

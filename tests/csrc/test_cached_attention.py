@@ -110,10 +110,11 @@ def test_equals_the_formula(case, cache, threads, target):
 @each_target
 @each_cache
 @pytest.mark.parametrize("window", [0, 50])
-def test_a_position_depends_neither_on_the_call_nor_on_the_threads(cache, window, target):
+@pytest.mark.parametrize("heads", [2, 4])
+def test_a_position_depends_neither_on_the_call_nor_on_the_threads(cache, window, heads, target):
     """All tokens at once, in pieces, and one by one give the same bits, whatever the capacity."""
     tokens, past = 150, 20
-    new, caches = operands(1, tokens, 4, 2, 48, 170, [past], cache)
+    new, caches = operands(1, tokens, heads, 2, 48, 170, [past], cache)
 
     def run(pieces, threads, capacity=170):
         grown = {name: np.concatenate([one, one], axis=2)[:, :, :capacity].copy() for name, one in caches.items()}
@@ -126,7 +127,12 @@ def test_a_position_depends_neither_on_the_call_nor_on_the_threads(cache, window
         return np.concatenate(outputs, axis=1), {name: one[:, :, :170] for name, one in grown.items()}
 
     together, kept = run([tokens], 1)
-    for pieces, threads, capacity in (([tokens], 4, 170), ([1] * tokens, 2, 170), ([7, 64, 70, 9], 3, 333)):
+    for pieces, threads, capacity in (
+        ([tokens], 4, 170),
+        ([1] * tokens, 2, 170),
+        ([7, 64, 70, 9], 3, 333),
+        ([5, 3, 142], 1, 170),
+    ):
         output, grown = run(pieces, threads, capacity)
         np.testing.assert_array_equal(output, together)
         for name, one in kept.items():
