@@ -59,10 +59,10 @@ def structured_report(exchanges: Sequence[tuple[str, str]], study: Study) -> byt
         series_description="HealthGPT (answers)",
     )
     study.identify(document)
-    for same_study in document.CurrentRequestedProcedureEvidenceSequence:
-        same_study.ReferencedSeriesSequence[0].ReferencedSOPSequence[
-            0
-        ].ReferencedSOPClassUID = study.dataset.SOPClassUID
+    (same_study,) = document.CurrentRequestedProcedureEvidenceSequence
+    (series,) = same_study.ReferencedSeriesSequence
+    (reference,) = series.ReferencedSOPSequence
+    reference.ReferencedSOPClassUID = study.dataset.SOPClassUID
     document.SpecificCharacterSet = "ISO_IR 192"
     for element in document:
         if element.VR == "PN":  # its bytes are those of the source's character set
