@@ -21,7 +21,7 @@ demo: setup
 	$(BIN)/healthgpt-edge demo
 
 test: setup
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 bench: setup
 	$(BIN)/python -m benchmarks $(BENCH_WORK) $(addprefix --peers-python ,$(wildcard .peers/bin/python)) $(BENCH_OPTIONS)

@@ -434,7 +434,8 @@ def test_importing_the_runtime_imports_no_heavy_module():
 
 
 def test_the_public_names():
-    names = {"Answer", "HealthGPTError", "Picture", "Sampling", "Session", "load", "read_study", "write_image"}
+    names = {"Answer", "HealthGPTError", "Picture", "Sampling", "Session", "load"}
+    names |= {"read_study", "write_image", "write_report"}
     assert set(healthgpt_edge.__all__) == names
     assert all(hasattr(healthgpt_edge, name) for name in names)
 
