@@ -1,43 +1,70 @@
-"""What `answer`, `generate` and `serve` share: a request's options, where its file goes, and what a result says."""
+"""What `answer`, `generate` and `serve` share: the check of a request, and what a result says."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .decoding import Sampling
-from .drafting import check_draft
+from .drafting import PICTURE_DRAFTS, TEXT_DRAFTS, check_draft
 from .errors import HealthGPTError
+from .images import read_if_any, read_study
 from .results import Answer, Picture
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
-def checked_options(
-    drafts: tuple[str, ...],
+    from .dicom.study import Study
+
+
+class Kind(NamedTuple):
+    """A kind of request: the drafts it may name, and the endings its file may have."""
+
+    drafts: tuple[str, ...]
+    suffixes: tuple[str, ...]
+
+
+ANSWER, PICTURE = Kind(TEXT_DRAFTS, (".dcm",)), Kind(PICTURE_DRAFTS, (".png", ".dcm"))
+
+
+class Checked(NamedTuple):
+    """What a request is about, with all wrong that can be known before the bundle is loaded and the work begins."""
+
+    picture: Image | None
+    study: Study | None  # of the picture, where the file to write is DICOM
+    options: dict[str, Any]  # of Session.answer and Session.generate
+
+
+def checked_request(
+    kind: Kind,
+    source: str | os.PathLike[str] | bytes | None,
+    frame: int | None,
+    window: tuple[float, float] | None,
+    out: str | os.PathLike[str] | None,
     *,
+    dashes: str = "",
     draft: str = "auto",
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
     **others: Any,
-) -> dict[str, Any]:
-    """Options of `Session.answer` and `Session.generate`; `drafts` are the kinds of draft that there are.
+) -> Checked:
+    """Check a request and read its picture; `others` are options that the session itself checks.
 
-    Raises GenerationError, with no bundle loaded yet.
+    `dashes` stand before the names of options in messages. Raises HealthGPTError.
     """
-    check_draft(draft, drafts)
-    return {"draft": draft, "sampling": Sampling(temperature, top_p, seed), **others}
+    as_dicom = out is not None and _is_dicom_target(Path(out), kind.suffixes, source is not None, dashes)
+    check_draft(draft, kind.drafts)
+    options = {"draft": draft, "sampling": Sampling(temperature, top_p, seed), **others}
+    picture = read_if_any(source, frame, window)
+    study = read_study(source, frame=frame) if as_dicom and source is not None else None
+    return Checked(picture, study, options)
 
 
-PICTURES, REPORTS = (".png", ".dcm"), (".dcm",)
-
-
-def is_dicom_target(out: Path, suffixes: tuple[str, ...], has_image: bool, dashes: str = "") -> bool:
-    """Whether `out` is to be DICOM, not PNG; HealthGPTError where it ends in none of `suffixes` or cannot be written.
-
-    Known before the minutes that a picture may take. `dashes` stand before the names of options in messages.
-    """
+def _is_dicom_target(out: Path, suffixes: tuple[str, ...], has_image: bool, dashes: str) -> bool:
+    """Whether `out` is to be DICOM, not PNG; HealthGPTError where its ending is another or it cannot be written."""
     as_dicom = out.suffix.lower() == ".dcm"
     if out.suffix.lower() not in suffixes:
         raise HealthGPTError(f"{dashes}out must be a {' or '.join(suffixes)} file, got {out.name!r}")

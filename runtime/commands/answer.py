@@ -59,9 +59,8 @@ def answer(
     as_json: Json = False,
 ) -> None:
     """Answer a question about a picture; the text appears as it is written, a line for each question."""
-    from ..drafting import TEXT_DRAFTS
-    from ..images import read_if_any, read_study, write_report
-    from ..requests import REPORTS, checked_options, is_dicom_target, result_fields
+    from ..images import write_report
+    from ..requests import ANSWER, checked_request, result_fields
     from ..session import COMPREHENSION
 
     if keep and not image:
@@ -69,10 +68,13 @@ def answer(
     if keep and not keep.parent.is_dir():
         raise HealthGPTError(f"the folder to hold {keep.name!r} does not exist")
     # Refused before the bundle is hashed and loaded, which takes a while.
-    if out:
-        is_dicom_target(out, REPORTS, image is not None, "--")
-    options = checked_options(
-        TEXT_DRAFTS,
+    picture, study, options = checked_request(
+        ANSWER,
+        image,
+        frame,
+        parse_window(window),
+        out,
+        dashes="--",
         draft=draft,
         temperature=temperature,
         top_p=top_p,
@@ -80,8 +82,6 @@ def answer(
         max_new_tokens=max_new_tokens,
         certify=certify,
     )
-    picture = read_if_any(image, frame, parse_window(window))
-    study = read_study(image, frame=frame) if image and out else None
     session = load_session(
         bundle,
         tasks=(COMPREHENSION,),

@@ -53,15 +53,18 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Make a picture from a picture, or from words alone."""
-    from ..drafting import PICTURE_DRAFTS
-    from ..images import read_if_any, read_study, write_image
-    from ..requests import PICTURES, checked_options, is_dicom_target, result_fields
+    from ..images import write_image
+    from ..requests import PICTURE, checked_request, result_fields
     from ..session import GENERATION
 
     # Refused before the bundle is hashed and loaded, which takes a while.
-    as_dicom = is_dicom_target(out, PICTURES, image is not None, "--")
-    options = checked_options(
-        PICTURE_DRAFTS,
+    picture, study, options = checked_request(
+        PICTURE,
+        image,
+        frame,
+        parse_window(window),
+        out,
+        dashes="--",
         draft=draft,
         temperature=temperature,
         top_p=top_p,
@@ -70,8 +73,6 @@ def generate(
         certify=certify,
         faithful=faithful,
     )
-    picture = read_if_any(image, frame, parse_window(window))
-    study = read_study(image, frame=frame) if image and as_dicom else None
     session = load_session(
         bundle,
         tasks=(GENERATION,),

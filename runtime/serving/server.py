@@ -8,11 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..drafting import PICTURE_DRAFTS, TEXT_DRAFTS
 from ..errors import HealthGPTError, RequestError, in_one_line
-from ..images import png_bytes, read_if_any, read_study, write_image, write_report
+from ..images import png_bytes, write_image, write_report
 from ..machine import version
-from ..requests import PICTURES, REPORTS, checked_options, is_dicom_target, result_fields
+from ..requests import ANSWER, PICTURE, checked_request, result_fields
 from ..session import COMPREHENSION, GENERATION, Session
 from .fields import take_id, take_task
 from .lines import read_request
@@ -78,11 +77,7 @@ class Server:
         return True
 
     def _answer(self, say: Say | None, question: str, out: str | None = None, **fields: Any) -> dict[str, Any]:
-        source, frame, window = _taken(fields)
-        as_dicom = out is not None and is_dicom_target(Path(out), REPORTS, source is not None)
-        options = checked_options(TEXT_DRAFTS, **fields)
-        picture = read_if_any(source, frame, window)
-        study = read_study(source, frame=frame) if as_dicom and source is not None else None
+        picture, study, options = checked_request(ANSWER, *_taken(fields), out, **fields)
         on_text = (lambda piece: say("text", text=piece)) if say else None
         result = self._session.answer(picture, question, **options, on_text=on_text)
         if out is None or study is None:
@@ -91,11 +86,7 @@ class Server:
         return result_fields(result) | {"report": out}
 
     def _generate(self, say: Say | None, instruction: str, out: str | None = None, **fields: Any) -> dict[str, Any]:
-        source, frame, window = _taken(fields)
-        as_dicom = out is not None and is_dicom_target(Path(out), PICTURES, source is not None)
-        options = checked_options(PICTURE_DRAFTS, **fields)
-        picture = read_if_any(source, frame, window)
-        study = read_study(source, frame=frame) if as_dicom and source is not None else None
+        picture, study, options = checked_request(PICTURE, *_taken(fields), out, **fields)
         codes = self._session.bundle.manifest.codes
         total = codes.grid**2 if codes else None
         on_code = (lambda count: say("progress", tokens=count, codes=total)) if say else None
