@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -190,8 +192,8 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     end = time.monotonic() + arguments.seconds
     device = Device(arguments.module)
-    commit = ""  # a copy of the tree on a bare machine may have neither git nor its history
-    if shutil.which("git"):
+    commit = os.environ.get("COMMIT", "")  # a copy of the tree on a bare machine may have neither git nor its history
+    if not commit and shutil.which("git"):
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     todo = parts(device)
     results: dict[str, Any] = {"machine": device.description(), "commit": commit or None}
@@ -210,9 +212,9 @@ def main() -> None:
                 write()
                 if time.monotonic() > end:
                     break
-        except (WrongResult, ValueError, RuntimeError) as error:  # the other parts may still have something to say
-            results["failed"][name] = str(error)
-            print(f"{name}: {error}", flush=True)
+        except Exception as error:  # the other parts may still have something to say
+            results["failed"][name] = f"{type(error).__name__}: {error}"
+            traceback.print_exc()
         if time.monotonic() > end:
             results["not_reached"].append(name)  # or not to its end
         print(f"{name}: {len(results[name])} results, {time.monotonic() - begin:.0f} s", flush=True)
