@@ -2,32 +2,15 @@
 
     python -m benchmarks.gpu.wheels WHEELS SITE
 
-A large wheel may lie in parts, as `split -d -b 60M NAME.whl NAME.whl.` cuts it. Wheels for other Pythons are passed
-over.
+Wheels for other Pythons are passed over.
 """
 
 from __future__ import annotations
 
-import re
-import shutil
 import sys
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-
-
-def wheels(folder: Path) -> dict[str, list[Path]]:
-    """Each wheel's name, and the files that make it, in order; raises SystemExit where a part is missing."""
-    found: dict[str, list[Path]] = {}
-    for path in sorted(folder.iterdir()):
-        name = re.fullmatch(r"(.+\.whl)(?:\.(\d+))?", path.name)
-        if name is None:
-            continue
-        found.setdefault(name[1], []).append(path)
-        if name[2] is not None and int(name[2]) != len(found[name[1]]) - 1:
-            sys.exit(f"part {len(found[name[1]]) - 1} of {name[1]} is missing, found {path.name}")
-    return found
 
 
 def is_for(name: str, version: tuple[int, int]) -> bool:
@@ -39,19 +22,15 @@ def is_for(name: str, version: tuple[int, int]) -> bool:
 
 def unpack(folder: Path, site: Path, version: tuple[int, int]) -> Iterator[str]:
     """Unpack what is for Python `version`; yields names. Raises SystemExit for what is no wheel."""
-    for name, parts in wheels(folder).items():
-        if not is_for(name, version):
+    for path in sorted(folder.glob("*.whl")):
+        if not is_for(path.name, version):
             continue
-        with tempfile.TemporaryFile() as whole:
-            for part in parts:
-                with part.open("rb") as file:
-                    shutil.copyfileobj(file, whole)
-            try:
-                with zipfile.ZipFile(whole) as archive:
-                    archive.extractall(site)
-            except zipfile.BadZipFile as error:
-                sys.exit(f"{name} is damaged, or its last part is missing: {error}")
-        yield name
+        try:
+            with zipfile.ZipFile(path) as archive:
+                archive.extractall(site)
+        except zipfile.BadZipFile as error:
+            sys.exit(f"{path.name} is damaged: {error}")
+        yield path.name
 
 
 def main() -> None:

@@ -1,0 +1,79 @@
+"""Wheels without what one GPU's benchmark has no use for: they must fit through a narrow door.
+
+    python -m benchmarks.gpu.slim WHEELS OUT --architecture 90
+
+A machine with a GPU may have no network and take only so many files. The wheel of onnxruntime-gpu has 255 MB, nearly
+all of it kernels for other GPUs, or of models that are not ours: 90 is the GPU's compute capability without its point.
+What is left runs bundles and exports them, `benchmarks.gpu.wheels` unpacks it; it is not for pip, whose list of files
+is that of the whole wheel. Needs zstandard.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import zipfile
+import zlib
+from pathlib import Path
+
+from .fat_binaries import keep_only
+
+LEFT_OUT = re.compile(
+    r"onnxruntime/(capi/libonnxruntime(\.so|_providers_tensorrt)|(tools|quantization|transformers)/)"
+    # Only tokenizers are used, and what imports them wants the configurations.
+    r"|transformers/models/.*/(feature_extraction|image_processing|modeling|modular|processing|video_processing)_"
+)
+# Of ONNX Runtime's kernels: mixtures of experts, attention and products other than those that a graph of ours has.
+UNUSED = re.compile("moe|flash|fpa_intb|cutlass|kernel_mha|deep_gemm|paged")
+USED = "attentionkernel"  # the memory-efficient attention, whose names say cutlass as well
+
+
+def is_used(kernels: list[str]) -> bool:
+    """Whether a bundle may call any of these, which are linked together."""
+    names = " ".join(kernels).lower()
+    return USED in names or not UNUSED.search(names)
+
+
+def slim(wheel: Path, out: Path, architecture: int) -> None:
+    """Write `wheel` to the file `out` without what is not needed; raises ValueError saying what is wrong with it."""
+    partial = out.with_name(f"{out.name}.part")
+    try:
+        with zipfile.ZipFile(wheel) as whole, zipfile.ZipFile(partial, "w", zipfile.ZIP_LZMA) as rest:
+            for name in whole.namelist():
+                if LEFT_OUT.match(name):
+                    continue
+                data = bytearray(whole.read(name))
+                if name.endswith("_providers_cuda.so") and not keep_only(data, architecture, is_used):
+                    raise ValueError(f"{name} has no code for a GPU")
+                rest.writestr(name, data)
+        partial.replace(out)
+    except (ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{wheel.name}: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("wheels", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--architecture", type=int, required=True)
+    arguments = parser.parse_args()
+    found = sorted(arguments.wheels.glob("*.whl"))
+    if not found:
+        sys.exit(f"no wheels in {arguments.wheels}")
+    if arguments.out.resolve() == arguments.wheels.resolve():
+        sys.exit("the slim wheels need a folder of their own")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    try:
+        for wheel in found:
+            out = arguments.out / wheel.name
+            slim(wheel, out, arguments.architecture)
+            print(f"{wheel.name}: {wheel.stat().st_size / 1e6:.1f} MB, now {out.stat().st_size / 1e6:.1f} MB")
+    except ValueError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()
