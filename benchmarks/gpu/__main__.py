@@ -30,6 +30,7 @@ from .steps import STEPS, DecodeStep, OriginalStep
 
 ROWS = [1, 2, 4, 8, 16, 32]
 PAST = 700
+REHEARSED_PAST = 60  # from here a rehearsed picture's codes, and the room for them, reach into the next chunk of 64
 
 
 def ceilings(device: Device) -> Iterator[dict[str, Any]]:
@@ -71,9 +72,8 @@ def prefill(device: Device) -> Iterator[dict[str, Any]]:
 
 def step(device: Device, storage: str, rank: int) -> Iterator[dict[str, Any]]:
     """The M3 decode step; that of a picture has rank 256."""
-    ours = DecodeStep(
-        device, TINY if device.rehearses else DECODERS["m3"], rank, storage, 5 if device.rehearses else PAST
-    )
+    past, decoder = (REHEARSED_PAST, TINY) if device.rehearses else (PAST, DECODERS["m3"])
+    ours = DecodeStep(device, decoder, rank, storage, past)
     expected = ours.expected(0)
     ours.run()
     error = check(f"decode step {storage}", ours.logits, expected, 2e-2)  # the caches round the new keys on the way
@@ -91,7 +91,7 @@ def step(device: Device, storage: str, rank: int) -> Iterator[dict[str, Any]]:
 def attention(device: Device) -> Iterator[dict[str, Any]]:
     """One layer's decode attention, caches gone through in turn."""
     for system, decoder in {"m3": TINY}.items() if device.rehearses else DECODERS.items():
-        for past in [5] if device.rehearses else [PAST, 3000]:
+        for past in [REHEARSED_PAST] if device.rehearses else [PAST, 3000]:
             size, heads, kv_heads = decoder.head_size, decoder.heads, decoder.kv_heads
             capacity = past + 64
             cache_bytes = 4 * kv_heads * (past + 1) * size
@@ -129,8 +129,8 @@ def attention(device: Device) -> Iterator[dict[str, Any]]:
 
 def whole_picture(device: Device) -> Iterator[dict[str, Any]]:
     """All codes of a picture, each chosen and looked up on the GPU, then the picture: no word with the host between."""
-    count = 3 if device.rehearses else 1024
-    past, decoder = (5, TINY) if device.rehearses else (PAST, DECODERS["m3"])
+    count = 8 if device.rehearses else 1024
+    past, decoder = (REHEARSED_PAST, TINY) if device.rehearses else (PAST, DECODERS["m3"])
     for storage in ("float16", "int4"):
         one = DecodeStep(device, decoder, 256, storage, past, new_tokens=count + 8)
         replay = device.captured(one.run)

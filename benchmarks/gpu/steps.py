@@ -72,7 +72,7 @@ class DecodeStep:
         largest = max((workspace(device, one, 1) for one in self.layers[0].linears), key=torch.Tensor.numel)
         head_bytes = device.kernels.hlora_linear_workspace_bytes(1, self.head.kernel)
         self.memory = largest if largest.numel() >= head_bytes else device.zeros(head_bytes, dtype=torch.uint8)
-        needed = device.kernels.cached_attention_workspace_bytes(1, 1, decoder.heads, decoder.kv_heads, size, past + 64)
+        needed = device.kernels.cached_attention_workspace_bytes(1, 1, decoder.heads, decoder.kv_heads, size, capacity)
         self.attention_memory = device.zeros(needed, dtype=torch.uint8)
 
     @property
