@@ -1,6 +1,6 @@
 """The results of benchmarks/gpu.sh as tables: `python -m benchmarks.gpu.report benchmarks/results/gpu.json`.
 
-A share is of the measured copy bandwidth: the bytes that must be read, over the time it took.
+A share is of the best bandwidth that was measured in the same run: the bytes that must be read, over the time it took.
 """
 
 from __future__ import annotations
@@ -87,8 +87,12 @@ def report(results: Results) -> str:
     lines = [f"# CUDA kernels\n\n{machine}; commit {results['commit']}.\n"]
     if results["ceilings"]:
         ceiling = results["ceilings"][0]
-        bandwidth, rate = ceiling["copy_bytes_per_second"], ceiling["float16_operations_per_second"]
-        lines.append(f"A copy moves {bandwidth / 1e9:.0f} GB/s, a float16 product runs at {rate / 1e12:.0f} TFLOP/s.\n")
+        bandwidth, rate = ceiling["bytes_per_second"], ceiling["float16_operations_per_second"]
+        passes = ", ".join(f"{name} {one / 1e9:.0f}" for name, one in ceiling["bytes_per_second_of"].items())
+        lines.append(
+            f"GB/s of passes over memory, read and written both counted: {passes}. Shares are of the best, "
+            f"{ceiling['bytes_per_second_by']}. A float16 product runs at {rate / 1e12:.0f} TFLOP/s.\n"
+        )
         lines += [steps(results, bandwidth), linears(results, bandwidth), others(results)]
     for kind in ("not_reached", "failed"):
         if results[kind]:
