@@ -36,14 +36,20 @@ def cached_attention(device: Any, cache: str) -> list[np.ndarray]:
 def token_selection(device: Any, temperature: float) -> list[np.ndarray]:
     from test_tokens import Selection
 
-    random = np.random.default_rng(0)
-    times = device.put(random.standard_exponential((1, 2, 900)).astype(np.float32))
-    seen = device.put(np.zeros((2, 900), np.uint8))
-    settings = {"temperature": temperature, "top_p": 0.9, "times": times, "seen": seen, "penalty": 1.5}
-    selection = Selection(device, 2, 1, **settings)
+    random, top_p = np.random.default_rng(0), 0.9
     # Few different logits: to the last byte of its key, what a token is found by weighs much.
     logits = random.integers(0, 3, (2, 900)).astype(np.float32)
     logits[1, 777] = 3  # found by another warp than the one that writes
+    # Of the tokens of top_p the last wins, and would lose to the next: one token more or less is another answer.
+    times = random.standard_exponential((1, 2, 900)).astype(np.float32)
+    for row, time in zip(logits, times[0], strict=True):
+        falling = np.argsort(-row, kind="stable")
+        masses = np.cumsum(np.exp((row[falling] - row.max()) / (temperature or 1)))
+        last = np.searchsorted(masses, top_p * masses[-1])
+        time[falling[last : last + 2]] = 1e-6, 1e-9
+    seen = device.put(np.zeros((2, 900), np.uint8))
+    settings = {"temperature": temperature, "top_p": top_p, "times": device.put(times), "seen": seen, "penalty": 1.5}
+    selection = Selection(device, 2, 1, **settings)
     selection.choose(logits)
     return [device.get(one) for one in (selection.ids, selection.token, selection.past, seen)]
 
