@@ -1,11 +1,13 @@
 // Attention of a decode step, the context split over blocks (Dao et al., "Flash-Decoding", 2023).
 //
-// Block c of a key/value head takes positions 64 c to 64 c + 63: it fetches their keys and values at once, appends
-// those of the new tokens that fall there, and gives each row (a query head at a token) the maximum, the sum and the
-// values of its softmax over them. The last block of a head puts the parts together in order. Chunks lie at fixed
-// positions, so that a row's sums are made alike in every call.
+// A chunk of a key/value head is 64 positions. A block takes one after another: it fetches a chunk's keys and values
+// into registers, all at once, appends those of the new tokens that fall there, and gives each row (a query head at a
+// token) the maximum, the sum and the values of its softmax over them. The last block of a head puts the parts
+// together. Chunks lie at fixed positions and every sum is made in a fixed order, so that a row's bits are alike in
+// every call.
 //
-// Cached bytes become float16, which holds them exactly; what a step of them is worth multiplies scores and shares.
+// A team of 16 threads holds one position's numbers, 8 to a thread, so that nothing but what the warps of a block found
+// goes through shared memory. What a step of cached bytes is worth multiplies scores and shares.
 #include <algorithm>
 
 #include "cached_attention/cuda.h"
@@ -15,37 +17,72 @@
 namespace healthgpt::cuda {
 namespace {
 
-constexpr int kChunk = 64;                     // positions
-constexpr int kThreads = 128;                  // two per position
-constexpr int kRowsAtOnce = 8;                 // in shared memory
-constexpr int kVector = 8;                     // numbers of 16 bytes
-constexpr int kRow = kMostHeadSize + kVector;  // of cached numbers in shared memory: no two rows of 8 begin in one bank
+constexpr int kVector = 8;                                        // numbers of a position that a thread has
+constexpr int kTeam = static_cast<int>(kMostHeadSize) / kVector;  // threads
+constexpr int kThreads = 128;
+constexpr int kWarps = kThreads / kWarpSize;
+constexpr int kTeams = kThreads / kTeam;
+constexpr int kKeys = 8;                // positions of a thread in a chunk
+constexpr int kChunk = kTeams * kKeys;  // positions
+constexpr int kSize = static_cast<int>(kMostHeadSize);
+constexpr int kPairs = kSize / 2;
+constexpr int kPartsAtOnce = 8;         // that a thread fetches
+constexpr int64_t kTargetBlocks = 528;  // four for each of Hopper's 132 multiprocessors
 constexpr float kNone = -INFINITY;
 
-// What the caches hold, and what that is in shared memory.
 template <Storage storage>
-struct Cached {
-  using Stored = Half;
-  using Number = Half;
+struct StoredAs {
+  using Type = Half;
 };
 template <>
-struct Cached<Storage::kBFloat16> {
-  using Stored = BFloat16;
-  using Number = BFloat16;
+struct StoredAs<Storage::kBFloat16> {
+  using Type = BFloat16;
 };
 template <>
-struct Cached<Storage::kInt8> {
-  using Stored = int8_t;
-  using Number = Half;
+struct StoredAs<Storage::kInt8> {
+  using Type = int8_t;
 };
 
-template <class Number>
+// Cached numbers of a thread, read at once.
+template <class Stored>
+struct alignas(kVector * sizeof(Stored)) Vector {
+  uint32_t words[kVector * sizeof(Stored) / 4];
+};
+
+__device__ inline uint32_t BitsOf(Half number) { return number.bits; }
+__device__ inline uint32_t BitsOf(BFloat16 number) { return number.bits; }
+__device__ inline uint32_t BitsOf(int8_t number) { return static_cast<uint8_t>(number); }
+
+template <class Stored>
+__device__ inline void Widen(const Vector<Stored>& vector, float (&numbers)[kVector]) {
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    numbers[i] = ToFloat(Stored{static_cast<uint16_t>(vector.words[i / 2] >> (i % 2 * 16))});
+  }
+}
+__device__ inline void Widen(const Vector<int8_t>& vector, float (&numbers)[kVector]) {
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    numbers[i] = static_cast<float>(static_cast<int8_t>(vector.words[i / 4] >> (i % 4 * 8)));
+  }
+}
+
+// The new tokens of a chunk as the caches keep them, zeros behind a head.
+template <class Stored, int kMost>
+struct NewRows {
+  alignas(16) Stored keys[kMost][kSize];
+  alignas(16) Stored values[kMost][kSize];
+  float key_scales[kMost], value_scales[kMost];  // of bytes alone
+};
+
+// kRows rows at once: one where there is but one, of one token.
+template <class Stored, int kRows>
 struct Memory {
-  alignas(16) Number keys[kChunk][kRow];
-  alignas(16) Number values[kChunk][kRow];
-  float key_scales[kChunk], value_scales[kChunk];  // of bytes alone
-  alignas(16) float query[kRowsAtOnce][kMostHeadSize];
-  float shares[kRowsAtOnce][kChunk];
+  NewRows<Stored, kRows == 1 ? 1 : static_cast<int>(kMostDecodeTokens)> fresh;
+  alignas(16) float query[kRows][kSize];
+  // What each warp found.
+  alignas(16) float values[kRows][kWarps][kSize];
+  float largest[kRows][kWarps], sums[kRows][kWarps];
   int arrived;
 };
 
@@ -54,284 +91,478 @@ struct Piece {
   int64_t first, count;
 };
 
+// What a chunk gives a row: its values, and the largest score with the sum of the shares.
+struct Parts {
+  float* values;     // (B, K, chunks, rows, padded head size)
+  float* softmaxes;  // (B, K, chunks, rows, 2)
+};
+
 // One key/value head of one sequence.
 struct Head {
+  int size, half, stride;           // stride is the size in whole vectors
+  int capacity, window, past, end;  // positions; the new tokens are at [past, end)
+  int group, rows, first_chunk, end_chunk, chunks;
   int64_t index;  // among those of all sequences
-  int64_t head, group, tokens, rows, past, first_token, first_chunk, end_chunk;
+  int64_t first_token, first_query, first_column;
 };
 
 __device__ inline Head HeadOf(const CachedAttentionArguments& given, const Piece& piece) {
   Head head = {};
-  head.head = blockIdx.y;
-  head.index = blockIdx.z * given.kv_heads + head.head;
-  head.group = given.heads / given.kv_heads;
-  head.tokens = piece.count;
-  head.rows = piece.count * head.group;
-  head.past = given.past_length[blockIdx.z] + piece.first;
-  head.first_token = blockIdx.z * given.tokens + piece.first;
-  const int64_t first = given.window > 0 ? Max(0, head.past - given.window) : 0;
+  head.size = static_cast<int>(given.head_size);
+  head.half = head.size / 2;
+  head.stride = (head.size + kVector - 1) / kVector * kVector;
+  head.capacity = static_cast<int>(given.capacity);
+  head.window = static_cast<int>(Min(given.window, given.capacity));
+  head.past = static_cast<int>(Max(0, Min(given.past_length[blockIdx.z] + piece.first, given.capacity)));
+  head.end = head.past + static_cast<int>(piece.count);
+  head.group = static_cast<int>(given.heads) / static_cast<int>(given.kv_heads);
+  head.rows = static_cast<int>(piece.count) * head.group;
+  const int first = given.window > 0 && head.past > head.window ? head.past - head.window : 0;
   head.first_chunk = first / kChunk;
-  head.end_chunk = Min(head.past + piece.count + kChunk - 1, given.capacity + kChunk - 1) / kChunk;
+  head.end_chunk = ((head.end < head.capacity ? head.end : head.capacity) + kChunk - 1) / kChunk;
+  head.chunks = (head.capacity + kChunk - 1) / kChunk;
+  head.index = static_cast<int64_t>(blockIdx.z) * given.kv_heads + blockIdx.y;
+  head.first_token = blockIdx.z * given.tokens + piece.first;
+  head.first_query = static_cast<int64_t>(blockIdx.y) * head.group;
+  head.first_column = static_cast<int64_t>(blockIdx.y) * head.size;
   return head;
 }
+
+__device__ inline int TeamIndex() { return static_cast<int>(threadIdx.x) / kTeam; }
+__device__ inline int FirstNumber() { return static_cast<int>(threadIdx.x) % kTeam * kVector; }
+// The position whose score a lane has after SumOverTeam.
+__device__ inline int OwnPosition(int start) {
+  return start + static_cast<int>(threadIdx.x) % kKeys * kTeams + TeamIndex();
+}
+
+// Each of the sums, over the lanes that differ in `lanes` and lower bits: lane l gets sum l % kCount of them.
+template <int kCount>
+__device__ inline float SumOverTeam(float (&sums)[kCount]) {
+  const int lane = static_cast<int>(threadIdx.x);
+#pragma unroll
+  for (int half = kCount / 2; half > 0; half /= 2) {
+    const bool is_upper = (lane & half) != 0;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const float sent = is_upper ? sums[i] : sums[half + i], kept = is_upper ? sums[half + i] : sums[i];
+      sums[i] = kept + ShuffleXor(sent, half);
+    }
+  }
+  float sum = sums[0];
+#pragma unroll
+  for (int mask = kCount; mask < kTeam; mask *= 2) sum += ShuffleXor(sum, mask);
+  return sum;
+}
+
+// The other way: lane l brings number l % kCount, and all lanes of a team get all.
+template <int kCount>
+__device__ inline void GiveToTeam(float own, float (&numbers)[kCount]) {
+  const int lane = static_cast<int>(threadIdx.x);
+  numbers[0] = own;
+#pragma unroll
+  for (int half = 1; half < kCount; half *= 2) {
+    const bool is_upper = (lane & half) != 0;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const float other = ShuffleXor(numbers[i], half);
+      numbers[half + i] = is_upper ? numbers[i] : other;
+      numbers[i] = is_upper ? other : numbers[i];
+    }
+  }
+}
+
+// --- what is multiplied -----------------------------------------------------------------------------------------
 
 // Rotary positions: the first half of a head is turned against the second.
 struct Turned {
   float first, second;
 };
-__device__ inline Turned Rotate(const CachedAttentionArguments& given, const float* head, int64_t token, int64_t i) {
-  const int64_t half = given.head_size / 2;
+__device__ inline Turned Rotate(const CachedAttentionArguments& given, const float* head, int64_t token, int i) {
+  const int half = static_cast<int>(given.head_size) / 2;
   const float cosine = given.cosine[token * half + i], sine = given.sine[token * half + i];
   const float first = head[i], second = head[half + i];
-  return {first * cosine - second * sine, second * cosine + first * sine};
+  // Written out, so that no kernel's compiler takes the other product for the exact one.
+  return {fmaf(first, cosine, -(second * sine)), fmaf(second, cosine, first * sine)};
 }
 
-// Eight cached numbers as they are multiplied.
-template <class Number>
-__device__ inline uint4 Widen(const Number* numbers) {
-  return {Pack(numbers[0], numbers[1]), Pack(numbers[2], numbers[3]), Pack(numbers[4], numbers[5]),
-          Pack(numbers[6], numbers[7])};
-}
-__device__ inline uint4 Widen(const int8_t* numbers) {
-  Half halves[kVector];
-  for (int i = 0; i < kVector; ++i) halves[i] = Round(static_cast<float>(numbers[i]), Half());
-  return Widen(halves);
-}
-
-// As many bytes as eight of them take, read at once.
+// A team's rows of one cache as far as they are older than this call; zeros elsewhere, also behind the head.
 template <class Stored>
-struct alignas(kVector * sizeof(Stored)) Vector {
-  Stored numbers[kVector];
-};
-
-// The chunk's rows of one cache as far as they are older than this call; zeros elsewhere, also behind the head.
-template <class Stored, class Number>
-__device__ inline void LoadChunk(const CachedAttentionArguments& given, const Head& head, const Stored* cache,
-                                 int64_t start, Number (&rows)[kChunk][kRow]) {
-  const int64_t size = given.head_size, vectors = (size + kVector - 1) / kVector;
-  const bool is_aligned = size % kVector == 0 && reinterpret_cast<uintptr_t>(cache) % sizeof(Vector<Stored>) == 0;
-  for (int64_t i = threadIdx.x; i < kChunk * vectors; i += kThreads) {
-    const int64_t row = i / vectors, at = i % vectors * kVector, position = start + row;
-    Vector<Stored> vector = {};
-    if (position < head.past && position < given.capacity) {
-      const Stored* from = cache + position * size + at;
-      if (is_aligned) {
-        vector = *reinterpret_cast<const Vector<Stored>*>(from);
-      } else {
-        for (int j = 0; j < kVector; ++j) {
-          if (at + j < size) vector.numbers[j] = from[j];
-        }
-      }
+__device__ inline void LoadOld(const Head& head, const Stored* cache, int start, Vector<Stored> (&rows)[kKeys]) {
+  const int at = FirstNumber(), first = start + TeamIndex();
+  const Stored* const from = cache + static_cast<int64_t>(first) * head.size + at;
+  const bool is_aligned = head.size % kVector == 0 && reinterpret_cast<uintptr_t>(cache) % sizeof(Vector<Stored>) == 0;
+#pragma unroll
+  for (int k = 0; k < kKeys; ++k) {
+    rows[k] = {};
+    if (at >= head.size || first + k * kTeams >= head.past) continue;
+    const Stored* const row = from + k * kTeams * head.size;
+    if (is_aligned) {
+      rows[k] = *reinterpret_cast<const Vector<Stored>*>(row);
+      continue;
     }
-    *reinterpret_cast<uint4*>(&rows[row][at]) = Widen(vector.numbers);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      constexpr int kPerWord = 4 / sizeof(Stored);
+      if (at + i < head.size) rows[k].words[i / kPerWord] |= BitsOf(row[i]) << (i % kPerWord * 8 * sizeof(Stored));
+    }
   }
 }
 
-__device__ inline void LoadScales(const CachedAttentionArguments& given, const Head& head, const float* scales,
-                                  int64_t start, float (&of_rows)[kChunk]) {
-  for (int64_t row = threadIdx.x; row < kChunk; row += kThreads) {
-    const bool is_old = start + row < head.past && start + row < given.capacity;
-    of_rows[row] = is_old ? scales[head.index * given.capacity + start + row] : 0.0f;
-  }
+// The new tokens in a chunk.
+struct NewTokens {
+  int begin, end;  // positions
+};
+__device__ inline NewTokens NewTokensIn(const Head& head, int start) {
+  const int end = head.end < head.capacity ? head.end : head.capacity;
+  return {start > head.past ? start : head.past, start + kChunk < end ? start + kChunk : end};
 }
 
-// The new tokens that fall into the chunk, into the caches and to the others.
-template <class Number>
+// The new tokens of a chunk, into the caches and to the other threads.
+template <class Number, int kMost>
 __device__ inline void Append(const CachedAttentionArguments& given, const Head& head, Number* keys, Number* values,
-                              int64_t start, Memory<Number>& memory) {
-  const int64_t size = given.head_size, half = size / 2;
-  const int64_t begin = Max(start, head.past), end = Min(Min(start + kChunk, head.past + head.tokens), given.capacity);
-  for (int64_t i = threadIdx.x; i < (end - begin) * half; i += kThreads) {
-    const int64_t position = begin + i / half, at = i % half;
-    const int64_t token = head.first_token + position - head.past;
-    const float* value = given.value + token * given.value_stride + head.head * size;
-    const Turned key = Rotate(given, given.key + token * given.key_stride + head.head * size, token, at);
-    const Number rounded[4] = {Round(key.first, Number()), Round(key.second, Number()), Round(value[at], Number()),
-                               Round(value[half + at], Number())};
-    const int64_t row = position - start, to = position * size + at;
-    memory.keys[row][at] = keys[to] = rounded[0];
-    memory.keys[row][half + at] = keys[to + half] = rounded[1];
-    memory.values[row][at] = values[to] = rounded[2];
-    memory.values[row][half + at] = values[to + half] = rounded[3];
+                              const NewTokens& tokens, NewRows<Number, kMost>& fresh) {
+  const int at = static_cast<int>(threadIdx.x) % kPairs, half = head.half;
+  for (int position = tokens.begin + static_cast<int>(threadIdx.x) / kPairs; position < tokens.end;
+       position += kThreads / kPairs) {
+    const int row = position - tokens.begin;
+    if (at >= half) {  // of what is behind the head
+      fresh.keys[row][2 * at] = fresh.keys[row][2 * at + 1] = Number{};
+      fresh.values[row][2 * at] = fresh.values[row][2 * at + 1] = Number{};
+      continue;
+    }
+    const int64_t token = head.first_token + position - head.past, to = static_cast<int64_t>(position) * head.size + at;
+    const float* const value = given.value + token * given.value_stride + head.first_column;
+    const float first = value[at], second = value[half + at];
+    const Turned key = Rotate(given, given.key + token * given.key_stride + head.first_column, token, at);
+    fresh.keys[row][at] = keys[to] = Round(key.first, Number());
+    fresh.keys[row][half + at] = keys[to + half] = Round(key.second, Number());
+    fresh.values[row][at] = values[to] = Round(first, Number());
+    fresh.values[row][half + at] = values[to + half] = Round(second, Number());
   }
 }
 
 // A row to bytes in [-127, 127], by a warp. load(i) gives its i-th number; what is not finite makes the scale so.
 template <class Load>
-__device__ inline void RoundRow(int64_t size, const Load& load, int8_t* stored, Half* row, float* stored_scale,
+__device__ inline void RoundRow(int size, const Load& load, int8_t* stored, int8_t (&row)[kSize], float* stored_scale,
                                 float* scale) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  float largest = 0.0f, poison = 0.0f;
-  for (int64_t i = lane; i < size; i += kWarpSize) {
-    const float value = load(i);
-    largest = fmaxf(largest, fabsf(value));
-    poison += value * 0.0f;
+  float numbers[kSize / kWarpSize], largest = 0.0f, poison = 0.0f;
+#pragma unroll
+  for (int k = 0; k < kSize / kWarpSize; ++k) {
+    const int i = lane + k * kWarpSize;
+    numbers[k] = i < size ? load(i) : 0.0f;
+    largest = fmaxf(largest, fabsf(numbers[k]));
+    poison += numbers[k] * 0.0f;
   }
   largest = WarpMax(largest);
   poison = WarpSum(poison);
   const float steps = 127.0f / fmaxf(largest, 1e-30f);
-  for (int64_t i = lane; i < size; i += kWarpSize) {
-    const float whole = fminf(fmaxf(rintf(load(i) * steps), -127.0f), 127.0f);
-    stored[i] = static_cast<int8_t>(whole);
-    row[i] = Round(whole, Half());
+#pragma unroll
+  for (int k = 0; k < kSize / kWarpSize; ++k) {
+    const int i = lane + k * kWarpSize;
+    const auto whole = static_cast<int8_t>(fminf(fmaxf(rintf(numbers[k] * steps), -127.0f), 127.0f));
+    row[i] = whole;
+    if (i < size) stored[i] = whole;
   }
   if (lane == 0) *scale = *stored_scale = largest / 127.0f + poison;
 }
 
+template <int kMost>
 __device__ inline void Append(const CachedAttentionArguments& given, const Head& head, int8_t* keys, int8_t* values,
-                              int64_t start, Memory<Half>& memory) {
-  const int64_t size = given.head_size, half = size / 2;
-  const int64_t begin = Max(start, head.past), end = Min(Min(start + kChunk, head.past + head.tokens), given.capacity);
-  for (int64_t position = begin + threadIdx.x / kWarpSize; position < end; position += kThreads / kWarpSize) {
-    const int64_t token = head.first_token + position - head.past, row = position - start;
-    const int64_t of_scale = head.index * given.capacity + position;
-    const float* key = given.key + token * given.key_stride + head.head * size;
-    const float* value = given.value + token * given.value_stride + head.head * size;
-    const auto turned = [&](int64_t i) {
-      const Turned pair = Rotate(given, key, token, i % half);
-      return i < half ? pair.first : pair.second;
-    };
-    RoundRow(size, turned, keys + position * size, memory.keys[row], given.key_scales + of_scale,
-             memory.key_scales + row);
-    RoundRow(
-        size, [&](int64_t i) { return value[i]; }, values + position * size, memory.values[row],
-        given.value_scales + of_scale, memory.value_scales + row);
+                              const NewTokens& tokens, NewRows<int8_t, kMost>& fresh) {
+  // Every other warp has keys, the others values.
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize, half = head.half;
+  for (int position = tokens.begin + warp / 2; position < tokens.end; position += kWarps / 2) {
+    const int row = position - tokens.begin;
+    const int64_t token = head.first_token + position - head.past, to = static_cast<int64_t>(position) * head.size;
+    const int64_t scale = head.index * head.capacity + position;
+    if (warp % 2 == 0) {
+      const float* const key = given.key + token * given.key_stride + head.first_column;
+      const auto turned = [&](int i) {
+        const Turned pair = Rotate(given, key, token, i < half ? i : i - half);
+        return i < half ? pair.first : pair.second;
+      };
+      RoundRow(head.size, turned, keys + to, fresh.keys[row], given.key_scales + scale, fresh.key_scales + row);
+    } else {
+      const float* const value = given.value + token * given.value_stride + head.first_column;
+      RoundRow(
+          head.size, [&](int i) { return value[i]; }, values + to, fresh.values[row], given.value_scales + scale,
+          fresh.value_scales + row);
+    }
   }
 }
 
-// Scores of rows [begin, begin + count) with the chunk's keys.
-template <bool has_scales, class Number>
-__device__ inline void Score(const CachedAttentionArguments& given, const Head& head, int64_t start, int64_t begin,
-                             int count, Memory<Number>& memory) {
-  constexpr int kParts = kThreads / kChunk, kRows = kRowsAtOnce / kParts;
-  const int key = static_cast<int>(threadIdx.x) % kChunk, part = static_cast<int>(threadIdx.x) / kChunk;
-  float sums[kRows] = {};
-  for (int at = 0; at < given.head_size; at += kVector) {
-    const uint4 word = *reinterpret_cast<const uint4*>(&memory.keys[key][at]);
-    const uint32_t words[4] = {word.x, word.y, word.z, word.w};
-    for (int j = 0; j < kVector; ++j) {
-      const float number = ToFloat(Number{static_cast<uint16_t>(words[j / 2] >> (j % 2 * 16))});
-      for (int i = 0; i < kRows; ++i) {
-        if (part + kParts * i < count) sums[i] += number * memory.query[part + kParts * i][at + j];
-      }
-    }
+// A thread's numbers of a chunk.
+template <class Stored>
+struct Chunk {
+  Vector<Stored> keys[kKeys], values[kKeys];
+  float key_scale, value_scale;  // of its own position, OwnPosition(start); 1 but for bytes
+};
+
+template <class Stored, int kMost>
+__device__ inline void TakeNew(const NewTokens& tokens, int start, const NewRows<Stored, kMost>& fresh,
+                               Chunk<Stored>& chunk) {
+#pragma unroll
+  for (int k = 0; k < kKeys; ++k) {
+    const int position = start + k * kTeams + TeamIndex(), row = position - tokens.begin;
+    if (row < 0 || position >= tokens.end) continue;
+    chunk.keys[k] = *reinterpret_cast<const Vector<Stored>*>(&fresh.keys[row][FirstNumber()]);
+    chunk.values[k] = *reinterpret_cast<const Vector<Stored>*>(&fresh.values[row][FirstNumber()]);
   }
-  for (int i = 0; i < kRows; ++i) {
-    const int row = part + kParts * i;
-    if (row >= count) continue;
-    const int64_t distance = head.past + (begin + row) / head.group - (start + key);
-    const bool is_seen =
-        distance >= 0 && (given.window == 0 || distance <= given.window) && start + key < given.capacity;
-    if constexpr (has_scales) sums[i] *= memory.key_scales[key];
-    memory.shares[row][key] = is_seen ? sums[i] : kNone;
+  if constexpr (sizeof(Stored) == 1) {
+    const int position = OwnPosition(start), row = position - tokens.begin;
+    if (row < 0 || position >= tokens.end) return;
+    chunk.key_scale = fresh.key_scales[row];
+    chunk.value_scale = fresh.value_scales[row];
   }
 }
+
+// --- softmax ----------------------------------------------------------------------------------------------------
 
 // What is subtracted before the exponential; where nothing is seen, or nothing but NaN, all stays as it is.
 __device__ inline float Shift(float largest) { return largest == kNone ? 0.0f : largest; }
 
-// A part: its largest score, the sum of its shares, and its values.
-__device__ inline float* PartOf(const CachedAttentionArguments& given, const Head& head, float* parts, int64_t chunk,
-                                int64_t row) {
-  const int64_t chunks = (given.capacity + kChunk - 1) / kChunk;
-  const int64_t index = (head.index * chunks + chunk) * head.rows + row;
-  return parts + index * (given.head_size + 2);
+// What a warp found for a row, to the others: `values` is a team's, `sum` the warp's.
+template <class Memory>
+__device__ inline void Give(Memory& memory, int row, float largest, float sum, const float (&values)[kVector]) {
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize, lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  // The two teams of a warp add up, each half of the numbers.
+  const bool is_upper = lane >= kTeam;
+  float4 both;
+  float* const numbers = &both.x;
+#pragma unroll
+  for (int i = 0; i < kVector / 2; ++i) {
+    const float kept = is_upper ? values[kVector / 2 + i] : values[i];
+    numbers[i] = kept + ShuffleXor(is_upper ? values[i] : values[kVector / 2 + i], kTeam);
+  }
+  *reinterpret_cast<float4*>(&memory.values[row][warp][FirstNumber() + (is_upper ? kVector / 2 : 0)]) = both;
+  if (lane == 0) {
+    memory.largest[row][warp] = largest;
+    memory.sums[row][warp] = sum;
+  }
 }
 
-template <Storage storage>
-__global__ void __launch_bounds__(kThreads, 1)
-    CachedAttentionKernel(CachedAttentionArguments given, Piece piece, int* counters, float* parts) {
-  using Stored = typename Cached<storage>::Stored;
-  constexpr bool kHasScales = storage == Storage::kInt8;
-  auto& memory = Shared<Memory<typename Cached<storage>::Number>>();
+// All warps' together: a number of a row.
+struct Found {
+  float largest, sum, value;
+};
+template <class Memory>
+__device__ inline Found Join(const Memory& memory, int row, int at) {
+  Found found = {kNone, 0.0f, 0.0f};
+#pragma unroll
+  for (int warp = 0; warp < kWarps; ++warp) found.largest = fmaxf(found.largest, memory.largest[row][warp]);
+#pragma unroll
+  for (int warp = 0; warp < kWarps; ++warp) {
+    const float share = expf(memory.largest[row][warp] - Shift(found.largest));
+    found.sum += share * memory.sums[row][warp];
+    found.value += share * memory.values[row][warp][at];
+  }
+  return found;
+}
+
+// Rows [begin, begin + kRows) with a chunk.
+template <class Stored, int kRows>
+__device__ inline void Attend(const Head& head, const Chunk<Stored>& chunk, int start, int begin,
+                              Memory<Stored, kRows>& memory) {
+  constexpr bool kHasScales = sizeof(Stored) == 1;
+  float queries[kRows][kVector], scores[kRows][kKeys], numbers[kVector];
+#pragma unroll
+  for (int row = 0; row < kRows; ++row) {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) queries[row][i] = memory.query[row][FirstNumber() + i];
+  }
+#pragma unroll
+  for (int k = 0; k < kKeys; ++k) {
+    Widen(chunk.keys[k], numbers);
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      scores[row][k] = 0.0f;
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) scores[row][k] += numbers[i] * queries[row][i];
+    }
+  }
+  const int position = OwnPosition(start);
+  float shares[kRows][kKeys], largest[kRows], sums[kRows];
+#pragma unroll
+  for (int row = 0; row < kRows; ++row) {
+    float score = SumOverTeam(scores[row]);
+    if constexpr (kHasScales) score *= chunk.key_scale;
+    const int distance = head.past + (begin + row) / head.group - position;
+    const bool is_seen = distance >= 0 && (head.window == 0 || distance <= head.window) && position < head.capacity;
+    if (!is_seen) score = kNone;
+    largest[row] = WarpMax(score);
+    const float share = expf(score - Shift(largest[row]));
+    sums[row] = WarpSum(share) * (static_cast<float>(kKeys) / kTeam);  // so many lanes of a team have the same
+    GiveToTeam(kHasScales ? share * chunk.value_scale : share, shares[row]);
+  }
+  float values[kRows][kVector] = {};
+#pragma unroll
+  for (int k = 0; k < kKeys; ++k) {
+    Widen(chunk.values[k], numbers);
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) values[row][i] += shares[row][k] * numbers[i];
+    }
+  }
+#pragma unroll
+  for (int row = 0; row < kRows; ++row) Give(memory, row, largest[row], sums[row], values[row]);
+}
+
+// Rows [begin, begin + kRows) of all chunks, each team its share of the chunks.
+template <class Stored, int kRows>
+__device__ inline void Gather(const Head& head, const Parts& parts, int begin, Memory<Stored, kRows>& memory) {
+  constexpr int kSteps = kPartsAtOnce / kRows;
+  const int at = FirstNumber(), lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int64_t first = head.index * head.chunks * head.rows + begin;
+  float largest[kRows], sums[kRows] = {}, values[kRows][kVector] = {};
+#pragma unroll
+  for (int row = 0; row < kRows; ++row) largest[row] = kNone;
+  for (int c = head.first_chunk + lane; c < head.end_chunk; c += kWarpSize) {
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      if (begin + row >= head.rows) continue;
+      const float* const of_part = parts.softmaxes + 2 * (first + static_cast<int64_t>(c) * head.rows + row);
+      largest[row] = fmaxf(largest[row], LoadFresh(of_part));
+    }
+  }
+#pragma unroll
+  for (int row = 0; row < kRows; ++row) largest[row] = WarpMax(largest[row]);
+  // A team's chunks are the same whichever is the first.
+  for (int from = head.first_chunk / kTeams * kTeams + TeamIndex(); from < head.end_chunk; from += kTeams * kSteps) {
+    float4 numbers[kSteps][kRows][2];
+    float largest_of[kSteps][kRows], sum_of[kSteps][kRows];
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const int c = from + step * kTeams;
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) {
+        numbers[step][row][0] = numbers[step][row][1] = {0.0f, 0.0f, 0.0f, 0.0f};
+        largest_of[step][row] = kNone;
+        sum_of[step][row] = 0.0f;
+        if (c < head.first_chunk || c >= head.end_chunk || begin + row >= head.rows) continue;
+        const int64_t part = first + static_cast<int64_t>(c) * head.rows + row;
+        largest_of[step][row] = LoadFresh(parts.softmaxes + 2 * part);
+        sum_of[step][row] = LoadFresh(parts.softmaxes + 2 * part + 1);
+        if (at >= head.stride) continue;
+        const auto* const from_part = reinterpret_cast<const float4*>(parts.values + part * head.stride + at);
+        numbers[step][row][0] = LoadFresh(from_part);
+        numbers[step][row][1] = LoadFresh(from_part + 1);
+      }
+    }
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) {
+        const float share = expf(largest_of[step][row] - Shift(largest[row]));
+        sums[row] += share * sum_of[step][row];
+        const float4 low = numbers[step][row][0], high = numbers[step][row][1];
+        const float eight[kVector] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) values[row][i] += share * eight[i];
+      }
+    }
+  }
+#pragma unroll
+  for (int row = 0; row < kRows; ++row) {
+    Give(memory, row, largest[row], sums[row] + ShuffleXor(sums[row], kTeam), values[row]);
+  }
+}
+
+template <Storage storage, int kRows>
+__global__ void __launch_bounds__(kThreads, kRows == 1 ? 4 : 3)
+    CachedAttentionKernel(CachedAttentionArguments given, Piece piece, int* counters, Parts parts) {
+  using Stored = typename StoredAs<storage>::Type;
+  auto& memory = Shared<Memory<Stored, kRows>>();
   WaitForPrevious();
   AllowNext();
   const Head head = HeadOf(given, piece);
-  const int64_t chunk = blockIdx.x, start = chunk * kChunk, size = given.head_size, half = size / 2;
-  if (chunk < head.first_chunk || chunk >= head.end_chunk) return;
-  Stored* const keys = static_cast<Stored*>(given.keys) + head.index * given.capacity * size;
-  Stored* const values = static_cast<Stored*>(given.values) + head.index * given.capacity * size;
-  LoadChunk(given, head, keys, start, memory.keys);
-  LoadChunk(given, head, values, start, memory.values);
-  if constexpr (kHasScales) {
-    LoadScales(given, head, given.key_scales, start, memory.key_scales);
-    LoadScales(given, head, given.value_scales, start, memory.value_scales);
-  }
-  SyncThreads();  // a new token's row was filled with zeros
-  Append(given, head, keys, values, start, memory);
+  const int first = head.first_chunk + static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
+  if (first >= head.end_chunk) return;
+  Stored* const keys = static_cast<Stored*>(given.keys) + head.index * head.capacity * head.size;
+  Stored* const values = static_cast<Stored*>(given.values) + head.index * head.capacity * head.size;
+  const float scale = 1.0f / sqrtf(static_cast<float>(head.size));
+  const int pair = static_cast<int>(threadIdx.x) % kPairs, number = static_cast<int>(threadIdx.x) % kSize;
 
-  const float scale = 1.0f / sqrtf(static_cast<float>(size));
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize, warp = static_cast<int>(threadIdx.x) / kWarpSize;
-  for (int64_t begin = 0; begin < head.rows; begin += kRowsAtOnce) {
-    const int count = static_cast<int>(Min(kRowsAtOnce, head.rows - begin));
-    for (int64_t i = threadIdx.x; i < count * half; i += kThreads) {
-      const int64_t row = i / half, at = i % half;
+  for (int c = first; c < head.end_chunk; c += blocks) {
+    const int start = c * kChunk;
+    const NewTokens tokens = NewTokensIn(head, start);
+    Chunk<Stored> chunk;
+    LoadOld(head, keys, start, chunk.keys);
+    LoadOld(head, values, start, chunk.values);
+    chunk.key_scale = chunk.value_scale = 1.0f;
+    if constexpr (storage == Storage::kInt8) {
+      if (const int position = OwnPosition(start); position < head.past) {
+        chunk.key_scale = given.key_scales[head.index * head.capacity + position];
+        chunk.value_scale = given.value_scales[head.index * head.capacity + position];
+      }
+    }
+    for (int begin = 0; begin < head.rows; begin += kRows) {
+      // Fetched before the new tokens are stored, for which no load waits.
+      constexpr int kLoads = (kRows * kPairs + kThreads - 1) / kThreads;
+      Turned turned[kLoads] = {};
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        const int row = begin + i * (kThreads / kPairs) + static_cast<int>(threadIdx.x) / kPairs;
+        if (pair >= head.half || row >= head.rows || row >= begin + kRows) continue;
+        const int64_t token = head.first_token + row / head.group, query = head.first_query + row % head.group;
+        turned[i] = Rotate(given, given.query + token * given.query_stride + query * head.size, token, pair);
+      }
+      if (begin == 0) Append(given, head, keys, values, tokens, memory.fresh);
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        const int row = i * (kThreads / kPairs) + static_cast<int>(threadIdx.x) / kPairs;
+        if (row >= kRows) continue;
+        const bool is_inside = pair < head.half;  // zeros behind the head
+        memory.query[row][is_inside ? pair : 2 * pair] = turned[i].first * scale;
+        memory.query[row][is_inside ? head.half + pair : 2 * pair + 1] = turned[i].second * scale;
+      }
+      SyncThreads();
+      if (begin == 0) TakeNew(tokens, start, memory.fresh, chunk);
+      Attend(head, chunk, start, begin, memory);
+      SyncThreads();
+      // The next queries may come meanwhile: these were read before the barrier.
+      for (int row = static_cast<int>(threadIdx.x) / kSize; row < kRows && begin + row < head.rows;
+           row += kThreads / kSize) {
+        const int64_t part = (head.index * head.chunks + c) * head.rows + begin + row;
+        const Found found = Join(memory, row, number);
+        if (number < head.stride) parts.values[part * head.stride + number] = found.value;
+        if (number < 2) parts.softmaxes[2 * part + number] = number == 0 ? found.largest : found.sum;
+      }
+    }
+  }
+
+  const int chunks = head.end_chunk - head.first_chunk;
+  if (!IsLastToArrive(counters + head.index, chunks < blocks ? chunks : blocks, &memory.arrived)) return;
+  for (int begin = 0; begin < head.rows; begin += kRows) {
+    Gather(head, parts, begin, memory);
+    SyncThreads();
+    for (int row = static_cast<int>(threadIdx.x) / kSize; row < kRows && begin + row < head.rows;
+         row += kThreads / kSize) {
       const int64_t token = head.first_token + (begin + row) / head.group;
-      const int64_t query_head = head.head * head.group + (begin + row) % head.group;
-      const Turned turned = Rotate(given, given.query + token * given.query_stride + query_head * size, token, at);
-      memory.query[row][at] = turned.first * scale;
-      memory.query[row][half + at] = turned.second * scale;
-    }
-    // The last vector of a head may reach beyond it.
-    for (int64_t i = threadIdx.x; i < count * kVector; i += kThreads) {
-      if (size + i % kVector < kMostHeadSize) memory.query[i / kVector][size + i % kVector] = 0.0f;
-    }
-    SyncThreads();
-    Score<kHasScales>(given, head, start, begin, count, memory);
-    SyncThreads();
-    for (int row = warp; row < count; row += kThreads / kWarpSize) {
-      float* const shares = memory.shares[row];
-      const float largest = WarpMax(fmaxf(shares[lane], shares[kWarpSize + lane]));
-      const float low = expf(shares[lane] - Shift(largest)), high = expf(shares[kWarpSize + lane] - Shift(largest));
-      const float sum = WarpSum(low + high);
-      shares[lane] = kHasScales ? low * memory.value_scales[lane] : low;
-      shares[kWarpSize + lane] = kHasScales ? high * memory.value_scales[kWarpSize + lane] : high;
-      if (lane == 0) {
-        float* const part = PartOf(given, head, parts, chunk, begin + row);
-        part[0] = largest;
-        part[1] = sum;
+      const int64_t query = head.first_query + (begin + row) % head.group;
+      const Found found = Join(memory, row, number);
+      if (number < head.size) {
+        given.output[(token * given.heads + query) * head.size + number] = found.value / found.sum;
       }
     }
-    SyncThreads();
-    for (int64_t i = threadIdx.x; i < count * half; i += kThreads) {
-      const int64_t row = i / half, at = i % half * 2;
-      float first = 0.0f, second = 0.0f;
-#pragma unroll 8
-      for (int key = 0; key < kChunk; ++key) {
-        const float share = memory.shares[row][key];
-        first += share * ToFloat(memory.values[key][at]);
-        second += share * ToFloat(memory.values[key][at + 1]);
-      }
-      float* const part = PartOf(given, head, parts, chunk, begin + row);
-      part[2 + at] = first;
-      part[2 + at + 1] = second;
-    }
-    // The next rows' queries may come: these were last read before the shares were made.
-  }
-
-  const auto chunks = static_cast<int>(head.end_chunk - head.first_chunk);
-  if (!IsLastBlock(counters + head.index, chunks, &memory.arrived, threadIdx.x == 0)) return;
-  for (int64_t i = threadIdx.x; i < head.rows * size; i += kThreads) {
-    const int64_t row = i / size, at = i % size;
-    float largest = kNone;
-    for (int64_t c = head.first_chunk; c < head.end_chunk; ++c) {
-      largest = fmaxf(largest, LoadFresh(PartOf(given, head, parts, c, row)));
-    }
-    float total = 0.0f, sum = 0.0f;
-    for (int64_t c = head.first_chunk; c < head.end_chunk; ++c) {
-      const float* const part = PartOf(given, head, parts, c, row);
-      const float share = expf(LoadFresh(part) - Shift(largest));
-      total += share * LoadFresh(part + 1);
-      sum += share * LoadFresh(part + 2 + at);
-    }
-    const int64_t token = head.first_token + row / head.group;
-    const int64_t query_head = head.head * head.group + row % head.group;
-    given.output[(token * given.heads + query_head) * size + at] = sum / total;
+    if (begin + kRows < head.rows) SyncThreads();  // before others' values come
   }
 }
 
+// --- the call ---------------------------------------------------------------------------------------------------
+
 int64_t CounterBytes(const CachedAttentionArguments& given) {
   return CeilDivide(given.batch * given.kv_heads * 4, 16) * 16;
+}
+
+// The parts of as many tokens.
+struct PartSizes {
+  int64_t count, values;
+};
+PartSizes PartSizesOf(const CachedAttentionArguments& given, int64_t tokens) {
+  const int64_t count = CeilDivide(given.capacity, kChunk) * given.batch * tokens * given.heads;
+  return {count, count * CeilDivide(given.head_size, kVector) * kVector};
 }
 
 Status Check(const CachedAttentionArguments& given) {
@@ -356,24 +587,33 @@ Status Check(const CachedAttentionArguments& given) {
   return nullptr;
 }
 
+template <int kRows>
+auto KernelOf(Storage cache) {
+  return cache == Storage::kFloat16    ? CachedAttentionKernel<Storage::kFloat16, kRows>
+         : cache == Storage::kBFloat16 ? CachedAttentionKernel<Storage::kBFloat16, kRows>
+                                       : CachedAttentionKernel<Storage::kInt8, kRows>;
+}
+
 }  // namespace
 
 int64_t CachedAttentionWorkspaceBytes(const CachedAttentionArguments& given) {
-  const int64_t rows = given.batch * std::min(given.tokens, kMostDecodeTokens) * given.heads;
-  return CounterBytes(given) + CeilDivide(given.capacity, kChunk) * rows * (given.head_size + 2) * 4;
+  const PartSizes sizes = PartSizesOf(given, std::min(given.tokens, kMostDecodeTokens));
+  return CounterBytes(given) + (sizes.values + 2 * sizes.count) * 4;
 }
 
 Status CachedAttention(const CachedAttentionArguments& given, Stream stream) {
   if (const Status wrong = Check(given)) return wrong;
-  const dim3 grid(static_cast<unsigned>(CeilDivide(given.capacity, kChunk)), static_cast<unsigned>(given.kv_heads),
+  const int64_t heads = given.batch * given.kv_heads;
+  const int64_t blocks = std::min(CeilDivide(given.capacity, kChunk), CeilDivide(kTargetBlocks, heads));
+  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(given.kv_heads),
                   static_cast<unsigned>(given.batch));
   int* const counters = static_cast<int*>(given.workspace);
-  float* const parts = static_cast<float*>(given.workspace) + CounterBytes(given) / 4;
-  const auto kernel = given.cache == Storage::kFloat16    ? CachedAttentionKernel<Storage::kFloat16>
-                      : given.cache == Storage::kBFloat16 ? CachedAttentionKernel<Storage::kBFloat16>
-                                                          : CachedAttentionKernel<Storage::kInt8>;
+  float* const values = static_cast<float*>(given.workspace) + CounterBytes(given) / 4;
   for (int64_t first = 0; first < given.tokens; first += kMostDecodeTokens) {
     const Piece piece = {first, std::min(given.tokens - first, kMostDecodeTokens)};
+    const Parts parts = {values, values + PartSizesOf(given, piece.count).values};
+    const auto kernel =
+        piece.count * given.heads == given.kv_heads ? KernelOf<1>(given.cache) : KernelOf<4>(given.cache);
     const Status wrong = Launch(kernel, grid, dim3(kThreads), stream, given, piece, counters, parts);
     if (wrong != nullptr) return wrong;
   }

@@ -137,4 +137,18 @@ __device__ inline bool IsLastBlock(int* counter, int blocks, int* shared, bool f
 __device__ inline int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
 __device__ inline int64_t Max(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// As IsLastBlock, with fences of one thread: a barrier before makes what all threads wrote its own to publish, and one
+// after lets all read what it has seen.
+__device__ inline bool IsLastToArrive(int* counter, int blocks, int* shared) {
+  SyncThreads();
+  if (threadIdx.x == 0) {
+    Fence();
+    *shared = AtomicAdd(counter, 1);
+    if (*shared == blocks - 1) *counter = 0;
+    Fence();
+  }
+  SyncThreads();
+  return *shared == blocks - 1;
+}
+
 }  // namespace healthgpt::cuda
