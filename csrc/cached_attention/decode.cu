@@ -298,7 +298,7 @@ __global__ void __launch_bounds__(kThreads, kRows == 1   ? 4
   }
 
   const int chunks = head.end_chunk - head.first_chunk;
-  if (!IsLastToArrive(counters + head.index, chunks < blocks ? chunks : blocks, &memory.arrived)) return;
+  if (!IsLastBlock(counters + head.index, Least(chunks, blocks), &memory.arrived, threadIdx.x == 0)) return;
   for (int begin = 0; begin < head.rows; begin += kRows) {
     Gather(head, parts, piece.chunks, begin, memory);
     SyncThreads();

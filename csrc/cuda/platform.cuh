@@ -137,26 +137,4 @@ __device__ inline bool IsLastBlock(int* counter, int blocks, int* shared, bool f
 __device__ inline int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
 __device__ inline int64_t Max(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// An addition after which whoever adds next sees what was written before.
-__device__ inline int AtomicAddOrdered(int* at, int value) {
-#ifdef __CUDACC__
-  int before;
-  asm volatile("atom.acq_rel.gpu.add.s32 %0, [%1], %2;" : "=r"(before) : "l"(at), "r"(value) : "memory");
-  return before;
-#else
-  return AtomicAdd(at, value);
-#endif
-}
-
-// As IsLastBlock, but one thread's order serves all: the barriers hand it what they wrote, and them what it has seen.
-__device__ inline bool IsLastToArrive(int* counter, int blocks, int* shared) {
-  SyncThreads();
-  if (threadIdx.x == 0) {
-    *shared = AtomicAddOrdered(counter, 1);
-    if (*shared == blocks - 1) *counter = 0;
-  }
-  SyncThreads();
-  return *shared == blocks - 1;
-}
-
 }  // namespace healthgpt::cuda
