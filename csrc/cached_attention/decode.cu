@@ -39,7 +39,7 @@ struct Parts {
   float* softmaxes;  // (B, K, chunks, rows, 2)
 };
 
-// Each of the sums, over the lanes that differ in `lanes` and lower bits: lane l gets sum l % kCount of them.
+// Adds each of the sums over a team: lane l gets number l % kCount of them.
 template <int kCount>
 __device__ inline float SumOverTeam(float (&sums)[kCount]) {
   const int lane = static_cast<int>(threadIdx.x);
@@ -178,7 +178,7 @@ __device__ inline void Gather(const Head& head, const Parts& parts, int chunks, 
                               Memory<Stored, kRows>& memory) {
   constexpr int kSteps = (kPartsAtOnce + kRows - 2) / kRows;
   const int at = FirstNumber(), lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  const int64_t first = head.index * chunks * head.rows + begin;
+  const int64_t first = static_cast<int64_t>(head.index) * chunks * head.rows + begin;
   float largest[kRows], sums[kRows] = {}, values[kRows][kVector] = {};
 #pragma unroll
   for (int row = 0; row < kRows; ++row) largest[row] = kNone;
@@ -233,10 +233,11 @@ __device__ inline void Gather(const Head& head, const Parts& parts, int chunks, 
   }
 }
 
+// Of a multiprocessor: as many as the registers of all architectures allow without spilling any.
+constexpr int LeastBlocks(int rows) { return rows == 1 ? 4 : rows == 4 ? 3 : 2; }
+
 template <Storage storage, int kRows>
-__global__ void __launch_bounds__(kThreads, kRows == 1   ? 4
-                                            : kRows == 4 ? 3
-                                                         : 2)
+__global__ void __launch_bounds__(kThreads, LeastBlocks(kRows))
     CachedAttentionKernel(CachedAttentionArguments given, Piece piece, int* counters, Parts parts) {
   using Stored = typename StoredAs<storage>::Type;
   auto& memory = Shared<Memory<Stored, kRows>>();
@@ -245,8 +246,8 @@ __global__ void __launch_bounds__(kThreads, kRows == 1   ? 4
   const Head head = HeadOf<kRows>(given, piece);
   const int first = head.first_chunk + static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
   if (first >= head.end_chunk) return;
-  Stored* const keys = static_cast<Stored*>(given.keys) + head.index * head.capacity * head.size;
-  Stored* const values = static_cast<Stored*>(given.values) + head.index * head.capacity * head.size;
+  Stored* const keys = static_cast<Stored*>(given.keys) + head.first_row * head.size;
+  Stored* const values = static_cast<Stored*>(given.values) + head.first_row * head.size;
   const int pair = static_cast<int>(threadIdx.x) % kPairs, number = static_cast<int>(threadIdx.x) % kSize;
 
   for (int c = first; c < head.end_chunk; c += blocks) {
@@ -257,21 +258,21 @@ __global__ void __launch_bounds__(kThreads, kRows == 1   ? 4
     if constexpr (storage == Storage::kInt8) {
       chunk.key_scale = chunk.value_scale = 0.0f;
       if (const int position = OwnPosition(start); position < head.past) {
-        chunk.key_scale = given.key_scales[head.index * head.capacity + position];
-        chunk.value_scale = given.value_scales[head.index * head.capacity + position];
+        chunk.key_scale = given.key_scales[head.first_row + position];
+        chunk.value_scale = given.value_scales[head.first_row + position];
       }
     }
     for (int begin = 0; begin < head.rows; begin += kRows) {
       // Fetched before the new tokens are stored, for which no load waits.
       constexpr int kLoads = (kRows * kPairs + kThreads - 1) / kThreads;
-      Turned turned[kLoads] = {};
+      Pair loaded[kLoads] = {};
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
         const int row = begin + i * (kThreads / kPairs) + static_cast<int>(threadIdx.x) / kPairs;
         if (pair >= head.half || row >= head.rows || row >= begin + kRows) continue;
         const int64_t token = head.first_token + row / head.group, query = head.first_query + row % head.group;
         if (pair == 0) memory.positions[row - begin] = head.past + row / head.group;
-        turned[i] = Rotate(given, given.query + token * given.query_stride + query * head.size, token, pair);
+        loaded[i] = LoadPair(given, head, given.query + token * given.query_stride + query * head.size, token, pair);
       }
       if (begin == 0) Append(given, head, keys, values, tokens, memory.fresh);
 #pragma unroll
@@ -279,8 +280,8 @@ __global__ void __launch_bounds__(kThreads, kRows == 1   ? 4
         const int row = i * (kThreads / kPairs) + static_cast<int>(threadIdx.x) / kPairs;
         if (row >= kRows) continue;
         const bool is_inside = pair < head.half;  // zeros behind the head
-        memory.query[row][is_inside ? pair : 2 * pair] = turned[i].first * piece.scale;
-        memory.query[row][is_inside ? head.half + pair : 2 * pair + 1] = turned[i].second * piece.scale;
+        memory.query[row][is_inside ? pair : 2 * pair] = loaded[i].turned_first() * piece.scale;
+        memory.query[row][is_inside ? head.half + pair : 2 * pair + 1] = loaded[i].turned_second() * piece.scale;
       }
       SyncThreads();
       if (begin == 0) TakeNew(tokens, start, memory.fresh, chunk);
@@ -289,7 +290,7 @@ __global__ void __launch_bounds__(kThreads, kRows == 1   ? 4
       // The next queries may come meanwhile: these were read before the barrier.
       for (int row = static_cast<int>(threadIdx.x) / kSize; row < kRows && begin + row < head.rows;
            row += kThreads / kSize) {
-        const int64_t part = (head.index * piece.chunks + c) * head.rows + begin + row;
+        const int64_t part = (static_cast<int64_t>(head.index) * piece.chunks + c) * head.rows + begin + row;
         const Found found = Join(memory, row, number);
         if (number < head.stride) parts.values[part * head.stride + number] = found.value;
         if (number < 2) parts.softmaxes[2 * part + number] = number == 0 ? found.largest : found.sum;

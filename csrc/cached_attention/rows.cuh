@@ -69,7 +69,8 @@ struct Head {
   int size, half, stride;           // stride is the size in whole vectors
   int capacity, window, past, end;  // positions; the new tokens are at [past, end)
   int group, rows, first_chunk, end_chunk;
-  int64_t index;  // among those of all sequences
+  int index;          // among those of all sequences
+  int64_t first_row;  // of a position, in the caches
   int64_t first_token, first_query, first_column;
 };
 
@@ -92,7 +93,8 @@ __device__ inline Head HeadOf(const CachedAttentionArguments& given, const Piece
   const int first = head.window > 0 && head.past > head.window ? head.past - head.window : 0;
   head.first_chunk = first / kChunk;
   head.end_chunk = (Least(head.end, head.capacity) + kChunk - 1) / kChunk;
-  head.index = static_cast<int64_t>(blockIdx.z) * given.kv_heads + blockIdx.y;
+  head.index = static_cast<int>(blockIdx.z) * static_cast<int>(given.kv_heads) + static_cast<int>(blockIdx.y);
+  head.first_row = static_cast<int64_t>(head.index) * head.capacity;
   head.first_token = blockIdx.z * given.tokens + piece.first;
   head.first_query = static_cast<int64_t>(blockIdx.y) * head.group;
   head.first_column = static_cast<int64_t>(blockIdx.y) * head.size;
@@ -106,16 +108,17 @@ __device__ inline int OwnPosition(int start) {
   return start + static_cast<int>(threadIdx.x) % kKeys * kTeams + TeamIndex();
 }
 
-// Rotary positions: the first half of a head is turned against the second.
-struct Turned {
-  float first, second;
+// Rotary positions: the first half of a head is turned against the second. Numbers i of both, as they are fetched.
+struct Pair {
+  float first, second, cosine, sine;
+  // Written out, so that no kernel's compiler rounds the other product.
+  __device__ float turned_first() const { return fmaf(first, cosine, -(second * sine)); }
+  __device__ float turned_second() const { return fmaf(second, cosine, first * sine); }
 };
-__device__ inline Turned Rotate(const CachedAttentionArguments& given, const float* head, int64_t token, int i) {
-  const int half = static_cast<int>(given.head_size) / 2;
-  const float cosine = given.cosine[token * half + i], sine = given.sine[token * half + i];
-  const float first = head[i], second = head[half + i];
-  // Written out, so that no kernel's compiler takes the other product for the exact one.
-  return {fmaf(first, cosine, -(second * sine)), fmaf(second, cosine, first * sine)};
+__device__ inline Pair LoadPair(const CachedAttentionArguments& given, const Head& head, const float* numbers,
+                                int64_t token, int i) {
+  const int64_t angle = token * head.half + i;
+  return {numbers[i], numbers[head.half + i], given.cosine[angle], given.sine[angle]};
 }
 
 // Puts a number before the others; the last one is gone.
@@ -137,6 +140,7 @@ __device__ inline void LoadOld(const Head& head, const Stored* keys, const Store
   using Loaded = Vector<Stored>;
   const int at = FirstNumber(), first = start + TeamIndex(), step = kTeams * head.size;
   const int64_t from = static_cast<int64_t>(first) * head.size + at;
+  const Stored *key = keys + from, *value = values + from;
   const bool is_aligned = head.size % kVector == 0 && reinterpret_cast<uintptr_t>(keys) % sizeof(Loaded) == 0 &&
                           reinterpret_cast<uintptr_t>(values) % sizeof(Loaded) == 0;
   const int end = at < head.size ? head.past : 0;
@@ -144,12 +148,10 @@ __device__ inline void LoadOld(const Head& head, const Stored* keys, const Store
   for (int k = 0; k < kKeys; ++k) chunk.keys[k] = chunk.values[k] = {};
   if (is_aligned) {
 #pragma unroll
-    for (int k = 0; k < kKeys; ++k) {
-      if (first + k * kTeams < end) chunk.keys[k] = *reinterpret_cast<const Loaded*>(keys + from + k * step);
-    }
-#pragma unroll
-    for (int k = 0; k < kKeys; ++k) {
-      if (first + k * kTeams < end) chunk.values[k] = *reinterpret_cast<const Loaded*>(values + from + k * step);
+    for (int k = 0; k < kKeys; ++k, key += step, value += step) {
+      if (first + k * kTeams >= end) continue;
+      chunk.keys[k] = *reinterpret_cast<const Loaded*>(key);
+      chunk.values[k] = *reinterpret_cast<const Loaded*>(value);
     }
     return;
   }
@@ -159,8 +161,8 @@ __device__ inline void LoadOld(const Head& head, const Stored* keys, const Store
 #pragma unroll
     for (int k = 0; k < kKeys; ++k) {
       const bool is_there = is_inside && first + k * kTeams < end;
-      Prepend(chunk.keys[k], is_there ? BitsOf(keys[from + k * step + i]) : 0);
-      Prepend(chunk.values[k], is_there ? BitsOf(values[from + k * step + i]) : 0);
+      Prepend(chunk.keys[k], is_there ? BitsOf(key[k * step + i]) : 0);
+      Prepend(chunk.values[k], is_there ? BitsOf(value[k * step + i]) : 0);
     }
   }
 }
@@ -197,9 +199,9 @@ __device__ inline void Append(const CachedAttentionArguments& given, const Head&
     const int64_t token = head.first_token + position - head.past, to = static_cast<int64_t>(position) * head.size + at;
     const float* const value = given.value + token * given.value_stride + head.first_column;
     const float first = value[at], second = value[half + at];
-    const Turned key = Rotate(given, given.key + token * given.key_stride + head.first_column, token, at);
-    fresh.keys[row][at] = keys[to] = Round(key.first, Number());
-    fresh.keys[row][half + at] = keys[to + half] = Round(key.second, Number());
+    const Pair key = LoadPair(given, head, given.key + token * given.key_stride + head.first_column, token, at);
+    fresh.keys[row][at] = keys[to] = Round(key.turned_first(), Number());
+    fresh.keys[row][half + at] = keys[to + half] = Round(key.turned_second(), Number());
     fresh.values[row][at] = values[to] = Round(first, Number());
     fresh.values[row][half + at] = values[to + half] = Round(second, Number());
   }
@@ -239,12 +241,12 @@ __device__ inline void Append(const CachedAttentionArguments& given, const Head&
   for (int position = tokens.begin + warp / 2; position < tokens.end; position += kWarps / 2) {
     const int row = position - tokens.begin;
     const int64_t token = head.first_token + position - head.past, to = static_cast<int64_t>(position) * head.size;
-    const int64_t scale = head.index * head.capacity + position;
+    const int64_t scale = head.first_row + position;
     if (warp % 2 == 0) {
       const float* const key = given.key + token * given.key_stride + head.first_column;
       const auto turned = [&](int i) {
-        const Turned pair = Rotate(given, key, token, i < half ? i : i - half);
-        return i < half ? pair.first : pair.second;
+        const Pair pair = LoadPair(given, head, key, token, i < half ? i : i - half);
+        return i < half ? pair.turned_first() : pair.turned_second();
       };
       RoundRow(head.size, turned, keys + to, fresh.keys[row], given.key_scales + scale, fresh.key_scales + row);
     } else {

@@ -25,12 +25,12 @@ def hlora_prefill(device: Any) -> list[np.ndarray]:
     return [prefill(device, x, stored, SHARED[3], SHARED[1], bias, **ROUTERS["first"])]
 
 
-def cached_attention(device: Any, cache: str) -> list[np.ndarray]:
+def cached_attention(device: Any, cache: str, tokens: int = 8, heads: int = 4) -> list[np.ndarray]:
     from test_attention import operands, run
 
-    given = operands(1, 8, 4, 2, 36, 230, [200], cache)
+    given = operands(1, tokens, heads, 2, 36, 230, [200], cache)
     output, *caches = run(device, *given, 0, cache)
-    return [output, *(one[:, :, :208] for one in caches)]
+    return [output, *(one[:, :, : 200 + tokens] for one in caches)]
 
 
 def token_selection(device: Any, temperature: float) -> list[np.ndarray]:
@@ -83,6 +83,7 @@ OPERATIONS = {
     "hlora_prefill": hlora_prefill,
     "attention": lambda device: cached_attention(device, "float16"),
     "attention, int8": lambda device: cached_attention(device, "int8"),
+    "attention of one row": lambda device: cached_attention(device, "float16", tokens=1, heads=2),
     "greedy": lambda device: token_selection(device, 0.0),
     "sampling": lambda device: token_selection(device, 0.8),
     "gather_rows": gather_rows,

@@ -18,6 +18,8 @@ CASES = [
     (1, 1, 2, 1, 6, 300, [250], 64),
     (1, 7, 2, 2, 32, 200, [150], 33),
     (2, 75, 2, 1, 16, 160, [3, 60], 40),
+    (1, 1, 5, 1, 24, 200, [130], 0),
+    (2, 1, 64, 64, 2, 400, [390, 350], 0),  # more chunks than blocks to a head
 ]
 
 
@@ -114,10 +116,11 @@ def test_equals_the_formula(device, case, cache):
 
 
 @pytest.mark.parametrize("cache", ["float16", "int8"])
-@pytest.mark.parametrize("window", [0, 50])
-def test_a_position_depends_neither_on_the_call_nor_on_the_capacity(device, window, cache):
+# Rows at a time: 1, 4 or 5, and others in a call of more tokens.
+@pytest.mark.parametrize(("heads", "window"), [(2, 50), (4, 0), (4, 50), (10, 0)])
+def test_a_position_depends_neither_on_the_call_nor_on_the_capacity(device, heads, window, cache):
     tokens, past = 40, 100
-    packed, cosine, sine, _, *caches = operands(1, tokens, 4, 2, 48, 140, [past], cache)
+    packed, cosine, sine, _, *caches = operands(1, tokens, heads, 2, 48, 140, [past], cache)
 
     def one_by_one(pieces, capacity):
         grown = [np.concatenate([one, one], axis=2)[:, :, :capacity].copy() for one in caches]
