@@ -22,7 +22,7 @@ import traceback
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch  # before onnxruntime: it brings the CUDA libraries and cuDNN along  # noqa: F401
+import torch  # before onnxruntime: it brings the CUDA libraries and cuDNN along
 
 from benchmarks import full_size
 from benchmarks.systems import SYSTEMS
@@ -67,6 +67,7 @@ class Case(NamedTuple):
 
 CASES = [
     Case("phantom", "fp16", None, 20),
+    Case("phantom", "fp32", None, 20),
     Case("phantom", "int4", "int8", 20),
     Case("m3", "int4", None, 60),
 ]
@@ -113,6 +114,8 @@ def main() -> None:
     results: dict[str, Any] = {"commit": os.environ.get("COMMIT"), "not_reached": [], "failed": {}}
     if arguments.rehearse:
         results["rehearsal"] = "the host's fibers: the times mean nothing"
+    else:
+        results["gpu"], results["cuda"] = torch.cuda.get_device_name(), torch.version.cuda
     for case in cases:
         if time.monotonic() + case.seconds > end:
             results["not_reached"].append(case.name)

@@ -38,6 +38,12 @@ __device__ inline uint32_t MultiplyAddHalves(uint32_t a, uint32_t b, uint32_t c)
   asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
   return result;
 }
+// (a & b) ^ c, of which the compiler would make two steps where b and c are constants.
+__device__ inline uint32_t AndXor(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0x6A;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+  return result;
+}
 // Four bytes of the eight in a (0 to 3) and b (4 to 7), by the digits of `selector`, the lowest first.
 __device__ inline uint32_t Permute(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
 
@@ -98,6 +104,7 @@ inline uint32_t SubtractHalves(uint32_t a, uint32_t b) {
 inline uint32_t MultiplyAddHalves(uint32_t a, uint32_t b, uint32_t c) {
   return EachHalf([=](int shift) { return HalfAt(a, shift) * HalfAt(b, shift) + HalfAt(c, shift); });
 }
+inline uint32_t AndXor(uint32_t a, uint32_t b, uint32_t c) { return (a & b) ^ c; }
 inline uint32_t Permute(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
   uint32_t result = 0;

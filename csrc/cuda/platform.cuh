@@ -27,14 +27,23 @@ __device__ inline Type& Shared() {
 }
 
 __device__ inline void SyncThreads() { __syncthreads(); }
-__device__ inline void Fence() { __threadfence(); }
 
 template <class Type>
 __device__ inline Type ShuffleXor(Type value, int mask) {
   return __shfl_xor_sync(0xFFFFFFFFu, value, mask);
 }
 
-__device__ inline int AtomicAdd(int* at, int value) { return atomicAdd(at, value); }
+template <class Type>
+__device__ inline Type Shuffle(Type value, int lane) {
+  return __shfl_sync(0xFFFFFFFFu, value, lane);
+}
+
+// One more, and how many there were. Who comes later sees what was written before, on the whole GPU.
+__device__ inline int Arrive(int* counter) {
+  int before;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
+}
 __device__ inline void AtomicAdd(uint64_t* at, uint64_t value) {
   atomicAdd(reinterpret_cast<unsigned long long*>(at), static_cast<unsigned long long>(value));
 }
@@ -77,7 +86,6 @@ Type& Shared() {
 inline void SyncThreads(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   host::SyncThreads(file, line);
 }
-inline void Fence() {}
 
 template <class Type>
 Type ShuffleXor(Type value, int mask) {
@@ -85,11 +93,12 @@ Type ShuffleXor(Type value, int mask) {
   return host::Exchange(value)[lane ^ mask];
 }
 
-inline int AtomicAdd(int* at, int value) {
-  const int before = *at;
-  *at += value;
-  return before;
+template <class Type>
+Type Shuffle(Type value, int lane) {
+  return host::Exchange(value)[lane];
 }
+
+inline int Arrive(int* counter) { return (*counter)++; }
 inline void AtomicAdd(uint64_t* at, uint64_t value) { *at += value; }
 inline void AtomicMax(uint32_t* at, uint32_t value) { *at = *at > value ? *at : value; }
 inline void WaitForPrevious() {}
@@ -122,16 +131,13 @@ __device__ inline float WarpMax(float value) {
 // Whether this block is the last of `blocks` to come here: then it sees what the others wrote before. The counter is
 // back at zero after that. All threads of the block call it; `shared` is one number of theirs.
 __device__ inline bool IsLastBlock(int* counter, int blocks, int* shared, bool first_thread) {
-  Fence();
   SyncThreads();
-  if (first_thread) {
-    *shared = AtomicAdd(counter, 1);
+  if (first_thread) {  // for all of them: the barriers order what the others wrote before, and what they read after
+    *shared = Arrive(counter);
     if (*shared == blocks - 1) *counter = 0;
   }
   SyncThreads();
-  const bool is_last = *shared == blocks - 1;
-  if (is_last) Fence();
-  return is_last;
+  return *shared == blocks - 1;
 }
 
 __device__ inline int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }

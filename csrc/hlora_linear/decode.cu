@@ -1,35 +1,50 @@
 // The H-LoRA linear of a decode step, in two launches of one kernel: z = x [A;R], then y = [W|B] [x; gate * z].
 //
-// B's rows continue W's: the channels of [W|B] are one range, cut into splits by the shape alone, and each split of
-// each tile of outputs is a block's. Its warps take parts of it; their sums are added in order, and the last block of a
-// tile adds the splits in order. So a row's bits depend on no other row and on no schedule. On Hopper the second launch
-// starts while the first runs: it needs z only when it comes to B.
+// B's rows continue W's. The channels of both are cut by the shape alone, first among blocks, then among their warps,
+// and each multiplies its share of W, then that of B. The warps' sums are added in order, and the last block of a tile
+// of outputs adds those of the blocks in order. So a row's bits depend on no other row and on no schedule. On Hopper
+// the second launch starts while the first runs: it needs z only when it comes to B.
+//
+// x is multiplied as the sum of two numbers of 16 bits, which stand in two of the tensor cores' eight columns: four
+// rows to a product. What bounds a step are the bytes of the weights on their way, so each lane fetches its next words
+// as soon as it has used the last, and latency: what can be asked for together is.
+#include <algorithm>
+
 #include "cuda/launch.cuh"
 #include "hlora_linear/cuda.h"
+#include "hlora_linear/inputs.cuh"
 #include "hlora_linear/weights.cuh"
 
 namespace healthgpt::cuda {
 namespace {
 
-constexpr int kWarps = 4;                 // of a block, along the channels
-constexpr int kRowsPerTile = 8;           // of x: the tensor cores' smaller side
-constexpr int kMostRowTiles = 2;          // of a block: more would leave its threads too few registers
-constexpr int kUnit = 2 * kStepChannels;  // channels that a warp takes at a time
-constexpr int64_t kTargetBlocks = 528;    // at most, four for each of Hopper's 132 multiprocessors
-constexpr int64_t kMostTiles = 8192;      // those of all rows
+constexpr bool IsInteger(Storage storage) { return storage == Storage::kInt8 || storage == Storage::kInt4; }
 
-// How the channels of [W|B] are cut.
+constexpr int kWarps = 8;        // of a block, along the channels
+constexpr int kRowsPerTile = 4;  // of x
+// Of a block: more would leave its threads too few registers.
+constexpr int MostRowTiles(Storage storage) { return IsInteger(storage) ? 2 : 4; }
+constexpr int kSteps = 2;                      // of a unit
+constexpr int kUnit = kSteps * kStepChannels;  // channels that a warp takes at a time
+constexpr int64_t kTargetBlocks = 264;         // two for each of Hopper's 132 multiprocessors
+constexpr int kMostSplits = 16;                // whose sums a thread adds at once
+constexpr int64_t kMostTiles = 65535;          // CUDA's, of a grid's second side
+constexpr int64_t kMostCounters = 1024;        // of a launch; where there are more tiles, they are not split
+
+__device__ inline int Least(int a, int b) { return a < b ? a : b; }
+
+// How the channels of W, and those of B, are cut: every part gets its share of both.
 struct Cut {
-  int64_t weight_units, units, splits;
-  __device__ int64_t begin(int64_t part) const { return units * part / (splits * kWarps); }
+  int weight_units, adapter_units, splits;
+  __device__ static int Begin(int units, int part, int parts) {
+    return static_cast<int>(static_cast<int64_t>(units) * part / parts);
+  }
+  int64_t partials() const { return splits > 1 ? splits : 0; }
 };
 
 struct Product {
-  int64_t rows;
-  const float* x;  // (rows, x_stride)
-  int64_t x_stride;
-  bool pair_input;
-  bool x_is_aligned;
+  int rows;
+  PlainInput input;
   Weights weight, adapter_out;  // adapter_out has no channels in the first launch
   Cut cut;
   bool is_first;  // the launch that makes z: what it multiplies is not normalised yet
@@ -37,7 +52,7 @@ struct Product {
   float epsilon;
   float* inverse_norm;  // (rows)
   const float* low;     // z (rows, rank + experts), read in the second launch
-  int64_t rank, experts;
+  int rank, experts;
   const int32_t* expert_of;
   const float* route_bias;
   const float* bias;
@@ -45,288 +60,321 @@ struct Product {
   float* y;         // (rows, outputs); z in the first launch
   float* partials;  // (splits, rows, outputs)
   float* squares;   // (tiles, splits, rows)
-  int* counters;    // (tiles)
+  int* counters;    // (row groups, tiles)
 };
 
-template <int kSums>
+// Rows are as long as they are so that eight lanes that store 16 bytes each meet no bank twice.
+template <int kRows, int kTile>
 struct Memory {
-  float sums[kMostRowTiles][2][kSums][kWarpSize];
-  float squares[kWarps][kMostRowTiles * kRowsPerTile];
-  float inverse_norm[kMostRowTiles * kRowsPerTile];
+  static constexpr int kStride = kTile + 4;
+  alignas(16) float sums[kWarps][kRows][kStride];
+  float squares[kWarps][kRows];
+  Gates<kRows> gates;
   int arrived;
 };
 
-// --- what is multiplied -----------------------------------------------------------------------------------------
+// --- a warp's part ----------------------------------------------------------------------------------------------
 
-__device__ inline float SiluGate(float gate, float up) { return gate / (1.0f + expf(-gate)) * up; }
-
-// Four channels of a row of x. (The second launch of two has not waited for whoever wrote x: the first has.)
-__device__ inline void LoadInput(const Product& product, int64_t row, int64_t channel, float (&values)[4]) {
-  const float* at = product.x + row * product.x_stride + channel;
-  const int64_t channels = product.weight.channels, left = channels - channel;
-  float up[4] = {};
-  if (product.x_is_aligned && left >= 4) {
-    const float4 word = LoadFresh(reinterpret_cast<const float4*>(at));
-    values[0] = word.x, values[1] = word.y, values[2] = word.z, values[3] = word.w;
-    if (product.pair_input) {
-      const float4 other = LoadFresh(reinterpret_cast<const float4*>(at + channels));
-      up[0] = other.x, up[1] = other.y, up[2] = other.z, up[3] = other.w;
-    }
-  } else {
-    for (int i = 0; i < 4; ++i) {
-      values[i] = i < left ? LoadFresh(at + i) : 0.0f;
-      if (product.pair_input) up[i] = i < left ? LoadFresh(at + channels + i) : 0.0f;
-    }
-  }
-  if (!product.pair_input) return;
-  for (int i = 0; i < 4; ++i) values[i] = SiluGate(values[i], up[i]);
-}
-
-// The softmax of a row's routes.
-struct Gate {
-  const float* routes;
-  const float* bias;
-  float scale, largest, inverse_sum;
-
-  __device__ float Route(int64_t expert) const {
-    const float route = LoadFresh(routes + expert) * scale;
-    return bias == nullptr ? route : route + LoadFresh(bias + expert);
-  }
-  __device__ float operator()(int64_t expert) const { return expf(Route(expert) - largest) * inverse_sum; }
-};
-
-__device__ inline Gate RowGate(const Product& product, int64_t row) {
-  const float* const routes = product.low + row * (product.rank + product.experts) + product.rank;
-  Gate gate = {routes, product.route_bias, 1.0f, 0.0f, 1.0f};
-  if (product.inverse_norm != nullptr) gate.scale = LoadFresh(product.inverse_norm + row);
-  float largest = gate.Route(0), sum = 0.0f;
-  for (int64_t i = 1; i < product.experts; ++i) largest = fmaxf(largest, gate.Route(i));
-  gate.largest = largest;
-  for (int64_t i = 0; i < product.experts; ++i) sum += gate(i);
-  gate.inverse_sum = 1.0f / sum;
-  return gate;
-}
-
-// Four channels of a row of gate * z.
-__device__ inline void LoadGated(const Product& product, const Gate& gate, int64_t row, int64_t channel,
-                                 float (&values)[4]) {
-  const float* at = product.low + row * (product.rank + product.experts);
-  for (int i = 0; i < 4; ++i) {
-    const int64_t here = channel + i;
-    values[i] = 0.0f;
-    if (here >= product.rank) continue;
-    const int64_t expert =
-        product.expert_of == nullptr ? here * product.experts / product.rank : product.expert_of[here];
-    values[i] = LoadFresh(at + here) * gate(expert);
-  }
-}
-
-// As the sum of two numbers of 16 bits each.
+// A lane's four values of a unit become its right operands of the unit's two steps. Lanes of row g and of row g + 4
+// bring the values of row g at the first step and at the second one, and multiply what is high of both and what is low.
 template <class Number>
-__device__ inline void Split(const float (&values)[4], Right* high, Right* low) {
+__device__ inline void Halve(const float (&values)[4], Right (&rights)[kSteps]) {
   Number first[4], rest[4];
   for (int i = 0; i < 4; ++i) {
     first[i] = Round(values[i], Number());
     rest[i] = Round(values[i] - ToFloat(first[i]), Number());
   }
-  *high = {Pack(first[0], first[1]), Pack(first[2], first[3])};
-  *low = {Pack(rest[0], rest[1]), Pack(rest[2], rest[3])};
+  const Right high = {Pack(first[0], first[1]), Pack(first[2], first[3])};
+  const Right low = {Pack(rest[0], rest[1]), Pack(rest[2], rest[3])};
+  const bool is_high = threadIdx.x < kWarpSize / 2;
+  const Right given = is_high ? low : high;
+  const Right taken = {ShuffleXor(given.low, kWarpSize / 2), ShuffleXor(given.high, kWarpSize / 2)};
+  rights[0] = is_high ? high : taken;
+  rights[1] = is_high ? taken : low;
 }
 
-// --- a warp's part ----------------------------------------------------------------------------------------------
+template <class Format, int kRowTiles>
+struct TileSums {
+  static constexpr int kProducts = Format::kLaneOutputs / 2;
+  Sums sums[kRowTiles][kProducts];
 
-// One unit of channels, from `channel` on. load(channel, values) gives four of this lane's row.
-template <class Format, class Load>
-__device__ inline void AddUnit(const Weights& weights, int64_t channel, int64_t output, const Load& load,
-                               Sums (&sums)[Format::kLaneOutputs / 2]) {
-  constexpr int kSteps = kUnit / kStepChannels;
-  constexpr int kWords = sizeof(typename Format::Word) / 4;
-  const int t = static_cast<int>(threadIdx.x) % 4;
-  uint32_t words[kSteps][4][kWords];
-  // All loads of the unit are on their way before the first is used.
-#pragma unroll
-  for (int step = 0; step < kSteps; ++step) {
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      LoadChannel<Format>(weights, channel + step * kStepChannels + 4 * t + c, output, words[step][c]);
+  __device__ void Clear() {
+    for (auto& of_tile : sums) {
+      for (Sums& one : of_tile) one = {};
     }
   }
+
+  // One step of channels for all rows.
+  __device__ void Add(const Step<Format>& step, const Right (&rights)[kRowTiles][kSteps], int at) {
 #pragma unroll
-  for (int step = 0; step < kSteps; ++step) {
-    float values[4];
-    load(channel + step * kStepChannels + 4 * t, values);
-    Right high, low;
-    Split<typename Format::Number>(values, &high, &low);
-#pragma unroll
-    for (int j = 0; j < Format::kLaneOutputs / 2; j += Format::kUnpacked) {
+    for (int j = 0; j < kProducts; j += Format::kUnpacked) {
       Left left[Format::kUnpacked];
-      Format::Unpack(words[step], j / Format::kUnpacked, left);
+      Format::Unpack(step.words, j / Format::kUnpacked, left);
 #pragma unroll
       for (int i = 0; i < Format::kUnpacked; ++i) {
-        MultiplyAdd(sums[j + i], left[i], high, typename Format::Number());
-        MultiplyAdd(sums[j + i], left[i], low, typename Format::Number());
+#pragma unroll
+        for (int tile = 0; tile < kRowTiles; ++tile) {
+          MultiplyAdd(sums[tile][j + i], left[i], rights[tile][at], typename Format::Number());
+        }
       }
     }
   }
-}
 
-// Units [begin, end) of one matrix added to the totals, the integers' scales applied once per block of them.
-template <class Format, class Load>
-__device__ inline void AddUnits(const Weights& weights, int64_t begin, int64_t end, int64_t output, const Load& load,
-                                Sums (&totals)[Format::kLaneOutputs / 2]) {
-  if constexpr (!Format::kIsInteger) {
-    for (int64_t unit = begin; unit < end; ++unit) AddUnit<Format>(weights, unit * kUnit, output, load, totals);
-  } else {
-    const int64_t units_per_block = weights.block_size / kUnit;
-    for (int64_t unit = begin; unit < end;) {
-      Sums sums[Format::kLaneOutputs / 2] = {};
-      const int64_t block = unit / units_per_block, block_end = Min(end, (block + 1) * units_per_block);
-      for (; unit < block_end; ++unit) AddUnit<Format>(weights, unit * kUnit, output, load, sums);
-      const float* scales = weights.scales + block * weights.outputs + output;
+  // Adds the sums, times the outputs' scales, to the lane's own place in shared memory. Its columns hold rows 2 t and
+  // 2 t + 1, or what is low of rows 2 t - 4 and 2 t - 3: it gives one of them away and completes the other.
+  template <int kRows, int kStride>
+  __device__ void Deposit(float (&to)[kRows][kStride], const float4& scales) const {
+    const int g = static_cast<int>(threadIdx.x) / 4, t = static_cast<int>(threadIdx.x) % 4;
+    const auto complete = [&](float even, float odd) {
+      const float kept = t < 2 ? even : odd, given = t < 2 ? odd : even;
+      return kept + ShuffleXor(given, 2);
+    };
 #pragma unroll
-      for (int j = 0; j < Format::kLaneOutputs / 2; ++j) {
-        const float even = output + 2 * j < weights.outputs ? LoadOnce<float>(scales + 2 * j) : 0.0f;
-        const float odd = output + 2 * j + 1 < weights.outputs ? LoadOnce<float>(scales + 2 * j + 1) : 0.0f;
-        totals[j].values[0] += even * sums[j].values[0];
-        totals[j].values[1] += even * sums[j].values[1];
-        totals[j].values[2] += odd * sums[j].values[2];
-        totals[j].values[3] += odd * sums[j].values[3];
+    for (int j = 0; j < kProducts; j += 2) {
+      float4 scale = {1.0f, 1.0f, 1.0f, 1.0f};
+      if constexpr (Format::kIsInteger) {
+        const int lane = 4 * g + j / 2;
+        scale = {Shuffle(scales.x, lane), Shuffle(scales.y, lane), Shuffle(scales.z, lane), Shuffle(scales.w, lane)};
+      }
+#pragma unroll
+      for (int tile = 0; tile < kRowTiles; ++tile) {
+        const float (&a)[4] = sums[tile][j].values, (&b)[4] = sums[tile][j + 1].values;
+        float* const place = to[tile * kRowsPerTile + OwnRow()] + g * Format::kLaneOutputs + 2 * j;
+        float4 total = *reinterpret_cast<float4*>(place);
+        total.x += complete(a[0], a[1]) * scale.x;
+        total.y += complete(a[2], a[3]) * scale.y;
+        total.z += complete(b[0], b[1]) * scale.z;
+        total.w += complete(b[2], b[3]) * scale.w;
+        *reinterpret_cast<float4*>(place) = total;
       }
     }
+  }
+
+  template <int kRows, int kStride>
+  __device__ static void ClearPlaces(float (&to)[kRows][kStride]) {
+    const int g = static_cast<int>(threadIdx.x) / 4;
+    for (int tile = 0; tile < kRowTiles; ++tile) {
+      float* const place = to[tile * kRowsPerTile + OwnRow()] + g * Format::kLaneOutputs;
+      for (int i = 0; i < Format::kLaneOutputs; i += 4) *reinterpret_cast<float4*>(place + i) = {};
+    }
+  }
+
+  // Which of a tile's rows a lane completes.
+  __device__ static int OwnRow() {
+    const int t = static_cast<int>(threadIdx.x) % 4;
+    return 2 * (t % 2) + t / 2;
+  }
+};
+
+// The scales of four of the warp's outputs, from 4 times the lane's number on: Deposit gives them to who needs them.
+template <class Format>
+__device__ inline float4 LoadScales(const Weights& weights, int block, int output) {
+  const int t = static_cast<int>(threadIdx.x) % 4;
+  const int from = output + 4 * t, left = weights.outputs - from;
+  const float* const at = weights.scales + static_cast<int64_t>(block) * weights.outputs + from;
+  if (weights.scales_are_aligned && left >= 4) return LoadOnce<float4>(at);
+  float4 scales = {0.0f, 0.0f, 0.0f, 0.0f};
+  if (left > 0) scales.x = LoadOnce<float>(at);
+  if (left > 1) scales.y = LoadOnce<float>(at + 1);
+  if (left > 2) scales.z = LoadOnce<float>(at + 2);
+  if (left > 3) scales.w = LoadOnce<float>(at + 3);
+  return scales;
+}
+
+// Units [begin, end) of one matrix times the input, added to the warp's sums in shared memory; and the squares of what
+// was multiplied, of this lane's rows.
+template <class Format, int kRowTiles, class Input, int kRows, int kStride>
+__device__ inline void AddUnits(const Weights& weights, const Input& input, int begin, int end, int first_row,
+                                int output, float (&to)[kRows][kStride], float (&squares)[kRowTiles]) {
+  const int g = static_cast<int>(threadIdx.x) / 4, t = static_cast<int>(threadIdx.x) % 4;
+  const int row = first_row + g % kRowsPerTile;
+  const auto channel = [&](int unit) { return unit * kUnit + g / kRowsPerTile * kStepChannels + 4 * t; };
+  Step<Format> steps[kSteps];
+  Loaded loaded[kRowTiles];
+  float4 scales = {};
+  const auto load_step = [&](int unit, int step) {
+    steps[step].Load(weights, unit * kUnit + step * kStepChannels, output);
+  };
+  const auto load_input = [&](int unit) {
+#pragma unroll
+    for (int tile = 0; tile < kRowTiles; ++tile) {
+      loaded[tile] = input.Load(row + tile * kRowsPerTile, channel(unit));
+    }
+  };
+  const int units_per_block = Format::kIsInteger ? weights.block_size / kUnit : 1;
+  if (begin < end) {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) load_step(begin, step);
+    if constexpr (Format::kIsInteger) scales = LoadScales<Format>(weights, begin / units_per_block, output);
+  }
+  input.Wait();
+  if (begin < end) load_input(begin);
+  input.Prepare();
+
+  TileSums<Format, kRowTiles> sums;
+  sums.Clear();
+  for (int unit = begin; unit < end; ++unit) {
+    Right rights[kRowTiles][kSteps];
+#pragma unroll
+    for (int tile = 0; tile < kRowTiles; ++tile) {
+      float values[4];
+      input.Values(loaded[tile], row + tile * kRowsPerTile, channel(unit), values);
+      for (const float value : values) squares[tile] += value * value;
+      Halve<typename Format::Number>(values, rights[tile]);
+    }
+    if (unit + 1 < end) load_input(unit + 1);
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      sums.Add(steps[step], rights, step);
+      if (unit + 1 < end) load_step(unit + 1, step);
+    }
+    const bool ends = unit + 1 == end || (Format::kIsInteger && (unit + 1) % units_per_block == 0);
+    if (!ends) continue;
+    sums.Deposit(to, scales);
+    if (unit + 1 == end) break;
+    sums.Clear();
+    if constexpr (Format::kIsInteger) scales = LoadScales<Format>(weights, (unit + 1) / units_per_block, output);
   }
 }
 
 // --- a block's part ---------------------------------------------------------------------------------------------
 
-// The warps' sums into those of the first.
-template <int kProducts, class Memory>
-__device__ inline void AddWarps(Memory& memory, Sums (&sums)[kProducts]) {
-  const auto exchange = [&](unsigned from, unsigned count) {
-    auto& slots = memory.sums[threadIdx.z];
-    if (threadIdx.y >= from && threadIdx.y < from + count) {
-      for (int i = 0; i < 4 * kProducts; ++i) {
-        slots[threadIdx.y - from][i][threadIdx.x] = sums[i / 4].values[i % 4];
-      }
-    }
-    SyncThreads();
-    if (threadIdx.y < count) {
-      for (int i = 0; i < 4 * kProducts; ++i) sums[i / 4].values[i % 4] += slots[threadIdx.y][i][threadIdx.x];
-    }
-  };
-  static_assert(kWarps == 4);
-  exchange(2, 2);
-  SyncThreads();
-  exchange(1, 1);
+__device__ inline float InverseNorm(const Product& product, float squares) {
+  return 1.0f / sqrtf(squares / static_cast<float>(product.weight.channels) + product.epsilon);
 }
 
-template <Storage storage>
-__global__ void __launch_bounds__(kWarpSize * kWarps * kMostRowTiles, 1) HLoraLinearKernel(Product product) {
+// Numbers that lie `stride` apart, all on their way before the first is added, in order.
+__device__ inline float SumOfSplits(const float* at, int64_t stride, int splits) {
+  float values[kMostSplits], sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kMostSplits; ++i) values[i] = i < splits ? LoadFresh(at + i * stride) : 0.0f;
+#pragma unroll
+  for (int i = 0; i < kMostSplits; ++i) sum += values[i];
+  return sum;
+}
+
+template <Storage storage, int kRowTiles>
+__global__ void __launch_bounds__(kWarpSize* kWarps, kRowTiles == 1 ? 2 : 1) HLoraLinearKernel(Product product) {
   using Format = Format<storage>;
-  constexpr int kProducts = Format::kLaneOutputs / 2, kTile = 8 * Format::kLaneOutputs;
-  auto& memory = Shared<Memory<4 * kProducts>>();
-  const int g = static_cast<int>(threadIdx.x) / 4, t = static_cast<int>(threadIdx.x) % 4;
-  const int64_t tile = blockIdx.x, split = blockIdx.y, rows = product.rows, outputs = product.weight.outputs;
-  const int64_t first_row = blockIdx.z * kMostRowTiles * kRowsPerTile;  // of the block
-  const int64_t warp_row = first_row + threadIdx.z * kRowsPerTile, row = warp_row + g;
-  const int64_t output = tile * kTile + g * Format::kLaneOutputs;
-  const int64_t part = split * kWarps + threadIdx.y, weight_units = product.cut.weight_units;
-  const int64_t begin = product.cut.begin(part), end = product.cut.begin(part + 1);
+  constexpr int kTile = 8 * Format::kLaneOutputs, kRows = kRowTiles * kRowsPerTile;
+  auto& memory = Shared<Memory<kRows, kTile>>();
+  const int lane = static_cast<int>(threadIdx.x), warp = static_cast<int>(threadIdx.y), g = lane / 4, t = lane % 4;
+  const int group = static_cast<int>(blockIdx.x), tile = static_cast<int>(blockIdx.y);
+  const int split = static_cast<int>(blockIdx.z), splits = product.cut.splits;
+  const int rows = product.rows, outputs = product.weight.outputs;
+  const int first_row = group * kRows, output = tile * kTile + g * Format::kLaneOutputs;
+  const int part = split * kWarps + warp, parts = splits * kWarps;
   const bool is_second = product.adapter_out.channels > 0;
-  if (!is_second) {  // the second launch starts when the first has passed here: then x is there
-    WaitForPrevious();
-    AllowNext();
-  }
+  // The launch after this one may begin: until this one has ended, which waits for the first of the two, it does no
+  // more than to fetch weights.
+  if (is_second) AllowNext();
 
-  Sums sums[kProducts] = {};
-  float squares = 0.0f;
-  const auto load_input = [&](int64_t channel, float (&values)[4]) {
-    for (float& value : values) value = 0.0f;
-    if (row < rows && channel < product.weight.channels) LoadInput(product, row, channel, values);
-    for (const float value : values) squares += value * value;
+  auto& own = memory.sums[warp];
+  TileSums<Format, kRowTiles>::ClearPlaces(own);
+  const auto add = [&](const Weights& weights, const auto& input, int units, float (&of_rows)[kRowTiles]) {
+    AddUnits<Format>(weights, input, Cut::Begin(units, part, parts), Cut::Begin(units, part + 1, parts), first_row,
+                     output, own, of_rows);
   };
-  AddUnits<Format>(product.weight, Min(begin, weight_units), Min(end, weight_units), output, load_input, sums);
-  if (end > weight_units) {
-    WaitForPrevious();
-    AllowNext();
-    const Gate gate = row < rows ? RowGate(product, row) : Gate();
-    const auto load_gated = [&](int64_t channel, float (&values)[4]) {
-      for (float& value : values) value = 0.0f;
-      if (row < rows) LoadGated(product, gate, row, channel, values);
-    };
-    AddUnits<Format>(product.adapter_out, Max(begin, weight_units) - weight_units, end - weight_units, output,
-                     load_gated, sums);
-  }
-
-  AddWarps(memory, sums);
-  if (threadIdx.y == 0) {
-    for (int i = 0; i < 4 * kProducts; ++i) {
-      const int64_t to_row = warp_row + 2 * t + i % 2, to = output + i / 4 * 2 + i % 4 / 2;
-      if (to_row < rows && to < outputs) {
-        product.partials[(split * rows + to_row) * outputs + to] = sums[i / 4].values[i % 4];
-      }
-    }
-  }
-  float* const split_squares = product.squares + tile * product.cut.splits * rows;
+  float squares[kRowTiles] = {};
+  add(product.weight, product.input, product.cut.weight_units, squares);
   if (product.measure) {
-    squares += ShuffleXor(squares, 1);
-    squares += ShuffleXor(squares, 2);
-    if (t == 0) memory.squares[threadIdx.y][row - first_row] = squares;
-    SyncThreads();
-    if (t == 0 && threadIdx.y == 0 && row < rows) {
-      float sum = 0.0f;
-      for (const auto& of_warp : memory.squares) sum += of_warp[row - first_row];
-      split_squares[split * rows + row] = sum;
+#pragma unroll
+    for (int of_tile = 0; of_tile < kRowTiles; ++of_tile) {
+      float sum = squares[of_tile];
+      for (const int mask : {1, 2, kWarpSize / 2}) sum += ShuffleXor(sum, mask);
+      if (t == 0 && g < kRowsPerTile) memory.squares[warp][of_tile * kRowsPerTile + g] = sum;
     }
   }
-
-  const auto thread = static_cast<int>(threadIdx.x + kWarpSize * (threadIdx.y + kWarps * threadIdx.z));
-  const int threads = kWarpSize * kWarps * static_cast<int>(blockDim.z);
-  const auto splits = static_cast<int>(product.cut.splits);
-  int* const counter = product.counters + blockIdx.z * gridDim.x + tile;
-  if (!IsLastBlock(counter, splits, &memory.arrived, thread == 0)) return;
-  const int64_t block_rows = Min(kMostRowTiles * kRowsPerTile, rows - first_row);
-  if (thread < block_rows) {
-    const int64_t of_row = first_row + thread;
-    float inverse_norm = 1.0f;
-    if (product.measure) {
-      float sum = 0.0f;
-      for (int i = 0; i < splits; ++i) sum += LoadFresh(split_squares + i * rows + of_row);
-      inverse_norm = 1.0f / sqrtf(sum / static_cast<float>(product.weight.channels) + product.epsilon);
-      if (product.is_first && tile == 0) product.inverse_norm[of_row] = inverse_norm;
-    } else if (product.inverse_norm != nullptr) {
-      WaitForPrevious();
-      inverse_norm = LoadFresh(product.inverse_norm + of_row);
-    }
-    memory.inverse_norm[thread] = product.is_first ? 1.0f : inverse_norm;
+  const int adapter_units = product.cut.adapter_units;
+  if (Cut::Begin(adapter_units, split * kWarps, parts) < Cut::Begin(adapter_units, (split + 1) * kWarps, parts)) {
+    GatedInput<kRows> gated;
+    gated.low = product.low;
+    gated.inverse_norm = product.inverse_norm;
+    gated.route_bias = product.route_bias;
+    gated.expert_of = product.expert_of;
+    gated.rows = rows;
+    gated.first_row = first_row;
+    gated.rank = product.rank;
+    gated.experts = product.experts;
+    gated.gates = &memory.gates;
+    float none[kRowTiles] = {};
+    add(product.adapter_out, gated, adapter_units, none);
   }
   SyncThreads();
-  for (int64_t i = thread; i < block_rows * kTile; i += threads) {
-    const int64_t of_row = first_row + i / kTile, from = tile * kTile + i % kTile;
-    if (from >= outputs) continue;
+
+  const int thread = lane + kWarpSize * warp;
+  const int block_rows = Least(kRows, rows - first_row);
+  float* const split_squares = product.squares + static_cast<int64_t>(tile) * splits * rows + first_row;
+  const auto sum_of_warps = [&](int row, int column) {
     float sum = 0.0f;
-    for (int of_split = 0; of_split < splits; ++of_split) {
-      sum += LoadFresh(product.partials + (of_split * rows + of_row) * outputs + from);
+    for (const auto& of_warp : memory.sums) sum += of_warp[row][column];
+    return sum;
+  };
+  const auto squares_of_warps = [&](int row) {
+    float sum = 0.0f;
+    for (const auto& of_warp : memory.squares) sum += of_warp[row];
+    return sum;
+  };
+  const auto finish = [&](int row, int to, float sum, float inverse_norm) {
+    const int64_t at = static_cast<int64_t>(first_row + row) * outputs + to;
+    if (product.is_first) {
+      if (product.measure && to == 0) product.inverse_norm[first_row + row] = inverse_norm;
+    } else {
+      sum *= inverse_norm;
     }
-    sum *= memory.inverse_norm[of_row - first_row];
-    if (product.bias != nullptr) sum += LoadOnce<float>(product.bias + from);
-    if (product.residual != nullptr) sum += product.residual[of_row * outputs + from];
-    product.y[of_row * outputs + from] = sum;
+    if (product.bias != nullptr) sum += LoadOnce<float>(product.bias + to);
+    if (product.residual != nullptr) sum += product.residual[at];
+    product.y[at] = sum;
+  };
+  const bool is_given = !product.measure && product.inverse_norm != nullptr;
+  if (splits == 1) {
+    if (is_given) WaitForPrevious();
+    for (int i = thread; i < block_rows * kTile; i += kWarpSize * kWarps) {
+      const int row = i / kTile;
+      const int to = tile * kTile + i % kTile;
+      if (to >= outputs) continue;
+      float inverse_norm = 1.0f;
+      if (product.measure) inverse_norm = InverseNorm(product, squares_of_warps(row));
+      if (is_given) inverse_norm = LoadFresh(product.inverse_norm + first_row + row);
+      finish(row, to, sum_of_warps(row, i % kTile), inverse_norm);
+    }
+    return;
+  }
+  for (int i = thread; i < block_rows * kTile; i += kWarpSize * kWarps) {
+    const int row = i / kTile, to = tile * kTile + i % kTile;
+    if (to >= outputs) continue;
+    product.partials[static_cast<int64_t>(split * rows + first_row + row) * outputs + to] =
+        sum_of_warps(row, i % kTile);
+  }
+  if (product.measure && thread < block_rows) split_squares[split * rows + thread] = squares_of_warps(thread);
+  if (!IsLastBlock(product.counters + group * static_cast<int>(gridDim.y) + tile, splits, &memory.arrived, thread == 0))
+    return;
+  if (is_given) WaitForPrevious();
+  for (int i = thread; i < block_rows * kTile; i += kWarpSize * kWarps) {
+    const int row = i / kTile;
+    const int to = tile * kTile + i % kTile;
+    if (to >= outputs) continue;
+    float inverse_norm = 1.0f;
+    if (is_given) inverse_norm = LoadFresh(product.inverse_norm + first_row + row);
+    const float* const partials = product.partials + static_cast<int64_t>(first_row + row) * outputs + to;
+    const float sum = SumOfSplits(partials, static_cast<int64_t>(rows) * outputs, splits);
+    if (product.measure) inverse_norm = InverseNorm(product, SumOfSplits(split_squares + row, rows, splits));
+    finish(row, to, sum, inverse_norm);
   }
 }
 
 // --- launches ---------------------------------------------------------------------------------------------------
 
-bool IsInteger(Storage storage) { return storage == Storage::kInt8 || storage == Storage::kInt4; }
 int64_t ElementBits(Storage storage) { return storage == Storage::kInt4 ? 4 : storage == Storage::kInt8 ? 8 : 16; }
 int64_t TileOutputs(Storage storage) { return IsInteger(storage) ? 128 : 64; }
 int64_t Tiles(const Matrix& matrix) { return CeilDivide(matrix.outputs, TileOutputs(matrix.storage)); }
 
 Cut CutOf(const Matrix& matrix, int64_t adapter_channels) {
   Cut cut;
-  cut.weight_units = CeilDivide(matrix.channels, kUnit);
-  cut.units = cut.weight_units + CeilDivide(adapter_channels, kUnit);
-  const int64_t wanted = kTargetBlocks / Tiles(matrix), most = CeilDivide(cut.units, kWarps);
-  cut.splits = wanted < 1 ? 1 : wanted < most ? wanted : most;
+  cut.weight_units = static_cast<int>(CeilDivide(matrix.channels, kUnit));
+  cut.adapter_units = static_cast<int>(CeilDivide(adapter_channels, kUnit));
+  const int64_t most = std::min<int64_t>(CeilDivide(cut.weight_units, kWarps), kMostSplits);
+  cut.splits = static_cast<int>(std::clamp<int64_t>(kTargetBlocks / Tiles(matrix), 1, most));
   return cut;
 }
 
@@ -337,9 +385,15 @@ Weights WeightsOf(const Matrix& matrix) {
                           reinterpret_cast<uintptr_t>(matrix.values) % static_cast<uintptr_t>(load_bytes) == 0 &&
                           // a lane's load may reach beyond the last output, not beyond the row
                           WideStride(matrix.storage, matrix.outputs) <= matrix.stride;
-  return {matrix.values,  matrix.scales, matrix.channels,
-          matrix.outputs, matrix.stride, static_cast<int>(matrix.block_size),
-          is_aligned};
+  const bool scales_are_aligned = matrix.outputs % 4 == 0 && reinterpret_cast<uintptr_t>(matrix.scales) % 16 == 0;
+  return {matrix.values,
+          matrix.scales,
+          static_cast<int>(matrix.channels),
+          static_cast<int>(matrix.outputs),
+          matrix.stride,
+          static_cast<int>(matrix.block_size),
+          is_aligned,
+          scales_are_aligned};
 }
 
 // What the workspace holds, in floats from its start.
@@ -357,18 +411,18 @@ Places PlacesOf(const HLoraLinearArguments& given) {
     end += CeilDivide(count, 4) * 4;
     return at;
   };
-  places.first_counters = place(kMostTiles);
-  places.second_counters = place(kMostTiles);
+  places.first_counters = place(kMostCounters);
+  places.second_counters = place(kMostCounters);
   places.inverse_norm = place(rows);
   if (given.experts > 0) {
     const Cut cut = CutOf(given.adapter_in, 0);
     places.low = place(rows * (rank + given.experts));
-    places.first_partials = place(cut.splits * rows * given.adapter_in.outputs);
-    places.first_squares = place(Tiles(given.adapter_in) * cut.splits * rows);
+    places.first_partials = place(cut.partials() * rows * given.adapter_in.outputs);
+    places.first_squares = place(cut.partials() * rows * Tiles(given.adapter_in));
   }
   const Cut cut = CutOf(given.weight, rank);
-  places.second_partials = place(cut.splits * rows * given.weight.outputs);
-  places.second_squares = place(Tiles(given.weight) * cut.splits * rows);
+  places.second_partials = place(cut.partials() * rows * given.weight.outputs);
+  places.second_squares = place(cut.partials() * rows * Tiles(given.weight));
   places.end = end;
   return places;
 }
@@ -379,8 +433,7 @@ Status CheckMatrix(const Matrix& matrix, Storage storage) {
   if (matrix.values == nullptr || matrix.channels < 1 || matrix.outputs < 1 || matrix.stride < matrix.outputs) {
     return "[hlora_linear] a matrix must hold numbers, its stride at least its outputs";
   }
-  if (Tiles(matrix) * kMostDecodeRows > kMostTiles * kMostRowTiles * kRowsPerTile)
-    return "[hlora_linear] a matrix has too many outputs";
+  if (Tiles(matrix) > kMostTiles) return "[hlora_linear] a matrix has too many outputs";
   if (IsInteger(storage) && matrix.block_size != 32 && matrix.block_size != 64 && matrix.block_size != 128) {
     return "[hlora_linear] block_size must be 32, 64 or 128";
   }
@@ -413,21 +466,27 @@ Status Check(const HLoraLinearArguments& given) {
   return nullptr;
 }
 
+template <Storage storage, int kRowTiles = 1>
+Status Start(const Product& product, Stream stream) {
+  if constexpr (kRowTiles < MostRowTiles(storage)) {
+    if (product.rows > kRowTiles * kRowsPerTile) return Start<storage, 2 * kRowTiles>(product, stream);
+  }
+  const dim3 grid(static_cast<unsigned>(CeilDivide(product.rows, kRowTiles * kRowsPerTile)),
+                  static_cast<unsigned>(CeilDivide(product.weight.outputs, TileOutputs(storage))),
+                  static_cast<unsigned>(product.cut.splits));
+  return Launch(HLoraLinearKernel<storage, kRowTiles>, grid, dim3(kWarpSize, kWarps), stream, product);
+}
+
 Status Start(const Product& product, Storage storage, Stream stream) {
-  const auto tiles = static_cast<unsigned>(CeilDivide(product.weight.outputs, TileOutputs(storage)));
-  const int64_t row_tiles = CeilDivide(product.rows, kRowsPerTile);
-  const dim3 grid(tiles, static_cast<unsigned>(product.cut.splits),
-                  static_cast<unsigned>(CeilDivide(row_tiles, kMostRowTiles)));
-  const dim3 block(kWarpSize, kWarps, static_cast<unsigned>(row_tiles < kMostRowTiles ? row_tiles : kMostRowTiles));
   switch (storage) {
     case Storage::kFloat16:
-      return Launch(HLoraLinearKernel<Storage::kFloat16>, grid, block, stream, product);
+      return Start<Storage::kFloat16>(product, stream);
     case Storage::kBFloat16:
-      return Launch(HLoraLinearKernel<Storage::kBFloat16>, grid, block, stream, product);
+      return Start<Storage::kBFloat16>(product, stream);
     case Storage::kInt8:
-      return Launch(HLoraLinearKernel<Storage::kInt8>, grid, block, stream, product);
+      return Start<Storage::kInt8>(product, stream);
     default:
-      return Launch(HLoraLinearKernel<Storage::kInt4>, grid, block, stream, product);
+      return Start<Storage::kInt4>(product, stream);
   }
 }
 
@@ -448,11 +507,14 @@ Status HLoraLinear(const HLoraLinearArguments& given, Stream stream) {
   const int64_t channels = given.weight.channels, rank = given.adapter_out.channels;
 
   Product product = {};
-  product.rows = given.rows;
-  product.x = given.x;
-  product.x_stride = given.pair_input ? 2 * channels : channels;
-  product.pair_input = given.pair_input;
-  product.x_is_aligned = channels % 4 == 0 && reinterpret_cast<uintptr_t>(given.x) % 16 == 0;
+  product.rows = static_cast<int>(given.rows);
+  product.input.x = given.x;
+  product.input.rows = product.rows;
+  product.input.channels = static_cast<int>(channels);
+  product.input.stride = static_cast<int>(given.pair_input ? 2 * channels : channels);
+  product.input.is_pair = given.pair_input;
+  product.input.is_aligned = channels % 4 == 0 && reinterpret_cast<uintptr_t>(given.x) % 16 == 0;
+  product.input.waits = true;  // the second launch of two starts when the first has passed its own wait
   product.measure = given.normalise;
   product.epsilon = given.epsilon;
   product.inverse_norm = given.normalise ? memory + places.inverse_norm : nullptr;
@@ -467,10 +529,11 @@ Status HLoraLinear(const HLoraLinearArguments& given, Stream stream) {
     first.counters = counters(places.first_counters);
     if (const Status wrong = Start(first, given.weight.storage, stream)) return wrong;
     product.measure = false;
+    product.input.waits = false;
     product.adapter_out = WeightsOf(given.adapter_out);
     product.low = memory + places.low;
-    product.rank = rank;
-    product.experts = given.experts;
+    product.rank = static_cast<int>(rank);
+    product.experts = static_cast<int>(given.experts);
     product.expert_of = given.expert_of;
     product.route_bias = given.route_bias;
   }

@@ -16,11 +16,12 @@ constexpr int kStepChannels = 16;
 struct Weights {
   const void* values = nullptr;
   const float* scales = nullptr;
-  int64_t channels = 0;
-  int64_t outputs = 0;
+  int channels = 0;
+  int outputs = 0;
   int64_t stride = 0;
   int block_size = 0;
-  bool is_aligned = false;  // every row begins where a lane's load may
+  bool is_aligned = false;          // every row begins where a lane's load may
+  bool scales_are_aligned = false;  // four of them may be loaded at once
 };
 
 template <Storage storage>
@@ -92,53 +93,70 @@ struct Format<Storage::kInt4> {
     return static_cast<const uint8_t*>(values)[at / 2] >> (at % 2 * 4) & 15u;
   }
 
-  // Four outputs at two channels, from their nibbles in the two halves of `nibbles`.
+  // Four outputs at two channels, from their nibbles in the two halves of `nibbles`. With its sign flipped a nibble is
+  // 8 more.
   __device__ static void Quad(uint32_t nibbles, uint32_t (&halves)[4]) {
     for (int i = 0; i < 4; i += 2, nibbles >>= 8) {
-      halves[i] = SubtractHalves((nibbles & 0x000F000Fu) | 0x64006400u, 0x64086408u);  // 1024 + 8
+      halves[i] = SubtractHalves(AndXor(nibbles, 0x000F000Fu, 0x64086408u), 0x64086408u);  // 1024 + 8
       // 16 times as much, where the nibble stands: times 1/16, less 64 + 8.
-      halves[i + 1] = MultiplyAddHalves((nibbles & 0x00F000F0u) | 0x64006400u, 0x2C002C00u, 0xD480D480u);
+      halves[i + 1] = MultiplyAddHalves(AndXor(nibbles, 0x00F000F0u, 0x64806480u), 0x2C002C00u, 0xD480D480u);
     }
   }
   static constexpr int kUnpacked = 2;
   __device__ static void Unpack(const uint32_t (&words)[4][2], int q, Left (&left)[2]) {
-    constexpr uint32_t kSigns = 0x88888888u;  // flipped: 8 more, and no sign
     const uint32_t selector = q % 2 == 0 ? 0x5410 : 0x7632;
     uint32_t low[4], high[4];
-    Quad(Permute(words[0][q / 2] ^ kSigns, words[1][q / 2] ^ kSigns, selector), low);
-    Quad(Permute(words[2][q / 2] ^ kSigns, words[3][q / 2] ^ kSigns, selector), high);
+    Quad(Permute(words[0][q / 2], words[1][q / 2], selector), low);
+    Quad(Permute(words[2][q / 2], words[3][q / 2], selector), high);
     left[0] = {low[0], low[1], high[0], high[1]};
     left[1] = {low[2], low[3], high[2], high[3]};
   }
 };
 
-// A lane's words of one channel; zeros, which count for nothing, outside the matrix.
+// A lane's words of one channel, gathered number by number; zeros, which count for nothing, outside the matrix.
 template <class Format, int kWords>
-__device__ inline void LoadChannel(const Weights& weights, int64_t channel, int64_t output, uint32_t (&words)[kWords]) {
-  for (int i = 0; i < kWords; ++i) words[i] = 0;
-  if (channel >= weights.channels || output >= weights.outputs) return;
-  const int64_t at = channel * weights.stride + output;
-  if (weights.is_aligned) {
-    const auto word =
-        LoadOnce<typename Format::Word>(static_cast<const char*>(weights.values) + at * Format::kElementBits / 8);
-    words[0] = word.x;
-    words[1] = word.y;
-    if constexpr (kWords == 4) {
-      words[2] = word.z;
-      words[3] = word.w;
-    }
-    return;
-  }
+__device__ inline void GatherChannel(const Weights& weights, int channel, int output, uint32_t (&words)[kWords]) {
   constexpr int kPerWord = 32 / Format::kElementBits;
-  const int count = static_cast<int>(Min(Format::kLaneOutputs, weights.outputs - output));
 #pragma unroll
   for (int word = 0; word < kWords; ++word) {
-    const int here = count - word * kPerWord < kPerWord ? count - word * kPerWord : kPerWord;
+    words[word] = 0;
+    const int from = output + word * kPerWord, left = channel < weights.channels ? weights.outputs - from : 0;
+    const int count = left < kPerWord ? left : kPerWord;
 #pragma unroll 1  // rarely taken: it must not cost the others registers
-    for (int i = 0; i < here; ++i) {
-      words[word] |= Format::Element(weights.values, at + word * kPerWord + i) << (i * Format::kElementBits);
+    for (int i = 0; i < count; ++i) {
+      words[word] |= Format::Element(weights.values, channel * weights.stride + from + i) << (i * Format::kElementBits);
     }
   }
 }
+
+// A lane's words of a step: of its four channels from `channel` on. Lanes behind the last output load the first ones'
+// instead, and nobody looks at their results.
+template <class Format>
+struct Step {
+  static constexpr int kWords = sizeof(typename Format::Word) / 4;
+  uint32_t words[4][kWords];
+
+  __device__ void Load(const Weights& weights, int channel, int output) {
+    const int t = static_cast<int>(threadIdx.x) % 4;
+    if (!weights.is_aligned || channel + kStepChannels > weights.channels) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) GatherChannel<Format>(weights, channel + 4 * t + c, output, words[c]);
+      return;
+    }
+    const int from = (output < weights.outputs ? output : 0) * Format::kElementBits / 8;
+    const auto stride = static_cast<uint32_t>(weights.stride * Format::kElementBits / 8);  // a matrix has below 4 GiB
+    const uint32_t at = static_cast<uint32_t>(channel + 4 * t) * stride + static_cast<uint32_t>(from);
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      const auto word = LoadOnce<typename Format::Word>(static_cast<const char*>(weights.values) + (at + c * stride));
+      words[c][0] = word.x;
+      words[c][1] = word.y;
+      if constexpr (kWords == 4) {
+        words[c][2] = word.z;
+        words[c][3] = word.w;
+      }
+    }
+  }
+};
 
 }  // namespace healthgpt::cuda

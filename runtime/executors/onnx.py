@@ -136,6 +136,9 @@ class OnnxExecutor:
 
     def _create(self, path: Path, options: onnxruntime.SessionOptions, role: str) -> onnxruntime.InferenceSession:
         def create(settings: dict[str, str]) -> onnxruntime.InferenceSession:
+            if self._device.provider != _CPU and self.bundle.manifest.precision == "fp32":
+                # Products of float32 would otherwise keep 10 of its 23 bits, and ids would not be the CPU's.
+                settings = settings | {"use_tf32": "0"}
             # Without onnxruntime's own way of falling back, which is to print and to go on with the CPU.
             providers = [(self._device.provider, settings)]
             return onnxruntime.InferenceSession(str(path), options, providers=providers, enable_fallback=False)

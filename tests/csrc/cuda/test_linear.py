@@ -20,7 +20,7 @@ SIZES = [
     ((200, 72, 36, 4, 32, 56), 19),
     ((160, 96, 256, 4, 128, 32), 2),
 ]
-COUNTERS = 2 * 8192
+COUNTERS = 2 * 1024
 each_storage = pytest.mark.parametrize("storage", list(TOLERANCE))
 
 

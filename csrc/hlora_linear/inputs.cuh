@@ -1,0 +1,131 @@
+// What is multiplied, four channels of a row at a time: x, or z as the router gates it.
+//
+// An input is loaded some time before it is needed: Wait() until it is there, Load() it, Prepare() what the block
+// shares, and make Values() of what was loaded. All threads of a block call Wait and Prepare.
+#pragma once
+
+#include "cuda/platform.cuh"
+#include "hlora_linear/cuda.h"
+
+namespace healthgpt::cuda {
+
+// Four numbers as loaded, and of a pair the four that they gate.
+struct Loaded {
+  float4 first, second;
+};
+
+// `left` numbers are there to be read, of which four are, or fewer at the end of a row.
+__device__ inline float4 LoadFour(const float* at, int left, bool is_aligned) {
+  if (is_aligned && left >= 4) return LoadFresh(reinterpret_cast<const float4*>(at));
+  float4 four = {0.0f, 0.0f, 0.0f, 0.0f};
+  four.x = LoadFresh(at);
+  if (left > 1) four.y = LoadFresh(at + 1);
+  if (left > 2) four.z = LoadFresh(at + 2);
+  if (left > 3) four.w = LoadFresh(at + 3);
+  return four;
+}
+
+__device__ inline float SiluGate(float gate, float up) { return gate / (1.0f + expf(-gate)) * up; }
+
+// x, (rows, channels); or silu(x[:, :channels]) * x[:, channels:] of pairs.
+struct PlainInput {
+  const float* x = nullptr;
+  int rows = 0, channels = 0, stride = 0;
+  bool is_pair = false, is_aligned = false;
+  bool waits = false;  // whether the launch just before wrote it
+
+  __device__ void Wait() const {
+    if (!waits) return;
+    WaitForPrevious();
+    AllowNext();  // the launch after this one finds x written
+  }
+  __device__ void Prepare() const {}
+
+  __device__ Loaded Load(int row, int channel) const {
+    Loaded loaded = {};
+    if (row >= rows || channel >= channels) return loaded;
+    const float* const at = x + static_cast<unsigned>(row * stride + channel);
+    loaded.first = LoadFour(at, channels - channel, is_aligned);
+    if (is_pair) loaded.second = LoadFour(at + channels, channels - channel, is_aligned);
+    return loaded;
+  }
+  __device__ void Values(const Loaded& loaded, int, int, float (&values)[4]) const {
+    const float4 first = loaded.first, second = loaded.second;
+    values[0] = first.x, values[1] = first.y, values[2] = first.z, values[3] = first.w;
+    if (!is_pair) return;
+    values[0] = SiluGate(values[0], second.x);
+    values[1] = SiluGate(values[1], second.y);
+    values[2] = SiluGate(values[2], second.z);
+    values[3] = SiluGate(values[3], second.w);
+  }
+};
+
+// The gates of a block's rows, in shared memory.
+template <int kRows>
+struct Gates {
+  float routes[kRows][kMostExperts];
+  float shares[kRows][kMostExperts];
+};
+
+// gate * z, (rows, rank), of z (rows, rank + experts), whose last columns are the routes.
+template <int kRows>
+struct GatedInput {
+  const float* low = nullptr;
+  const float* inverse_norm = nullptr;  // (rows) or null: z is of an x that is not normalised yet
+  const float* route_bias = nullptr;    // (experts) or null
+  const int32_t* expert_of = nullptr;   // (rank) or null for equal shares
+  int rows = 0, first_row = 0;          // the block's first
+  int rank = 0, experts = 0;
+  Gates<kRows>* gates = nullptr;
+
+  __device__ void Wait() const { WaitForPrevious(); }
+
+  // The softmax of every row's routes.
+  __device__ void Prepare() const {
+    const int thread = static_cast<int>(threadIdx.x + blockDim.x * threadIdx.y);
+    const int threads = static_cast<int>(blockDim.x * blockDim.y);
+    const int count = (rows - first_row < kRows ? rows - first_row : kRows) * experts;
+    for (int i = thread; i < count; i += threads) {
+      const int row = i / experts, expert = i % experts;
+      float route = LoadFresh(low + static_cast<int64_t>(first_row + row) * (rank + experts) + rank + expert);
+      if (inverse_norm != nullptr) route *= LoadFresh(inverse_norm + first_row + row);
+      if (route_bias != nullptr) route += LoadOnce<float>(route_bias + expert);
+      gates->routes[row][expert] = route;
+    }
+    SyncThreads();
+    for (int i = thread; i < count; i += threads) {
+      const float* const routes = gates->routes[i / experts];
+      float largest = routes[0], sum = 0.0f;
+      for (int expert = 1; expert < experts; ++expert) largest = fmaxf(largest, routes[expert]);
+      for (int expert = 0; expert < experts; ++expert) sum += expf(routes[expert] - largest);
+      gates->shares[i / experts][i % experts] = expf(routes[i % experts] - largest) / sum;
+    }
+    SyncThreads();
+  }
+
+  __device__ Loaded Load(int row, int channel) const {
+    Loaded loaded = {};
+    if (row >= rows || channel >= rank) return loaded;
+    const bool is_aligned = rank % 4 == 0 && experts % 4 == 0;  // z begins where four may be loaded
+    loaded.first = LoadFour(low + static_cast<int64_t>(row) * (rank + experts) + channel, rank - channel, is_aligned);
+    return loaded;
+  }
+  __device__ void Values(const Loaded& loaded, int row, int channel, float (&values)[4]) const {
+    const float four[4] = {loaded.first.x, loaded.first.y, loaded.first.z, loaded.first.w};
+    const int columns = rank / experts;  // of an expert, where they have equal shares
+    const bool share_one = expert_of == nullptr && columns % 4 == 0;
+    const int first = share_one ? channel / columns : 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int here = channel + i;
+      values[i] = 0.0f;
+      if (row >= rows || here >= rank) continue;
+      const int expert = share_one              ? first
+                         : expert_of == nullptr ? here / columns
+                                                : LoadOnce<int32_t>(expert_of + here);
+      values[i] = four[i] * gates->shares[row - first_row][expert];
+    }
+  }
+};
+
+}  // namespace healthgpt::cuda
