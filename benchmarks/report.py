@@ -123,5 +123,7 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(f"expected a JSON file of results, found {len(sys.argv) - 1} arguments")
     source = Path(sys.argv[1])
     plot(Results.from_json(json.loads(source.read_text())["contenders"]), source.with_suffix(".png"))

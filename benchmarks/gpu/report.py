@@ -101,4 +101,6 @@ def report(results: Results) -> str:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(f"expected a JSON file of results, found {len(sys.argv) - 1} arguments")
     print(report(json.loads(Path(sys.argv[1]).read_text())))

@@ -433,7 +433,9 @@ Status CheckMatrix(const Matrix& matrix, Storage storage) {
   if (matrix.values == nullptr || matrix.channels < 1 || matrix.outputs < 1 || matrix.stride < matrix.outputs) {
     return "[hlora_linear] a matrix must hold numbers, its stride at least its outputs";
   }
-  if (Tiles(matrix) > kMostTiles) return "[hlora_linear] a matrix has too many outputs";
+  if (Tiles(matrix) > kMostTiles || matrix.channels * matrix.stride * ElementBits(storage) / 8 > UINT32_MAX) {
+    return "[hlora_linear] a matrix must have fewer than 4 GiB, and 4 million outputs at most";
+  }
   if (IsInteger(storage) && matrix.block_size != 32 && matrix.block_size != 64 && matrix.block_size != 128) {
     return "[hlora_linear] block_size must be 32, 64 or 128";
   }
