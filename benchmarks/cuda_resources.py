@@ -17,6 +17,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 ARCHITECTURES = ("75", "80", "86", "87", "89", "90", "100", "120")
+# What a kernel's second parameter counts.
+_ROWS = {"HLoraLinearKernel": "row tiles {}", "CachedAttentionKernel": "rows at once {}"}
 _STORAGES = ("float32", "float16", "bfloat16", "int8", "int4")
 
 
@@ -71,9 +73,10 @@ def name_of(symbol: str) -> str:
     name = re.search(r"\d([A-Za-z]+Kernel)", symbol)
     assert name is not None, symbol
     made_for = symbol[name.end() :]
-    storage = re.match(r"ILNS0_7StorageE(\d)E", made_for)
+    storage = re.match(r"ILNS0_7StorageE(\d)E(?:Li(\d+)E)?", made_for)
     if storage:
-        return f"{name[1]}, {_STORAGES[int(storage[1])]}"
+        rows = "" if storage[2] is None else f", {_ROWS[name[1]].format(int(storage[2]))}"
+        return f"{name[1]}, {_STORAGES[int(storage[1])]}{rows}"
     arguments = re.match(r"I((?:NS0_\d+[A-Za-z]+\d*E|f|S\d_|5uint4)+)E", made_for)
     if not arguments:
         return name[1]

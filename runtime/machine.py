@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import platform
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,10 @@ def description() -> dict[str, Any]:
 
 
 def version(package: str) -> str | None:
-    """Of an installed package, which for a GPU has another name; None where it runs from its sources."""
+    """Of a package: what is imported says itself, or what is installed, which for a GPU has another name; else None."""
+    imported = getattr(sys.modules.get(package), "__version__", None)
+    if imported is not None:
+        return str(imported)
     for installed in (package, f"{package}-gpu"):
         try:
             return metadata.version(installed)

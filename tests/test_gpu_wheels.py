@@ -49,8 +49,8 @@ def library(code: bytes, name: bytes = b".nv_fatbin") -> bytearray:
 CODE = (
     fat_binary(entry(80, "Softmax"), entry(90, "Softmax LayerNorm"), entry(90, "Softmax", kind=PTX))
     + bytes(16)
-    + fat_binary(entry(90, "Gather", compressed=True), entry(90, "flash_fwd", compressed=True))
-    + fat_binary(entry(90, "cutlass_AttentionKernel flash"), entry(120, "Gather", compressed=True))
+    + fat_binary(entry(90, "GatherToFlash", compressed=True), entry(90, "_ZN5flash_fwd", compressed=True))
+    + fat_binary(entry(90, "cutlass_AttentionKernel ToFlashSeqlens"), entry(120, "Gather", compressed=True))
 )
 
 
@@ -68,7 +68,7 @@ def test_what_a_gpu_has_no_use_for_becomes_zeros():
             assert slimmed[payload] == whole[payload]
             stay.append((one.architecture, " ".join(kernels(slimmed, one))))
         slimmed[payload] = whole[payload]
-    assert stay == [(90, "Softmax LayerNorm"), (90, "Gather"), (90, "cutlass_AttentionKernel flash")]
+    assert stay == [(90, "Softmax LayerNorm"), (90, "GatherToFlash"), (90, "cutlass_AttentionKernel ToFlashSeqlens")]
     assert slimmed == whole  # nothing else was touched
     assert kept == sum(one.size for one in (before[1], before[3], before[5]))
 

@@ -265,8 +265,8 @@ __global__ void __launch_bounds__(kWarpSize* kWarps, kRowTiles == 1 ? 2 : 1) HLo
   const int first_row = group * kRows, output = tile * kTile + g * Format::kLaneOutputs;
   const int part = split * kWarps + warp, parts = splits * kWarps;
   const bool is_second = product.adapter_out.channels > 0;
-  // The launch after this one may begin: until this one has ended, which waits for the first of the two, it does no
-  // more than to fetch weights.
+  // The launch after this one may begin. It does no more than to fetch weights until this one has ended, some of whose
+  // blocks wait for the first of the two.
   if (is_second) AllowNext();
 
   auto& own = memory.sums[warp];
