@@ -24,8 +24,8 @@ LEFT_OUT = re.compile(
     # Only tokenizers are used, and what imports them wants the configurations.
     r"|transformers/models/.*/(feature_extraction|image_processing|modeling|modular|processing|video_processing)_"
 )
-# Of ONNX Runtime's kernels: mixtures of experts, attention and products other than those that a graph of ours has. (5flash
-# is the namespace; kernels of others only mention it, such as those that prepare every attention's mask.)
+# Of ONNX Runtime's kernels: mixtures of experts, attention and products other than those that a graph of ours has.
+# (5flash is a namespace; other kernels only mention it, such as those that prepare every attention's mask.)
 UNUSED = re.compile("moe|5flash|fpa_intb|cutlass|kernel_mha|deep_gemm|paged")
 USED = "attentionkernel"  # the memory-efficient attention, whose names say cutlass as well
 
