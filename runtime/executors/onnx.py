@@ -136,7 +136,7 @@ class OnnxExecutor:
 
     def _create(self, path: Path, options: onnxruntime.SessionOptions, role: str) -> onnxruntime.InferenceSession:
         def create(settings: dict[str, str]) -> onnxruntime.InferenceSession:
-            if self._device.provider != _CPU and self.bundle.manifest.precision == "fp32":
+            if self._device.has_graphs and self.bundle.manifest.precision == "fp32":
                 # Products of float32 would otherwise keep 10 of its 23 bits, and ids would not be the CPU's.
                 settings = settings | {"use_tf32": "0"}
             # Without onnxruntime's own way of falling back, which is to print and to go on with the CPU.

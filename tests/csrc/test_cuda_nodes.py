@@ -242,5 +242,21 @@ def test_a_provider_that_does_not_start(bundles, cuda, monkeypatch):
         load(bundles / "fp16", tasks=("comprehension",), device="cuda", verify=False)
 
 
-def test_an_fp32_bundle_runs_on_the_standard_bodies(golden_bundle, cuda):
+def test_an_fp32_bundle_runs_on_the_standard_bodies(golden_bundle, bundles, cuda, monkeypatch):
+    """In float32 throughout, and that alone: without TF32, which keeps 10 of its 23 bits."""
+    settings: list[dict[str, str]] = []
+    plain = onnxruntime.InferenceSession.__init__
+
+    def spy(session: Any, path: str, options: Any, **more: Any) -> None:
+        settings.append(more["providers"][0][1])
+        plain(session, path, options, **more)
+
+    monkeypatch.setattr(onnxruntime.InferenceSession, "__init__", spy)
     assert load(golden_bundle("qwen"), device="cuda", verify=False).executor.name == "onnx-cuda"
+    assert settings and all(one == {"use_tf32": "0"} for one in settings)
+    settings.clear()
+    load(bundles / "fp16", tasks=("comprehension",), device="cuda", verify=False)
+    assert settings and not any("use_tf32" in one for one in settings)
+    settings.clear()
+    load(golden_bundle("qwen"), verify=False)
+    assert settings and not any(settings)
