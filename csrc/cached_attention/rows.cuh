@@ -74,8 +74,6 @@ struct Head {
   int64_t first_token, first_query, first_column;
 };
 
-__device__ inline int Least(int a, int b) { return a < b ? a : b; }
-
 // Where rows are taken one at a time there is but one.
 template <int kRows>
 __device__ inline Head HeadOf(const CachedAttentionArguments& given, const Piece& piece) {

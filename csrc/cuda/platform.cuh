@@ -52,7 +52,7 @@ __device__ inline void AtomicMax(uint32_t* at, uint32_t value) { atomicMax(at, v
 // Programmatic dependent launch (Hopper and later): a kernel may begin before the one ahead of it has ended. Before
 // WaitForPrevious it may touch nothing that is written on the device, weights alone. After AllowNext the next may
 // begin; that one's own wait still ends only when this kernel has. A kernel that allows before it has waited would let
-// the next one overtake two: so it waits first.
+// the next one overtake two: so it waits first, unless some of its blocks wait before it ends (hlora_linear/decode.cu).
 __device__ inline void WaitForPrevious() {
 #if __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();
@@ -140,6 +140,7 @@ __device__ inline bool IsLastBlock(int* counter, int blocks, int* shared, bool f
   return *shared == blocks - 1;
 }
 
+__device__ inline int Least(int a, int b) { return a < b ? a : b; }
 __device__ inline int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
 __device__ inline int64_t Max(int64_t a, int64_t b) { return a > b ? a : b; }
 

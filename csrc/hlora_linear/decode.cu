@@ -29,9 +29,8 @@ constexpr int kUnit = kSteps * kStepChannels;  // channels that a warp takes at 
 constexpr int64_t kTargetBlocks = 264;         // two for each of Hopper's 132 multiprocessors
 constexpr int kMostSplits = 16;                // whose sums a thread adds at once
 constexpr int64_t kMostTiles = 65535;          // CUDA's, of a grid's second side
-constexpr int64_t kMostCounters = 1024;        // of a launch; where there are more tiles, they are not split
-
-__device__ inline int Least(int a, int b) { return a < b ? a : b; }
+constexpr int64_t kMostCounters = 1024;        // of a launch: row groups times tiles, of which many are not split
+static_assert(kTargetBlocks / 2 * (kMostDecodeRows / (2 * kRowsPerTile)) <= kMostCounters);
 
 // How the channels of W, and those of B, are cut: every part gets its share of both.
 struct Cut {
@@ -326,41 +325,39 @@ __global__ void __launch_bounds__(kWarpSize* kWarps, kRowTiles == 1 ? 2 : 1) HLo
     if (product.residual != nullptr) sum += product.residual[at];
     product.y[at] = sum;
   };
+  // take(row, column, to): each number of the tile, `to` among all outputs.
+  const auto each = [&](const auto& take) {
+    for (int i = thread; i < block_rows * kTile; i += kWarpSize * kWarps) {
+      const int to = tile * kTile + i % kTile;
+      if (to < outputs) take(i / kTile, i % kTile, to);
+    }
+  };
   const bool is_given = !product.measure && product.inverse_norm != nullptr;
   if (splits == 1) {
     if (is_given) WaitForPrevious();
-    for (int i = thread; i < block_rows * kTile; i += kWarpSize * kWarps) {
-      const int row = i / kTile;
-      const int to = tile * kTile + i % kTile;
-      if (to >= outputs) continue;
+    each([&](int row, int column, int to) {
       float inverse_norm = 1.0f;
       if (product.measure) inverse_norm = InverseNorm(product, squares_of_warps(row));
       if (is_given) inverse_norm = LoadFresh(product.inverse_norm + first_row + row);
-      finish(row, to, sum_of_warps(row, i % kTile), inverse_norm);
-    }
+      finish(row, to, sum_of_warps(row, column), inverse_norm);
+    });
     return;
   }
-  for (int i = thread; i < block_rows * kTile; i += kWarpSize * kWarps) {
-    const int row = i / kTile, to = tile * kTile + i % kTile;
-    if (to >= outputs) continue;
-    product.partials[static_cast<int64_t>(split * rows + first_row + row) * outputs + to] =
-        sum_of_warps(row, i % kTile);
-  }
+  each([&](int row, int column, int to) {
+    product.partials[static_cast<int64_t>(split * rows + first_row + row) * outputs + to] = sum_of_warps(row, column);
+  });
   if (product.measure && thread < block_rows) split_squares[split * rows + thread] = squares_of_warps(thread);
   if (!IsLastBlock(product.counters + group * static_cast<int>(gridDim.y) + tile, splits, &memory.arrived, thread == 0))
     return;
   if (is_given) WaitForPrevious();
-  for (int i = thread; i < block_rows * kTile; i += kWarpSize * kWarps) {
-    const int row = i / kTile;
-    const int to = tile * kTile + i % kTile;
-    if (to >= outputs) continue;
+  each([&](int row, int, int to) {
     float inverse_norm = 1.0f;
     if (is_given) inverse_norm = LoadFresh(product.inverse_norm + first_row + row);
     const float* const partials = product.partials + static_cast<int64_t>(first_row + row) * outputs + to;
     const float sum = SumOfSplits(partials, static_cast<int64_t>(rows) * outputs, splits);
     if (product.measure) inverse_norm = InverseNorm(product, SumOfSplits(split_squares + row, rows, splits));
     finish(row, to, sum, inverse_norm);
-  }
+  });
 }
 
 // --- launches ---------------------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ struct GatedInput {
   __device__ void Prepare() const {
     const int thread = static_cast<int>(threadIdx.x + blockDim.x * threadIdx.y);
     const int threads = static_cast<int>(blockDim.x * blockDim.y);
-    const int count = (rows - first_row < kRows ? rows - first_row : kRows) * experts;
+    const int count = Least(rows - first_row, kRows) * experts;
     for (int i = thread; i < count; i += threads) {
       const int row = i / experts, expert = i % experts;
       float route = LoadFresh(low + static_cast<int64_t>(first_row + row) * (rank + experts) + rank + expert);

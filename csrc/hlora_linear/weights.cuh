@@ -121,7 +121,7 @@ __device__ inline void GatherChannel(const Weights& weights, int channel, int ou
   for (int word = 0; word < kWords; ++word) {
     words[word] = 0;
     const int from = output + word * kPerWord, left = channel < weights.channels ? weights.outputs - from : 0;
-    const int count = left < kPerWord ? left : kPerWord;
+    const int count = Least(left, kPerWord);
 #pragma unroll 1  // rarely taken: it must not cost the others registers
     for (int i = 0; i < count; ++i) {
       words[word] |= Format::Element(weights.values, channel * weights.stride + from + i) << (i * Format::kElementBits);
