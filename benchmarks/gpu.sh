@@ -93,7 +93,9 @@ export HEALTHGPT_CUDA_MODULE
 site=$PWD/$build/site
 work=${GPU_WORK:-$PWD/$build/work}
 bundles=no
-if [[ $rehearse == yes || -d wheels ]]; then
+if [[ $rehearse == no && ! -d wheels ]]; then
+  echo "== bundles: wheels/ is not here, so no bundle is run" | tee -a "$log"
+else
   bundles=yes
   mkdir -p "$site/healthgpt_edge" "$work"
   ln -sfn "$PWD"/runtime/* "$PWD/export" "$site/healthgpt_edge/"
