@@ -237,6 +237,7 @@ def decode(
     drafter: Drafter | None = None,
     run_ahead: RunAhead | None = None,
     on_token: Callable[[int], None] = lambda token_id: None,
+    on_pass: Callable[[], None] = lambda: None,
 ) -> Decoded:
     """Decode until a stop id, a forced token, or `max_new_tokens`, from the `logits` [n, rows] of a prefill.
 
@@ -244,7 +245,8 @@ def decode(
     Transformers via Speculative Decoding"). A row counts if all drafts before it are what was chosen there, and the
     choice is made from it as ever, by the same random number: the ids are those of decoding without drafts, if the
     executor gives a row the same bits in every pass. Without one, `run_ahead` of the context may choose greedily for
-    several passes. `on_token` is called with each new id.
+    several passes. `on_token` is called with each new id, `on_pass` before the host asks for passes; what they
+    raise ends the run.
     """
     new_ids: list[int] = []
     drafts: list[int] = []
@@ -268,6 +270,8 @@ def decode(
                 ended = True
             if ended or token_id != draft:
                 break
+        if not ended:
+            on_pass()
         begin, fresh = time.perf_counter(), new_ids[known:]
         by_pass += _shared_out(len(fresh), passes)
         if ended:

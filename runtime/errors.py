@@ -46,6 +46,13 @@ class RequestError(HealthGPTError):
     """A line given to `serve` is no request: not JSON, or its fields are not those of a task."""
 
 
+class Cancelled(HealthGPTError):
+    """A request was given up by who made it."""
+
+    def __init__(self) -> None:
+        super().__init__("the request was cancelled")
+
+
 def in_one_line(error: Exception | str) -> str:
     """What went wrong, without line breaks or what a terminal would obey; of files no more than their names."""
     if isinstance(error, MemoryError):

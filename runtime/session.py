@@ -16,7 +16,7 @@ from .bundle import Bundle
 from .checks import is_whole
 from .decoding import CodeGrid, Decoded, FreeText, Grammar, Sampling, Selector, decode
 from .drafting import Drafter, Drafts, PassKind
-from .errors import BundleError, ExecutorError, GenerationError, PromptError
+from .errors import BundleError, Cancelled, ExecutorError, GenerationError, PromptError
 from .executors import Executor, open_executor
 from .images import prepare, read_if_any
 from .kept import read_kept, write_kept
@@ -47,7 +47,13 @@ class _Request:
     window: tuple[float, float] | None
     draft: str
     certify: bool
+    stop: Callable[[], bool] | None
     full_vocabulary: bool = False
+
+    def check_wanted(self) -> None:
+        """Raise Cancelled if who asked has given it up."""
+        if self.stop and self.stop():
+            raise Cancelled
 
 
 class _Run(NamedTuple):
@@ -83,14 +89,16 @@ class Session:
         draft: str = "auto",
         certify: bool = False,
         on_text: Callable[[str], None] | None = None,
+        stop: Callable[[], bool] | None = None,
     ) -> Answer:
         """Answer `question` about `image` (path, bytes, PIL image, array, or None for no image).
 
         `on_text` gets the answer in pieces as it is written. Greedy unless `sampling` says otherwise. `frame` and
         `window` (centre, width) choose what of a DICOM file is looked at. `draft` is auto, lookup or none: where
         guesses at the next tokens come from, which change the time that the answer takes, not the answer. `certify`
-        decodes again without them and raises GenerationError where the ids differ; `on_text` waits for it. Raises
-        HealthGPTError.
+        decodes again without them and raises GenerationError where the ids differ; `on_text` waits for it. `stop` is
+        asked before each forward pass after the prefill, and before other stages, whether to give the answer up, which
+        raises Cancelled. Raises HealthGPTError.
         """
         clock = Clock()
         skip_special = TEMPLATES[self.bundle.manifest.template].skip_special
@@ -103,7 +111,9 @@ class Session:
             if write and token_id not in stop_ids and (piece := streamer.push(token_id)):
                 write(piece)
 
-        request = _Request(COMPREHENSION, image, question, max_new_tokens, sampling, frame, window, draft, certify)
+        request = _Request(
+            COMPREHENSION, image, question, max_new_tokens, sampling, frame, window, draft, certify, stop
+        )
         run = self._run(request, FreeText, clock, on_token)
         if on_text:
             for piece in filter(None, [*held_back, streamer.end()]):
@@ -125,12 +135,13 @@ class Session:
         certify: bool = False,
         on_code: Callable[[int], None] | None = None,
         on_preview: Callable[[np.ndarray, int], None] | None = None,
+        stop: Callable[[], bool] | None = None,
     ) -> Picture:
         """Make a picture from `image` (or None) by `instruction`.
 
         The codes are locked to a full grid; with `faithful` the model runs free as in the original, and the result
-        is an error unless it is exactly one grid of codes. `draft` is auto, input, jacobi or none, and `certify` as
-        for `answer`. `on_code` gets the number of tokens so far, `on_preview` now and then the picture so far, uint8
+        is an error unless it is exactly one grid of codes. `draft` is auto, input, jacobi or none, `certify` and `stop`
+        as for `answer`. `on_code` gets the number of tokens so far, `on_preview` now and then the picture so far, uint8
         [H, W, 3], and how many rows of its codes are final. Raises HealthGPTError.
         """
         clock = Clock()
@@ -162,7 +173,7 @@ class Session:
             return CodeGrid(codes.first, codes.count, codes.end, codes.newline, total)
 
         request = _Request(
-            GENERATION, image, instruction, max_new_tokens, sampling, frame, window, draft, certify, faithful
+            GENERATION, image, instruction, max_new_tokens, sampling, frame, window, draft, certify, stop, faithful
         )
         run = self._run(request, grammar, clock, on_token)
         if faithful:
@@ -171,6 +182,7 @@ class Session:
             raise GenerationError(f"a picture needs exactly {total} codes, the model gave {len(values)}")
         if values and max(values) >= codes.count:
             raise GenerationError(f"codes must be below {codes.count}, the model gave {max(values)}")
+        request.check_wanted()
         with clock.stage("codes"):
             pixels = self.executor.picture(np.array(values, np.int64).reshape(codes.grid, codes.grid))
         return Picture(**self._report(run, clock), pixels=pixels, codes=values)
@@ -199,6 +211,7 @@ class Session:
             drafter = self._drafter(request, ids, picture)
         pixels = prepare(picture, manifest.vision.image_size, manifest.vision.background) if picture else None
         prefix = self._prefix(task, spliced, pixels)
+        request.check_wanted()
         context = self._prefixes.take(prefix) if prefix else None
         reused_tokens = context.length if context else 0
         if context is None:
@@ -206,6 +219,7 @@ class Session:
             if pixels is not None:
                 with clock.stage("vision"):
                     features = self.executor.features(task, pixels)
+                request.check_wanted()
             context = self.executor.context(task, features)
         with clock.stage("prefill"):
             if prefix and not reused_tokens:
@@ -226,15 +240,21 @@ class Session:
                 drafter=drafter,
                 run_ahead=context.run_ahead,
                 on_token=on_token,
+                on_pass=request.check_wanted,
             )
 
-        with clock.stage("decode"):
-            new_ids, by_pass = decoded(drafter, on_token)
-        drafted = drafter is not None and drafter.drafted
-        if request.certify and drafted:
-            context.length = len(spliced)
-            with clock.stage("certify"):
-                _check_equal(new_ids, decoded(None, lambda token_id: None).ids)
+        try:
+            with clock.stage("decode"):
+                new_ids, by_pass = decoded(drafter, on_token)
+            drafted = drafter is not None and drafter.drafted
+            if request.certify and drafted:
+                context.length = len(spliced)
+                with clock.stage("certify"):
+                    _check_equal(new_ids, decoded(None, lambda token_id: None).ids)
+        except Cancelled:
+            if prefix:  # the picture is read all the same
+                self._prefixes.keep(prefix, context)
+            raise
         compared = not drafted or request.certify
         certified = (compared and not prefix) or self.drafts.agree(task)
         if prefix:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import sys
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -39,12 +39,6 @@ def serve(
         prefix_cache_bytes=keep_pictures << 20,
     )
 
-    def write(line: str) -> None:
-        sys.stdout.write(line + "\n")
-        sys.stdout.flush()
-
-    try:
-        Server(session, write).run(sys.stdin.buffer)
-    except ConnectionError:
-        # Who asked is gone, as at the end of stdin; what is left for it would be an error again when Python exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    # Who asks may be gone, as at the end of stdin.
+    with suppress(ConnectionError):
+        Server(session, sys.stdin.fileno(), sys.stdout.fileno()).run()

@@ -37,7 +37,7 @@ class Device(NamedTuple):
     # small beside a context, and copying at each step costs a fraction of a percent of the tokens in between. On a GPU
     # the kernel reads what is filled, and growing goes through the host and ends the CUDA graphs.
     step_tokens: int
-    has_graphs: bool  # whether decode steps can be CUDA graphs
+    is_gpu: bool  # where decode steps can be CUDA graphs, and float32 is multiplied as TF32 unless told
 
     def kernels(self, manifest: Manifest) -> Path | None:
         """The library, where it is built and takes the bundle."""
@@ -85,11 +85,11 @@ class OnnxExecutor:
         if device == "cuda":
             _load_cuda()
         self._kernels = self._device.kernels(bundle.manifest) if kernels else None
-        self._has_graphs = self._device.has_graphs and self._kernels is not None
+        self._has_graphs = self._device.is_gpu and self._kernels is not None
         self.bundle = bundle
         self._threads, self._tasks = threads, tasks
         # On a GPU, sessions have one stream each, whose working memory passes share.
-        self._lock: AbstractContextManager[Any] = nullcontext() if device == "cpu" else threading.RLock()
+        self._lock: AbstractContextManager[Any] = threading.RLock() if self._device.is_gpu else nullcontext()
         # Of a GPU, what sequences have left: the CUDA graphs of one go with its memory.
         self._left: dict[str, list[Sequence]] = {task: [] for task in tasks}
         # The rest (a faithful run's vocabulary, the encoder for drafts) is opened by who asks for it first.
@@ -136,7 +136,7 @@ class OnnxExecutor:
 
     def _create(self, path: Path, options: onnxruntime.SessionOptions, role: str) -> onnxruntime.InferenceSession:
         def create(settings: dict[str, str]) -> onnxruntime.InferenceSession:
-            if self._device.has_graphs and self.bundle.manifest.precision == "fp32":
+            if self._device.is_gpu and self.bundle.manifest.precision == "fp32":
                 # Products of float32 would otherwise keep 10 of its 23 bits, and ids would not be the CPU's.
                 settings = settings | {"use_tf32": "0"}
             # Without onnxruntime's own way of falling back, which is to print and to go on with the CPU.
@@ -185,7 +185,7 @@ class OnnxExecutor:
                 return sequence
             caches = Caches(cache_values(manifest), device.memory, device.step_tokens)
             features = Buffer(np.ascontiguousarray(image_features[None]), device.memory)
-            graphs = self._has_graphs if device.has_graphs else None
+            graphs = self._has_graphs if device.is_gpu else None
             return Sequence(session, caches, features, device.memory, graphs)
 
     def _keep(self, task: str, sequence: Sequence) -> None:

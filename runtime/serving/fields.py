@@ -43,7 +43,8 @@ _BOTH = {
 # The first field of a task, if it has any, must be there.
 _TASKS = {
     "answer": {"question": _STRING, **_BOTH},
-    "generate": {"instruction": _STRING, **_BOTH, "faithful": _FLAG},
+    "generate": {"instruction": _STRING, **_BOTH, "faithful": _FLAG, "previews": _FLAG},
+    "cancel": {},
     "forget": {},
 }
 
@@ -77,6 +78,8 @@ def take_task(request: dict[str, Any]) -> str:
             raise RequestError(f"{task} needs {name}, found none")
     if "image" in request and "image_base64" in request:
         raise RequestError("a request takes image or image_base64, found both")
+    if request.get("previews") and not request.get("stream"):
+        raise RequestError("previews come with stream, found them without it")
     return task
 
 

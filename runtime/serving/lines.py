@@ -4,30 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 from ..errors import RequestError
 
-# A picture of 48 MiB in base64; a larger one goes by its path. Text beyond ASCII takes up to eight times that here.
-MAX_LINE_BYTES = 64 << 20
 # Twice those of the longest question. Each might stand for a list, which takes twenty times the bytes of its text.
 MAX_COMMAS = 1 << 18
 # Integers of 64 bits, with a sign or without.
 _INTEGERS = range(-(1 << 63), 1 << 64)
-_SKIPPED_BYTES = 1 << 16
 
 
-def read_request(stream: BinaryIO) -> dict[str, Any] | None:
-    """The object on the next line of `stream`; None where the stream ends. Raises RequestError, past the line."""
-    line = stream.readline(MAX_LINE_BYTES + 1)
-    if len(line) > MAX_LINE_BYTES:
-        while line and not line.endswith(b"\n"):
-            line = stream.readline(_SKIPPED_BYTES)
-        raise RequestError(f"a line must have at most {MAX_LINE_BYTES} bytes, found more; give the path of the picture")
-    return _parse(line) if line else None
-
-
-def _parse(line: bytes) -> dict[str, Any]:
+def parse(line: bytearray) -> dict[str, Any]:
+    """The object on a line. Raises RequestError."""
     if line.count(b",") > MAX_COMMAS:
         raise RequestError(f"a line must have at most {MAX_COMMAS} commas, found more")
     try:

@@ -234,6 +234,22 @@ def test_the_loop_stops_behind_a_stop_id():
     assert context.asked == [([1], False), ([2], False)]
 
 
+def test_before_each_pass_the_run_may_be_ended():
+    seen: list[int] = []
+    told: list[list[int]] = []
+    _, context = run(
+        peaks(1, 2, 5, 3), stop_ids=frozenset({5}), on_token=seen.append, on_pass=lambda: told.append([*seen])
+    )
+    assert told == [[1], [1, 2]] and len(context.asked) == 2
+
+    def stop() -> None:
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        run(peaks(1, 2), on_token=seen.append, on_pass=stop)
+    assert seen == [1, 2, 5, 1]
+
+
 def test_a_stop_id_at_once():
     ids, context = run(peaks(6), stop_ids=frozenset({6}), max_new_tokens=100)
     assert (ids, context.asked) == ([6], [])

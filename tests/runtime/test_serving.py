@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import weakref
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,14 @@ from dicom_samples import SECRET, dicom, real_file
 from golden_cases import Case
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from peer import ASK, QUESTION, line, process
 
 from healthgpt_edge import load, read_study
 from healthgpt_edge.errors import GenerationError
 from healthgpt_edge.images import read_image
-from healthgpt_edge.serving import Server, lines
+from healthgpt_edge.serving import Server, channel
 
 COM, GEN = Case("m3_com_wide"), Case("m3_gen_wide")
-QUESTION = "What is in the image?"
-ASK = {"task": "answer", "question": QUESTION, "max_new_tokens": 4}
 TIMED = {"event", "id", "timings_ms"}
 
 
@@ -38,18 +37,18 @@ def session(golden_bundle):
     return load(golden_bundle("m3"), threads=1)
 
 
-def line(request: dict[str, Any] | bytes) -> bytes:
-    return request if isinstance(request, bytes) else json.dumps(request).encode() + b"\n"
-
-
-def events(session, *requests: dict[str, Any] | bytes, stream: io.BytesIO | None = None) -> list[dict[str, Any]]:
+def events(session, *requests: dict[str, Any] | bytes) -> list[dict[str, Any]]:
     """What the peer reads after the first line."""
-    written: list[str] = []
-    Server(session, written.append).run(stream or io.BytesIO(b"".join(map(line, requests))))
-    assert all(one.isascii() and "\n" not in one for one in written)
-    ready, *rest = map(json.loads, written)
+    with tempfile.TemporaryFile(buffering=0) as source, tempfile.TemporaryFile() as target:
+        source.write(b"".join(map(line, requests)))
+        source.seek(0)
+        Server(session, source.fileno(), target.fileno()).run()
+        target.seek(0)
+        *written, rest = target.read().split(b"\n")
+    assert all(one.isascii() for one in written) and not rest
+    ready, *others = map(json.loads, written)
     assert ready["event"] == "ready" and ready["executor"] == session.executor.name
-    return rest
+    return others
 
 
 def result(session, **request: Any) -> dict[str, Any]:
@@ -181,26 +180,56 @@ def test_what_is_kept_of_pictures_can_be_forgotten(golden_bundle):
     assert [event["reused_tokens"] > 0 for event in (*first, last)] == [False, True, False]
 
 
+def test_previews_are_those_of_the_session(session, monkeypatch):
+    monkeypatch.setattr("healthgpt_edge.previews._SHARE", float("inf"))
+    shown: dict[int, np.ndarray] = {}
+    made = session.generate(GEN.image, GEN.question, on_preview=lambda pixels, rows: shown.update({rows: pixels}))
+    asked = {"task": "generate", "instruction": GEN.question, "image": str(GEN.image), "stream": True}
+    *steps, last = events(session, {**asked, "id": 1, "previews": True})
+    previews = [step for step in steps if step["event"] == "preview"]
+    assert all(set(step) == {"event", "id", "rows", "image_base64"} and step["id"] == 1 for step in previews)
+    assert [step["rows"] for step in previews] == list(shown) == list(range(1, 32))
+    for step in previews:
+        assert np.array_equal(read_image(base64.b64decode(step["image_base64"])), shown[step["rows"]])
+    assert np.array_equal(read_image(base64.b64decode(last["image_base64"])), made.pixels)
+    # Each comes when its row is full, and the other lines are as ever.
+    others = [step for step in steps if step["event"] != "preview"]
+    assert [step["tokens"] for step in others] == list(range(1, len(last["token_ids"]) + 1))
+    assert steps.index(previews[0]) == others[31]["tokens"]
+
+
+def test_previews_have_the_limit_of_others(session, monkeypatch):
+    monkeypatch.setattr("healthgpt_edge.previews._SHARE", 0)
+    asked = {"task": "generate", "instruction": GEN.question, "stream": True, "previews": True}
+    assert sum(step["event"] == "preview" for step in events(session, asked)) == 1
+
+
 def test_nothing_of_a_request_is_kept_while_the_next_is_waited_for(session, monkeypatch):
     alive: list[Any] = []
-    answer = session.answer
+    answer, receive = session.answer, channel.Channel.receive
+    asked = [line({**ASK, "image": str(COM.image)})] * 2
+    source, peer = os.pipe()
 
     def remember(picture, *words, **options):
         alive.append(weakref.ref(picture))
         return answer(picture, *words, **options)
 
-    class Watched(io.BytesIO):
-        def readline(self, size=-1):
-            assert [one() for one in alive] == [None] * len(alive)
-            frame = sys._getframe(1)
-            while Path(frame.f_code.co_filename).parent.name == "serving":
-                assert QUESTION not in repr(frame.f_locals)
-                frame = frame.f_back
-            return super().readline(size)
+    def watched(self):
+        assert [one() for one in alive] == [None] * len(alive)
+        frame = sys._getframe(1)
+        while Path(frame.f_code.co_filename).parent.name == "serving":
+            assert QUESTION not in repr(frame.f_locals)
+            frame = frame.f_back
+        assert QUESTION not in repr(vars(self))
+        os.write(peer, asked.pop()) if asked else os.close(peer)
+        return receive(self)
 
     monkeypatch.setattr(session, "answer", remember)
-    asked = line({**ASK, "image": str(COM.image)})
-    assert len(events(session, stream=Watched(asked * 2))) == len(alive) == 2
+    monkeypatch.setattr(channel.Channel, "receive", watched)
+    with Path(os.devnull).open("wb") as target:
+        Server(session, source, target.fileno()).run()
+    os.close(source)
+    assert len(alive) == 2
 
 
 # --- lines that are no requests -------------------------------------------------------------------------------------
@@ -243,28 +272,35 @@ def test_a_line_that_is_no_request(session, name):
 
 
 def test_a_line_that_is_too_long(session, monkeypatch):
-    """Is not kept, and the line after it is read from its start; one that just fits is no error."""
-    monkeypatch.setattr(lines, "MAX_LINE_BYTES", 1000)
-    monkeypatch.setattr(lines, "_SKIPPED_BYTES", 64)
-    asked = []
-
-    class Watched(io.BytesIO):
-        def readline(self, size=-1):
-            asked.append(size)
-            return super().readline(size)
-
+    """The line after it is read from its start; one that just fits is no error."""
+    monkeypatch.setattr(channel, "MAX_LINE_BYTES", 1000)
     fits = json.dumps(ASK).encode().ljust(999) + b"\n"
     longer = json.dumps(ASK).encode().ljust(1000) + b"\n"
-    stream = Watched(fits + longer + longer.strip() * 50 + b"\n" + fits + b"x" * 5000)
-    found = [event["event"] for event in events(session, stream=stream)]
-    assert found == ["result", "error", "error", "result", "error"]
-    assert max(asked) == 1001 and min(asked) == 64
+    found = events(session, fits, longer, longer.strip() * 50 + b"\n", fits, b"x" * 5000)
+    assert [event["event"] for event in found] == ["result", "error", "error", "result", "error"]
     assert refusal(session, longer) == "a line must have at most 1000 bytes, found more; give the path of the picture"
 
 
-_NAMES = ["id", "task", "question", "instruction", "image_base64", "frame", "window", "seed", "temperature", "stream"]
+_NAMES = [
+    "id",
+    "task",
+    "question",
+    "instruction",
+    "image_base64",
+    "frame",
+    "window",
+    "seed",
+    "temperature",
+    "stream",
+    "previews",
+]
 _VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["answer", "generate"]),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.sampled_from(["answer", "generate", "cancel"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=5,
 )
@@ -286,12 +322,19 @@ def test_whatever_a_line_is_it_gets_one_clear_error(session, monkeypatch, asked)
 
 
 REFUSED = {
-    "no task": ({}, "task must be one of answer, generate, forget, found none"),
-    "unknown task": ({"task": "diagnose"}, "task must be one of answer, generate, forget, found 'diagnose'"),
+    "no task": ({}, "task must be one of answer, generate, cancel, forget, found none"),
+    "unknown task": ({"task": "diagnose"}, "task must be one of answer, generate, cancel, forget, found 'diagnose'"),
     "task of no type": ({"task": 1}, "task must be a string, found 1"),
     "unknown field": ({**ASK, "top_k": 4}, "answer takes question, image, image_base64, frame, "),
     "field of another task": ({**ASK, "faithful": True}, "certify, out, stream, id, found 'faithful'"),
     "field of none": ({"task": "forget", "image": "a.png"}, "forget takes id, found 'image'"),
+    "cancel of none": ({"task": "cancel"}, "cancel needs id, found none"),
+    "cancel with more": ({"task": "cancel", "stream": True}, "cancel takes id, found 'stream'"),
+    "previews of an answer": ({**ASK, "previews": True}, "out, stream, id, found 'previews'"),
+    "previews alone": (
+        {"task": "generate", "instruction": QUESTION, "previews": True},
+        "previews come with stream, found them without it",
+    ),
     "no question": ({"task": "answer"}, "answer needs question, found none"),
     "no instruction": ({"task": "generate"}, "generate needs instruction, found none"),
     "id: null": ({**ASK, "id": None}, "id must be a string or a number, found null"),
@@ -401,14 +444,6 @@ def test_too_little_memory_is_an_error_of_that_request(session, monkeypatch):
 
 
 # --- the process ----------------------------------------------------------------------------------------------------
-
-
-def process(bundle: Path, *options: str) -> subprocess.Popen[bytes]:
-    words = [sys.executable, "-m", "healthgpt_edge.cli", "serve", str(bundle), "--threads", "1", *options]
-    # Lines must not wait in a buffer, nor be an error when Python exits, where Python buffers as it does by default.
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, env=environment)
 
 
 def test_the_process_ends_with_its_requests(golden_bundle):
