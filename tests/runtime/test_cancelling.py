@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peer import ASK, SECONDS, Peer, line, process
 
-from healthgpt_edge import Cancelled, Sampling, load
-from healthgpt_edge.errors import GenerationError
+from healthgpt_edge import Sampling, load
+from healthgpt_edge.errors import Cancelled, GenerationError
 from healthgpt_edge.serving import channel
 from healthgpt_edge.serving.channel import Channel, Line
 
