@@ -38,6 +38,7 @@ REFERENCE = "fp32"  # what the others are compared with
 EXPORTS: dict[str, dict[str, Any]] = {
     "fp32": {"precision": "fp32"},
     "fp16": {"precision": "fp16"},
+    "bf16": {"precision": "bf16"},
     "int8, caches fp16": {"precision": "int8", "cache": "fp16"},
     "int8, caches int8": {"precision": "int8", "cache": "int8"},
     "int4, caches fp16": {"precision": "int4", "cache": "fp16"},

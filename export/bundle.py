@@ -42,11 +42,11 @@ def export_bundle(
 ) -> Summary:
     """Export `checkpoint` to the new directory `out`; returns what was written and folded.
 
-    precision: one of fp32, fp16, int8, int4; block_size: 32, 64 or 128, for the integer ones; cache: fp32, fp16 or int8
-    for keys and values, by default what the precision has (Storage.of). With `pictures`, as `read_image` takes them,
-    the integer matrices of the decoder are rounded for what the model makes of those (calibrate.py). `on_step(name,
-    done, total)` reports progress in decoder layers and graphs. Nothing is left at `out` if anything fails. Raises
-    CheckpointError, BundleError, ImageError.
+    precision: one of fp32, fp16, bf16, int8, int4; block_size: 32, 64 or 128, for the integer ones; cache: fp32, fp16
+    or int8 for keys and values, by default what the precision has (Storage.of). With `pictures`, as `read_image` takes
+    them, the integer matrices of the decoder are rounded for what the model makes of those (calibrate.py).
+    `on_step(name, done, total)` reports progress in decoder layers and graphs. Nothing is left at `out` if anything
+    fails. Raises CheckpointError, BundleError, ImageError.
     """
     if precision not in schema.PRECISIONS:
         raise BundleError(f"precision must be one of {', '.join(schema.PRECISIONS)}, got {precision!r}")

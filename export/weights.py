@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 from onnx import TensorProto, helper
 
@@ -100,12 +101,14 @@ class WeightFile:
 
 
 def _payload(key: str, data_type: int, values: np.ndarray) -> np.ndarray:
-    """Values [N] as they are stored; raises BundleError for what float16 cannot hold."""
+    """Values [N] as they are stored; raises BundleError for what 16 bits cannot hold."""
     if data_type == TensorProto.INT4:
         return pack_int4(values)
     with np.errstate(over="ignore"):  # an error below, with its key
         payload = values.astype(helper.tensor_dtype_to_np_dtype(data_type), copy=False)
-    if data_type == TensorProto.FLOAT16 and not np.isfinite(payload).all():
-        largest = float(np.abs(values).max())
-        raise BundleError(f"tensor {key} must fit float16 (65504), found {largest:.6g}: export another precision")
+    if data_type in (TensorProto.FLOAT16, TensorProto.BFLOAT16) and not np.isfinite(payload).all():
+        most, largest = float(ml_dtypes.finfo(payload.dtype).max), float(np.abs(values).max())
+        raise BundleError(
+            f"tensor {key} must fit {payload.dtype} ({most:.6g}), found {largest:.6g}: export another precision"
+        )
     return payload

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from .manifest import Manifest
 
-_BITS = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}
+_BITS = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "int4": 4}
 _SCALE_BYTES = 4
 
 

@@ -336,7 +336,7 @@ EXPORTS = {
     "export: base name too long": Bad(export(base="x" * 300), "File name too long"),
     "export: unknown template": Bad(export(template="phi5"), "template: expected phi3 or phi4 for phi3, found 'phi5'"),
     "export: unknown precision": Bad(
-        export(precision="int2"), "precision must be one of fp32, fp16, int8, int4, got 'int2'"
+        export(precision="int2"), "precision must be one of fp32, fp16, bf16, int8, int4, got 'int2'"
     ),
     "export: block size 48": Bad(
         export("--block-size", 48, precision="int4"), "block size must be one of (32, 64, 128), got 48"
@@ -344,7 +344,8 @@ EXPORTS = {
     "export: block size in words": Bad(export("--block-size", "many"), "Invalid value for '--block-size'"),
     "export: unknown cache": Bad(export(cache="int4"), "cache must be one of fp32, fp16, int8, got 'int4'"),
     "export: nothing to calibrate": Bad(
-        export(calibrate=GOLDEN / "images"), "pictures to calibrate with need integer matrices, int8 or int4, got fp32"
+        export(calibrate=GOLDEN / "images", precision="bf16"),
+        "pictures to calibrate with need integer matrices, int8 or int4, got bf16",
     ),
     "export: no folder to calibrate with": Bad(
         export(calibrate=in_folder("nowhere"), precision="int4"), "No such file or directory: nowhere"

@@ -52,25 +52,15 @@ void StoreCached(Storage cache, const float* from, int64_t size, void* to, float
   }
 }
 
-// A vector of numbers from `at` on, which for bytes are still to be multiplied with their row's scale.
+// A vector of `count` numbers from `at` on, then zeros; bytes are still to be multiplied with their row's scale.
 template <Storage storage>
-SIMD_INLINE Floats LoadVector(const void* from, int64_t at) {
+SIMD_INLINE Floats LoadVector(const void* from, int64_t at, int count = kLanes) {
   if constexpr (storage == Storage::kInt8) {
-    return Simd::LoadInt8(static_cast<const int8_t*>(from) + at);
-  } else if constexpr (storage == Storage::kFloat16) {
-    return Simd::LoadHalf(static_cast<const uint16_t*>(from) + at);
-  } else {
-    return Simd::Load(static_cast<const float*>(from) + at);
-  }
-}
-
-// The first `count` of a vector, then zeros.
-template <Storage storage>
-SIMD_INLINE Floats LoadVector(const void* from, int64_t at, int count) {
-  if constexpr (storage == Storage::kInt8) {
-    int8_t bytes[kLanes] = {};
-    __builtin_memcpy(bytes, static_cast<const int8_t*>(from) + at, static_cast<size_t>(count));
-    return Simd::LoadInt8(bytes);
+    const int8_t* bytes = static_cast<const int8_t*>(from) + at;
+    if (count >= kLanes) return Simd::LoadInt8(bytes);
+    int8_t first[kLanes] = {};
+    __builtin_memcpy(first, bytes, static_cast<size_t>(count));
+    return Simd::LoadInt8(first);
   } else if constexpr (storage == Storage::kFloat16) {
     return Simd::LoadHalf(static_cast<const uint16_t*>(from) + at, count);
   } else {

@@ -36,9 +36,7 @@ SIMD_INLINE Floats NormSwish(Floats x, Floats scale, Floats shift) {
 }
 
 SIMD_INLINE Floats LoadWeights(const float* from, int count) { return Simd::Load(from, count); }
-SIMD_INLINE Floats LoadWeights(const uint16_t* from, int count) {
-  return count >= Simd::kLanes ? Simd::LoadHalf(from) : Simd::LoadHalf(from, count);
-}
+SIMD_INLINE Floats LoadWeights(const uint16_t* from, int count) { return Simd::LoadHalf(from, count); }
 
 // How a convolution is cut, by its shape alone.
 struct Cut {

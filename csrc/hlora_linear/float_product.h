@@ -1,4 +1,4 @@
-// Products with float32 and float16 matrices: one float32 sum per output, channel after channel.
+// Products with float32, float16 and bfloat16 matrices: one float32 sum per output, channel after channel.
 #pragma once
 
 #include "hlora_linear/input.h"
@@ -9,12 +9,12 @@ namespace {
 
 template <Storage storage>
 SIMD_INLINE Floats LoadFloats(const void* values, int64_t at, int count) {
-  if (storage == Storage::kFloat16) {
+  if constexpr (storage == Storage::kFloat32) {
+    return Simd::Load(static_cast<const float*>(values) + at, count);
+  } else {
     const uint16_t* from = static_cast<const uint16_t*>(values) + at;
-    return count >= Simd::kLanes ? Simd::LoadHalf(from) : Simd::LoadHalf(from, count);
+    return storage == Storage::kFloat16 ? Simd::LoadHalf(from, count) : Simd::LoadBFloat16(from, count);
   }
-  const float* from = static_cast<const float*>(values) + at;
-  return count >= Simd::kLanes ? Simd::Load(from) : Simd::Load(from, count);
 }
 
 // Vectors of sums a row may have so that those of `rows` rows leave registers for weights and factors.
@@ -96,7 +96,7 @@ void Widen(const void* values, int64_t at, int64_t stride, int64_t channels, int
 template <Storage storage>
 void AddFloatProduct(const Matrix& matrix, const Input& input, int64_t first_block, int64_t end_block, const Part& part,
                      bool added) {
-  constexpr int64_t bytes = storage == Storage::kFloat16 ? 2 : 4;
+  constexpr int64_t bytes = storage == Storage::kFloat32 ? 4 : 2;
   const char* values = static_cast<const char*>(matrix.values);
   const int64_t end = Min(end_block * kFloatBlock, matrix.channels), tiles = part.stride / kTile;
   const bool few = part.rows <= FewRows(storage);

@@ -11,7 +11,7 @@
 
 namespace healthgpt {
 
-enum class Storage { kFloat32, kFloat16, kInt8, kInt4 };
+enum class Storage { kFloat32, kFloat16, kBFloat16, kInt8, kInt4 };
 
 // A matrix (channels, outputs), row by row. int4 holds two neighbouring outputs per byte, the even one in the low
 // bits. Integers stand for scales(channel / block_size, output) * value and have no zero point.

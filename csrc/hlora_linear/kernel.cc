@@ -26,6 +26,8 @@ void AddProduct(const Matrix& matrix, const Input& input, int64_t first_block, i
       return AddFloatProduct<Storage::kFloat32>(matrix, input, first_block, end_block, part, added);
     case Storage::kFloat16:
       return AddFloatProduct<Storage::kFloat16>(matrix, input, first_block, end_block, part, added);
+    case Storage::kBFloat16:
+      return AddFloatProduct<Storage::kBFloat16>(matrix, input, first_block, end_block, part, added);
     case Storage::kInt8:
       return AddIntegerProduct<Storage::kInt8>(matrix, input, first_block, end_block, part, added);
     case Storage::kInt4:

@@ -34,6 +34,7 @@ enum OrtElementType : int {
   kOrtInt64 = 7,
   kOrtBool = 9,
   kOrtFloat16 = 10,
+  kOrtBFloat16 = 16,
   kOrtInt4 = 22,
 };
 

@@ -10,12 +10,14 @@ cuda::Storage StorageOf(OrtElementType type) {
   switch (type) {
     case kOrtFloat16:
       return cuda::Storage::kFloat16;
+    case kOrtBFloat16:
+      return cuda::Storage::kBFloat16;
     case kOrtInt8:
       return cuda::Storage::kInt8;
     case kOrtInt4:
       return cuda::Storage::kInt4;
     default:
-      throw std::invalid_argument("weights must be float16, int8 or int4 on a GPU, found float32");
+      throw std::invalid_argument("weights must be float16, bfloat16, int8 or int4 on a GPU, found float32");
   }
 }
 

@@ -10,10 +10,11 @@ Matrix MatrixOf(const MatrixOperand& operand) {
   Matrix matrix;
   matrix.values = operand.values;
   matrix.scales = operand.scales;
-  matrix.storage = operand.type == kOrtFloat32   ? Storage::kFloat32
-                   : operand.type == kOrtFloat16 ? Storage::kFloat16
-                   : operand.type == kOrtInt8    ? Storage::kInt8
-                                                 : Storage::kInt4;
+  matrix.storage = operand.type == kOrtFloat32    ? Storage::kFloat32
+                   : operand.type == kOrtFloat16  ? Storage::kFloat16
+                   : operand.type == kOrtBFloat16 ? Storage::kBFloat16
+                   : operand.type == kOrtInt8     ? Storage::kInt8
+                                                  : Storage::kInt4;
   matrix.channels = operand.channels;
   matrix.outputs = operand.outputs;
   matrix.block_size = operand.block_size;

@@ -19,10 +19,10 @@ MatrixOperand ReadMatrix(const Tensor& values, const Tensor& scales, int64_t blo
   matrix.type = values.type;
   matrix.channels = values.shape[0];
   matrix.outputs = values.shape[1];
-  if (values.type == kOrtFloat32 || values.type == kOrtFloat16) return matrix;
+  if (values.type == kOrtFloat32 || values.type == kOrtFloat16 || values.type == kOrtBFloat16) return matrix;
   if (values.type != kOrtInt8 && values.type != kOrtInt4) {
     throw std::invalid_argument(std::string(values.name) +
-                                " must be float32, float16, int8 or int4, found the ONNX type " +
+                                " must be float32, float16, bfloat16, int8 or int4, found the ONNX type " +
                                 std::to_string(values.type));
   }
   if (block_size < kBlockStep || block_size > kLargestBlock || block_size % kBlockStep != 0) {

@@ -9,7 +9,7 @@ namespace healthgpt {
 struct MatrixOperand {
   const void* values = nullptr;
   const float* scales = nullptr;
-  OrtElementType type = kOrtUndefined;  // float32, float16, int8 or int4
+  OrtElementType type = kOrtUndefined;  // float32, float16, bfloat16, int8 or int4
   int64_t channels = 0, outputs = 0;
   int64_t block_size = 0;  // 0 for floats
 };

@@ -76,8 +76,11 @@ struct StoredMatrix {
       matrix.storage = Storage::kFloat32;
     } else if (IsHalf(values)) {
       matrix.storage = Storage::kFloat16;
+    } else if (py::isinstance<py::array_t<uint16_t>>(values)) {  // NumPy itself knows no bfloat16
+      matrix.storage = Storage::kBFloat16;
     } else {
-      throw py::value_error("values must be float32, float16, int8, or uint8 with two int4 each");
+      throw py::value_error(
+          "values must be float32, float16, uint16 with the bits of bfloat16, int8, or uint8 with two int4 each");
     }
     if (packed != shape.has_value()) throw py::value_error("shape goes with packed int4 values, and only with them");
     const std::vector<int64_t> size =

@@ -120,13 +120,11 @@ struct Simd {
     if (count >= kLanes) return Store(to, values);  // AMD takes a dozen cycles for a store by a mask
     _mm256_maskstore_ps(to, Mask(count), values);
   }
-  static SIMD_INLINE Floats LoadHalf(const uint16_t* from) {
-    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  static SIMD_INLINE Floats LoadHalf(const uint16_t* from, int count = kLanes) {
+    return _mm256_cvtph_ps(LoadShorts(from, count));
   }
-  static SIMD_INLINE Floats LoadHalf(const uint16_t* from, int count) {
-    uint16_t halves[8] = {};
-    for (int i = 0; i < 8 && i < count; ++i) halves[i] = from[i];
-    return LoadHalf(halves);
+  static SIMD_INLINE Floats LoadBFloat16(const uint16_t* from, int count = kLanes) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(LoadShorts(from, count)), 16));
   }
   static SIMD_INLINE Floats LoadInt8(const int8_t* from) {
     return ToFloats(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
@@ -178,6 +176,13 @@ struct Simd {
   // Within each lane a0 + a2, b0 + b2, a1 + a3, b1 + b3.
   static SIMD_INLINE Floats AddPairs(Floats a, Floats b) {
     return _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+  }
+
+  static SIMD_INLINE __m128i LoadShorts(const uint16_t* from, int count) {
+    if (count >= kLanes) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    alignas(16) uint16_t shorts[8] = {};
+    for (int i = 0; i < count; ++i) shorts[i] = from[i];
+    return _mm_load_si128(reinterpret_cast<const __m128i*>(shorts));
   }
 
   static __m256i Mask(int count) {

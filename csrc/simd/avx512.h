@@ -89,14 +89,16 @@ struct Simd {
   // --- floats ---
   static SIMD_INLINE Floats ToFloats(Ints values) { return _mm512_cvtepi32_ps(values); }
   static SIMD_INLINE Floats Load(const float* from) { return _mm512_loadu_ps(from); }
-  static SIMD_INLINE Floats Load(const float* from, int count) { return _mm512_maskz_loadu_ps(Mask(count), from); }
+  static SIMD_INLINE Floats Load(const float* from, int count) {
+    return count >= kLanes ? Load(from) : _mm512_maskz_loadu_ps(Mask(count), from);
+  }
   static SIMD_INLINE void Store(float* to, Floats values) { _mm512_storeu_ps(to, values); }
   static SIMD_INLINE void Store(float* to, Floats values, int count) { _mm512_mask_storeu_ps(to, Mask(count), values); }
-  static SIMD_INLINE Floats LoadHalf(const uint16_t* from) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  static SIMD_INLINE Floats LoadHalf(const uint16_t* from, int count = kLanes) {
+    return _mm512_cvtph_ps(LoadShorts(from, count));
   }
-  static SIMD_INLINE Floats LoadHalf(const uint16_t* from, int count) {
-    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(Mask(count), from));
+  static SIMD_INLINE Floats LoadBFloat16(const uint16_t* from, int count = kLanes) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(LoadShorts(from, count)), 16));
   }
   static SIMD_INLINE Floats LoadInt8(const int8_t* from) {
     return ToFloats(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
@@ -134,6 +136,11 @@ struct Simd {
   }
 
  private:
+  static SIMD_INLINE __m256i LoadShorts(const uint16_t* from, int count) {
+    return count >= kLanes ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))
+                           : _mm256_maskz_loadu_epi16(Mask(count), from);
+  }
+
   static __mmask16 Mask(int count) { return static_cast<__mmask16>(count >= 16 ? 0xFFFF : (1u << count) - 1); }
 
   // Within each lane a0 + a2, b0 + b2, a1 + a3, b1 + b3.

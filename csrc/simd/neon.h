@@ -74,8 +74,9 @@ struct Simd {
   static Floats ToFloats(Ints values) { return vcvtq_f32_s32(values); }
   static Floats Load(const float* from) { return vld1q_f32(from); }
   static Floats Load(const float* from, int count) {
+    if (count >= kLanes) return Load(from);
     float values[4] = {};
-    for (int i = 0; i < 4 && i < count; ++i) values[i] = from[i];
+    for (int i = 0; i < count; ++i) values[i] = from[i];
     return vld1q_f32(values);
   }
   static void Store(float* to, Floats values) { vst1q_f32(to, values); }
@@ -84,11 +85,11 @@ struct Simd {
     vst1q_f32(stored, values);
     for (int i = 0; i < 4 && i < count; ++i) to[i] = stored[i];
   }
-  static Floats LoadHalf(const uint16_t* from) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from))); }
-  static Floats LoadHalf(const uint16_t* from, int count) {
-    uint16_t halves[4] = {};
-    for (int i = 0; i < 4 && i < count; ++i) halves[i] = from[i];
-    return LoadHalf(halves);
+  static Floats LoadHalf(const uint16_t* from, int count = kLanes) {
+    return vcvt_f32_f16(vreinterpret_f16_u16(LoadShorts(from, count)));
+  }
+  static Floats LoadBFloat16(const uint16_t* from, int count = kLanes) {
+    return vreinterpretq_f32_u32(vshll_n_u16(LoadShorts(from, count), 16));
   }
   static Floats LoadInt8(const int8_t* from) {
     int32_t bits;
@@ -117,6 +118,14 @@ struct Simd {
     const int16x4_t shorts = vqmovn_s32(vcvtnq_s32_f32(values));
     const int8x8_t bytes = vqmovn_s16(vcombine_s16(shorts, shorts));
     vst1_lane_s32(reinterpret_cast<int32_t*>(to), vreinterpret_s32_s8(bytes), 0);
+  }
+
+ private:
+  static uint16x4_t LoadShorts(const uint16_t* from, int count) {
+    if (count >= kLanes) return vld1_u16(from);
+    uint16_t shorts[4] = {};
+    for (int i = 0; i < count; ++i) shorts[i] = from[i];
+    return vld1_u16(shorts);
   }
 };
 

@@ -114,9 +114,13 @@ struct Simd {
   static void Store(float* to, Floats values, int count) {
     for (int i = 0; i < 4 && i < count; ++i) to[i] = values.at[i];
   }
-  static Floats LoadHalf(const uint16_t* from) { return LoadHalf(from, 4); }
-  static Floats LoadHalf(const uint16_t* from, int count) {
+  // The first count float16, then zeros.
+  static Floats LoadHalf(const uint16_t* from, int count = kLanes) {
     return Map([&](int i) { return i < count ? FromHalf(from[i]) : 0.0f; });
+  }
+  // The first count bfloat16, the upper halves of float32, then zeros.
+  static Floats LoadBFloat16(const uint16_t* from, int count = kLanes) {
+    return Map([&](int i) { return i < count ? FromBits(static_cast<uint32_t>(from[i]) << 16) : 0.0f; });
   }
   static Floats LoadInt8(const int8_t* from) {
     return Map([&](int i) { return static_cast<float>(from[i]); });

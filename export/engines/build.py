@@ -44,6 +44,8 @@ from .merge import Padding, merge
 from .plugin import KERNEL, use_plugin
 
 TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+# What the products of a precision may be in, the default first: float32 stays exact, bfloat16 keeps its range.
+_COMPUTE = {"fp32": ("fp32",), "bf16": ("bf16",)} | dict.fromkeys(("fp16", "int8", "int4"), ("fp16", "bf16"))
 DEFAULT_CONTEXT_TOKENS, DEFAULT_ROWS, DEFAULT_PREFILL_ROWS = 4096, 64, 1024
 # What TensorRT optimises a prefill for: a picture's features and a short question.
 _TYPICAL_WORDS = 48
@@ -60,16 +62,18 @@ def default_settings(
     plugin: bool = False,
     stream_weights: bool = False,
 ) -> Settings:
-    """The settings of a build: products in float16 but for an fp32 bundle, the context as long as the base allows, at
-    most 4096 tokens. Raises ExecutorError."""
+    """The settings of a build: products in float16 but for an fp32 or bf16 bundle, the context as long as the base
+    allows, at most 4096 tokens. Raises ExecutorError."""
     longest = manifest.language.max_positions
     context = min(longest, DEFAULT_CONTEXT_TOKENS) if max_context is None else max_context
     if context > longest:
         raise ExecutorError(f"max_context must be at most the base's {longest} positions, got {context}")
-    exact = manifest.precision == "fp32"
-    compute = ("fp32" if exact else "fp16") if compute is None else compute
-    if exact != (compute == "fp32"):
-        raise ExecutorError(f"compute of a bundle in {manifest.precision} must {'' if exact else 'not '}be fp32")
+    choices = _COMPUTE[manifest.precision]
+    compute = choices[0] if compute is None else compute
+    if compute not in choices:
+        raise ExecutorError(
+            f"compute of a bundle in {manifest.precision} must be {' or '.join(choices)}, found {compute!r:.40}"
+        )
     if plugin and compute != "fp16":
         raise ExecutorError(f"the plugin multiplies float16: compute must be fp16, got {compute}")
     rows = min(max_rows, context) if max_context is None else max_rows

@@ -19,7 +19,7 @@ def build(
     compute_capability: Annotated[
         str | None, typer.Option(metavar="8.6,8.9,...", help="GPUs to build for; all of TensorRT-RTX's when left out.")
     ] = None,
-    compute: Annotated[str | None, typer.Option(help="fp16 or bf16; fp32 for an fp32 bundle.")] = None,
+    compute: Annotated[str | None, typer.Option(help="fp16 or bf16; of an fp32 or bf16 bundle its own.")] = None,
     max_context: Annotated[
         int | None, typer.Option(min=1, help="Tokens the caches hold; at most 4096 by default.")
     ] = None,

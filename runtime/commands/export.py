@@ -24,7 +24,7 @@ def export(
     vqgan: Annotated[Path | None, typer.Option(help="Directory with model.yaml and last.ckpt.")] = None,
     template: Annotated[str | None, typer.Option(help="phi3, phi4 or qwen; inferred when left out.")] = None,
     hlora_alpha: Annotated[float | None, typer.Option(help="H-LoRA alpha; twice the rank when left out.")] = None,
-    precision: Annotated[str, typer.Option(help="fp32, fp16, int8 or int4.")] = "fp32",
+    precision: Annotated[str, typer.Option(help="fp32, fp16, bf16, int8 or int4.")] = "fp32",
     block_size: Annotated[int, typer.Option(help="Block of int8 and int4: 32, 64 or 128.")] = 128,
     cache: Annotated[str | None, typer.Option(help="Keys and values: fp32, fp16 or int8; else by precision.")] = None,
     calibrate: Annotated[

@@ -52,7 +52,7 @@ DEVICES = {
         "CUDAExecutionProvider",
         "cuda",
         _PACKAGE / "healthgpt_onnxruntime_cuda.so",
-        ("fp16", "int8", "int4"),
+        ("fp16", "bf16", "int8", "int4"),
         ("fp16", "int8"),
         1024,
         True,

@@ -39,10 +39,11 @@ struct Stored {
       bytes.resize(static_cast<size_t>(storage == Storage::kInt4 ? (numbers + 1) / 2
                                                                  : numbers * (storage == Storage::kInt8 ? 1 : 2)));
       for (uint8_t& byte : bytes) byte = static_cast<uint8_t>(random_bits());
-      // Halves below one: no infinities.
-      if (storage == Storage::kFloat16) {
+      // Of 16 bits, numbers below one: no infinities.
+      if (storage == Storage::kFloat16 || storage == Storage::kBFloat16) {
+        const int end = storage == Storage::kFloat16 ? 0x2C : 0x3F;
         for (size_t i = 1; i < bytes.size(); i += 2)
-          bytes[i] = static_cast<uint8_t>((bytes[i] & 0x80) | (bytes[i] & 0x3F) % 0x2C);
+          bytes[i] = static_cast<uint8_t>((bytes[i] & 0x80) | (bytes[i] & 0x3F) % end);
       }
     }
     if (block_size > 0) {
@@ -156,7 +157,8 @@ int main() {
   for (const auto& [target, name] : targets) {
     if (!healthgpt::IsSupported(target)) continue;
     double worst = 0;
-    for (const Storage storage : {Storage::kFloat32, Storage::kFloat16, Storage::kInt8, Storage::kInt4}) {
+    for (const Storage storage :
+         {Storage::kFloat32, Storage::kFloat16, Storage::kBFloat16, Storage::kInt8, Storage::kInt4}) {
       for (const int64_t rows : {1, 2, 3, 4, 19}) {
         worst = std::fmax(worst, CompareLinear(target, storage, rows, 259, 514));
         worst = std::fmax(worst, CompareLinear(target, storage, rows, 31, 33));

@@ -33,11 +33,13 @@ from healthgpt_edge.export.checkpoint import Checkpoint
 from healthgpt_edge.export.graph.functions import cached_attention, caches, hlora_linear, linear
 from healthgpt_edge.export.phantom.release import released_files
 
-# Of the largest result. Up to 64 rows x is the sum of two float16, above it is rounded to one.
+# Of the largest result. Up to 64 rows x is the sum of two float16, above it is rounded to one; bfloat16 has 8 bits
+# where that has 11.
 FEW_ROWS, MANY_ROWS = 3e-6, 1e-3
+BFLOAT16_ROUNDS = 8
 # Whole graphs beside the standard bodies: a prompt's linears and the caches round to float16; in int4 the bodies'
 # product rounds activations to 8 bits, which these kernels do not.
-LOGITS = {"fp16": 5e-3, "int4": 8e-2}
+LOGITS = {"fp16": 5e-3, "bf16": 4e-2, "int4": 8e-2}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,11 @@ def near(found: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
     np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * np.abs(expected).max(initial=0))
 
 
-@pytest.mark.parametrize("storage", ["float16", "int8", "int4"])
+def tolerance(storage: str, rows: int) -> float:
+    return (FEW_ROWS if rows <= 64 else MANY_ROWS) * (BFLOAT16_ROUNDS if storage == "bfloat16" else 1)
+
+
+@pytest.mark.parametrize("storage", ["float16", "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("rows", [0, 1, 33, 65])
 @pytest.mark.parametrize("outputs", [24, 33])
 def test_linear(library, storage, rows, outputs):
@@ -62,17 +68,17 @@ def test_linear(library, storage, rows, outputs):
     (found,) = run("Linear", operands, {"y": FLOAT}, kernels=library, block_size=BLOCK_SIZE)
     body = linear(STORED[storage], True)
     (expected,) = run("Linear", operands, {"y": FLOAT}, body=body, block_size=BLOCK_SIZE)
-    near(found, expected, FEW_ROWS if rows <= 64 else MANY_ROWS)
+    near(found, expected, tolerance(storage, rows))
 
 
-@pytest.mark.parametrize("storage", ["float16", "int8", "int4"])
+@pytest.mark.parametrize("storage", ["float16", "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("rows", [1, 40])
 def test_hlora_linear(library, storage, rows):
     operands, more = hlora_operands(storage, storage, rows=rows), {"block_size": BLOCK_SIZE, "experts": 4}
     (found,) = run("HLoraLinear", operands, {"y": FLOAT}, kernels=library, **more)
     body = hlora_linear(STORED[storage], STORED[storage], True)
     (expected,) = run("HLoraLinear", operands, {"y": FLOAT}, body=body, **more)
-    near(found, expected, FEW_ROWS if rows == 1 else MANY_ROWS)  # there are two sequences of them
+    near(found, expected, tolerance(storage, 2 * rows))  # there are two sequences of them
 
 
 def test_weights_that_are_no_constants(library):
@@ -129,10 +135,11 @@ def test_what_the_kernels_do_not_take_is_named(library, op, operands, results, m
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory):
-    """The trained phantom: fp16; int4, with caches of bytes."""
+    """The trained phantom: fp16; bf16; int4, with caches of bytes."""
     folder = tmp_path_factory.mktemp("cuda-bundles")
     with Checkpoint.open(**released_files(ROOT / "phantom")) as checkpoint:
-        export_bundle(checkpoint, folder / "fp16", precision="fp16", block_size=32)
+        for precision in ("fp16", "bf16"):
+            export_bundle(checkpoint, folder / precision, precision=precision, block_size=32)
         export_bundle(checkpoint, folder / "int4", precision="int4", cache="int8", block_size=32)
     return folder
 
@@ -171,7 +178,9 @@ def test_a_question_about_a_picture(bundles, cuda):
     assert answers[0].token_ids == answers[1].token_ids and len(answers[0].token_ids) > 1
 
 
-@pytest.mark.parametrize(("precision", "task"), [("fp16", "comprehension"), ("int4", "generation")])
+@pytest.mark.parametrize(
+    ("precision", "task"), [("fp16", "comprehension"), ("bf16", "generation"), ("int4", "generation")]
+)
 def test_a_prompt_and_its_steps(bundles, cuda, monkeypatch, precision, task):
     found, expected = (
         load(bundles / precision, tasks=(task,), threads=1, verify=False, **how)

@@ -1,5 +1,6 @@
 """The H-LoRA linear of every instruction set this machine has, against the formula in float64."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 from onnx import TensorProto
@@ -12,7 +13,8 @@ TOLERANCE = 2e-5
 # Activations rounded to 8 bits by row and block: relative to the largest result; measured 0.006.
 TOLERANCE_8_BIT = 0.02
 
-STORAGES = ["float32", "float16", "int8", "int4"]
+FLOATS = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+STORAGES = [*FLOATS, "int8", "int4"]
 # channels, outputs, rank, experts, block size. Odd sizes, tails of a vector, of a tile and of a block, ranks below a
 # block, and int4 rows that start inside a byte.
 SIZES = [
@@ -36,9 +38,9 @@ def pack(values):
 
 def store(weight, storage, block_size):
     """The stored matrix of a float32 one [C, O], and the float64 matrix that it stands for."""
-    if storage in ("float32", "float16"):
-        stored = weight.astype(storage)
-        return _kernels.Matrix(stored), stored.astype(np.float64)
+    if storage in FLOATS:
+        stored = weight.astype(FLOATS[storage])
+        return _kernels.Matrix(stored.view(np.uint16) if storage == "bfloat16" else stored), stored.astype(np.float64)
     data_type = TensorProto.INT4 if storage == "int4" else TensorProto.INT8
     values, scales = quantise(np.ascontiguousarray(weight.T), data_type, block_size)
     exact = dequantise(values.astype(np.float64), scales, block_size)
@@ -146,7 +148,9 @@ def test_a_row_depends_neither_on_the_others_nor_on_the_threads(storage, target)
 
 
 @each_target
-@pytest.mark.parametrize(("storage", "adapter_storage"), [("int4", "int8"), ("int4", "float32"), ("float16", "int8")])
+@pytest.mark.parametrize(
+    ("storage", "adapter_storage"), [("int4", "int8"), ("int4", "float32"), ("float16", "int8"), ("int8", "bfloat16")]
+)
 def test_base_and_adapters_may_be_stored_differently(storage, adapter_storage, target):
     y, expected = linear(SIZES[4], storage, 5, target, adapter_storage=adapter_storage)
     assert close(y, expected, "int4")
@@ -205,5 +209,7 @@ def test_wrong_operands_are_named():
         _kernels.Matrix(weight.astype(np.int8), np.ones((2, 8), np.float32), 32)
     with pytest.raises(ValueError, match="block_size must be a multiple of 4 up to 256, got 512"):
         _kernels.Matrix(weight.astype(np.int8), np.ones((1, 8), np.float32), 512)
+    with pytest.raises(ValueError, match="float16, uint16 with the bits of bfloat16, int8, or uint8 with two int4"):
+        _kernels.Matrix(weight.astype(ml_dtypes.bfloat16))
     with pytest.raises(ValueError, match=r"values must be \[64\], got \[63\]"):
         _kernels.Matrix(np.zeros(63, np.uint8), np.ones((1, 8), np.float32), 32, (16, 8))

@@ -10,6 +10,7 @@ import ctypes
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime
@@ -30,8 +31,10 @@ from healthgpt_edge.export.graph.functions import (
 )
 from healthgpt_edge.export.quantize import quantise
 
-FLOAT, FLOAT16, INT8, INT4 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT8, TensorProto.INT4
-STORED = {"float32": FLOAT, "float16": FLOAT16, "int8": INT8, "int4": INT4}
+FLOAT, FLOAT16, BFLOAT16 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16
+INT8, INT4 = TensorProto.INT8, TensorProto.INT4
+STORED = {"float32": FLOAT, "float16": FLOAT16, "bfloat16": BFLOAT16, "int8": INT8, "int4": INT4}
+FLOATS = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 BLOCK_SIZE = 32
 # float32 sums of some hundred products of order one; attention with float16 caches reads the same rounded rows.
 TOLERANCE = 2e-5
@@ -96,8 +99,8 @@ def tensor(name: str, values: np.ndarray) -> TensorProto:
 
 def stored(name: str, matrix: np.ndarray, storage: str) -> Operands:
     """A matrix [C, O] and its scales, as the exporter stores them."""
-    if STORED[storage] in (FLOAT, FLOAT16):
-        return {name: tensor(name, matrix.astype(storage)), f"{name}_scale": None}
+    if storage in FLOATS:
+        return {name: tensor(name, matrix.astype(FLOATS[storage])), f"{name}_scale": None}
     values, scales = quantise(np.ascontiguousarray(matrix.T), STORED[storage], BLOCK_SIZE)
     if storage == "int8":
         return {name: tensor(name, values), f"{name}_scale": tensor(f"{name}_scale", scales)}
@@ -140,7 +143,7 @@ def test_linear(storage, x_shape, has_bias):
     operands = linear_operands(x_shape, 33, storage, has_bias)
     (found,) = run("Linear", operands, {"y": FLOAT}, threads=2, block_size=BLOCK_SIZE)
     (expected,) = run("Linear", operands, {"y": FLOAT}, body=linear(STORED[storage], has_bias), block_size=BLOCK_SIZE)
-    assert_near(found, expected, storage.startswith("float"))
+    assert_near(found, expected, storage in FLOATS)
 
 
 @pytest.mark.parametrize("storage", STORED)
@@ -151,7 +154,7 @@ def test_hlora_linear(storage, adapters, has_bias):
     (found,) = run("HLoraLinear", operands, {"y": FLOAT}, **more)
     body = hlora_linear(STORED[storage], STORED[adapters], has_bias)
     (expected,) = run("HLoraLinear", operands, {"y": FLOAT}, body=body, **more)
-    assert_near(found, expected, storage.startswith("float") and adapters.startswith("float"))
+    assert_near(found, expected, storage in FLOATS and adapters in FLOATS)
 
 
 @pytest.mark.parametrize("storage", ["float32", "int4"])
@@ -337,7 +340,7 @@ WRONG_LINEARS = [
     ("int4", zeros("x", *[1] * 8, 70), {}, "x must have at most 8 dimensions, found 9"),
     ("int4", zeros("weight", 70 * 24), {}, "weight must be a matrix that is not empty, found [1680]"),
     ("int4", zeros("weight", 70, 0), {}, "weight must be a matrix that is not empty, found [70, 0]"),
-    ("int4", zeros("weight", 70, 24, dtype=np.uint8), {}, "float32, float16, int8 or int4, found the ONNX type 2"),
+    ("int4", zeros("weight", 70, 24, dtype=np.uint8), {}, "float16, bfloat16, int8 or int4, found the ONNX type 2"),
     ("int4", {"weight_scale": None}, {}, "weight is quantised and must come with weight_scale"),
     ("int4", zeros("weight_scale", 2, 24), {}, "weight_scale must be [3, 24], found [2, 24]"),
     ("int8", zeros("weight_scale", 3, 23), {}, "weight_scale must be [3, 24], found [3, 23]"),

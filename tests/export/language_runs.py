@@ -111,6 +111,8 @@ def as_stored(matrix: torch.Tensor, data_type: int, block_size: int) -> torch.Te
         return matrix
     if data_type == TensorProto.FLOAT16:
         return matrix.half().float()
+    if data_type == TensorProto.BFLOAT16:
+        return matrix.bfloat16().float()
     values, scales = quantise(matrix.numpy(), data_type, block_size)
     return torch.from_numpy(np.ascontiguousarray(dequantise(values, scales, block_size).T))
 

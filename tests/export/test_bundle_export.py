@@ -53,11 +53,15 @@ def test_every_precision_answers_and_draws(exported, precision):
         # Up to the first step where the original's two best logits lie closer than float16 can tell apart.
         assert answer.token_ids == COM.record["output_ids"][:8]
         assert picture.codes[:20] == GEN.record["vq_indices"][:20]
+    if precision == "bf16":
+        bodies = load(path, threads=1, kernels=False)
+        assert bodies.answer(COM.image, COM.question, max_new_tokens=8).token_ids == answer.token_ids
+        assert bodies.generate(GEN.image, GEN.question).codes == picture.codes
 
 
 def test_each_precision_is_smaller_than_the_one_before(exported):
     sizes = [(exported(precision)[0] / "weights/base.bin").stat().st_size for precision in PRECISIONS]
-    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4  # two have 16 bits
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
@@ -118,7 +122,7 @@ def test_a_bundle_can_be_read_like_any_new_folder(exported):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"precision": "bf16"}, "precision must be one of fp32, fp16, int8, int4, got 'bf16'"),
+        ({"precision": "fp8"}, "precision must be one of fp32, fp16, bf16, int8, int4, got 'fp8'"),
         ({"block_size": 16}, "block size must be one of (32, 64, 128), got 16"),
     ],
 )

@@ -93,14 +93,15 @@ def test_every_engine_of_the_phantom_is_built_and_recorded(built):
 
 
 @pytest.mark.parametrize(
-    "precision, compute, cache", [("fp32", None, None), ("fp16", "bf16", None), ("int8", None, "int8")]
+    "precision, compute, cache",
+    [("fp32", None, None), ("fp16", "bf16", None), ("bf16", None, None), ("int8", None, "int8")],
 )
 def test_every_precision_is_built(tmp_path, precision, compute, cache):
     bundle = export(tmp_path, precision, cache)
     outcome = build(bundle, "--json", *(["--compute", compute] if compute else []))
     assert outcome.code == 0, outcome.errors
     settings = outcome.json["settings"]
-    assert settings["compute"] == (compute or ("fp32" if precision == "fp32" else "fp16"))
+    assert settings["compute"] == (compute or {"int8": "fp16"}.get(precision, precision))
     assert (settings["max_rows"], settings["prefill_rows"]) == (64, MAX_CONTEXT)
     assert set(outcome.json["engines"]) == NAMES
 
@@ -187,8 +188,8 @@ def test_inspect_tells_of_engines(built, plain):
         (["--target", "tensor"], "target must be one of tensorrt-rtx, tensorrt, found 'tensor'"),
         (["--target", TARGET, "--compute-capability", "9.0"], "builds for the compute capabilities 12.0, 12.1, 7.5"),
         (["--target", TARGET, "--compute-capability", "ada"], "a compute capability must be like 8.6, found 'ada'"),
-        (["--target", TARGET, "--compute", "fp32"], "compute of a bundle in int4 must not be fp32"),
-        (["--target", TARGET, "--compute", "fp8"], "compute must be one of fp32, fp16, bf16, found 'fp8'"),
+        (["--target", TARGET, "--compute", "fp32"], "compute of a bundle in int4 must be fp16 or bf16, found 'fp32'"),
+        (["--target", TARGET, "--compute", "fp8"], "compute of a bundle in int4 must be fp16 or bf16, found 'fp8'"),
         (["--target", TARGET, "--max-context", "99999"], "max_context must be at most the base's"),
         (["--target", TARGET, "--max-context", "10"], "1 <= max_rows <= prefill_rows <= max_context"),
         (["--target", "tensorrt"], "target tensorrt needs the module tensorrt"),

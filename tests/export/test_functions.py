@@ -29,7 +29,7 @@ def run(graph: GraphBuilder, folder: Path, feeds: dict[str, np.ndarray]) -> list
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]).run(None, feeds)
 
 
-@pytest.mark.parametrize("data_type", [FLOAT, FLOAT16, TensorProto.INT8, TensorProto.INT4])
+@pytest.mark.parametrize("data_type", [FLOAT, FLOAT16, TensorProto.BFLOAT16, TensorProto.INT8, TensorProto.INT4])
 @pytest.mark.parametrize("shape", [[5, 70], [2, 3, 70]], ids=["rank-2", "rank-3"])
 @pytest.mark.parametrize("has_bias", [False, True], ids=["without-bias", "with-bias"])
 def test_linear(tmp_path, data_type, shape, has_bias):

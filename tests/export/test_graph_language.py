@@ -223,7 +223,8 @@ def test_the_executor_gives_the_whole_vocabulary_when_asked(golden_bundle):
 
 # --- other precisions -----------------------------------------------------------------------------------------------
 
-STORED = [("fp16", 128)] + [(precision, block) for precision in ("int8", "int4") for block in (32, 64, 128)]
+STORED = [("fp16", 128), ("bf16", 128)]
+STORED += [(precision, block) for precision in ("int8", "int4") for block in (32, 64, 128)]
 
 
 @pytest.fixture(scope="module", params=STORED, ids=lambda stored: f"{stored[0]}-{stored[1]}")

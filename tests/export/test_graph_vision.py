@@ -15,7 +15,7 @@ import torch
 from golden_cases import CASES, Case, open_golden
 from language_runs import as_stored
 from onnx import TensorProto
-from tolerances import FEATURES, FEATURES_8_BIT, FEATURES_FLOAT16
+from tolerances import FEATURES, FEATURES_8_BIT, FEATURES_BFLOAT16, FEATURES_FLOAT16
 
 from healthgpt_edge.errors import CheckpointError
 from healthgpt_edge.export.checkpoint import Checkpoint
@@ -94,17 +94,20 @@ def test_a_batch_gives_what_its_pictures_give(m3):
         np.testing.assert_allclose(row, graphs.features("comprehension", picture[None])[0], rtol=0, atol=FEATURES)
 
 
-def test_stored_in_float16(tmp_path):
+@pytest.mark.parametrize(
+    ("storage", "tolerance"), [(TensorProto.FLOAT16, FEATURES_FLOAT16), (TensorProto.BFLOAT16, FEATURES_BFLOAT16)]
+)
+def test_stored_in_16_bits(tmp_path, storage, tolerance):
     case = Case("m3_com_wide")
     with open_golden("m3") as checkpoint:
-        graphs = Exported(checkpoint, tmp_path, TensorProto.FLOAT16)
+        graphs = Exported(checkpoint, tmp_path, storage)
     types = {tensor.name: tensor.data_type for tensor in graphs.models["comprehension"].graph.initializer}
-    matrices = {name for name, data_type in types.items() if data_type == TensorProto.FLOAT16}
+    matrices = {name for name, data_type in types.items() if data_type == storage}
     # 4 layers of 4 matrices and the projector's two; norms, biases, positions and the patch matrix stay float32.
     assert len(matrices) == 4 * 4 + 2
     assert all(name.endswith(".weight") and "norm" not in name for name in matrices)
     found = graphs.features(case.task, pixels_of(case))
-    np.testing.assert_allclose(found, case.arrays["projected_features"], rtol=0, atol=FEATURES_FLOAT16)
+    np.testing.assert_allclose(found, case.arrays["projected_features"], rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("block_size", [32, 128])

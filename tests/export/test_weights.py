@@ -33,13 +33,30 @@ def test_a_key_is_produced_and_stored_once(tmp_path):
     assert (len(calls), stored.offset, file.size_bytes) == (1, 0, 16)
 
 
-def test_a_value_beyond_float16_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("data_type", "value", "message"),
+    [
+        (TensorProto.FLOAT16, 70000, r"float16 \(65504\), found 70000"),
+        (TensorProto.BFLOAT16, 3.4e38, r"bfloat16 \(3\.38953e\+38\), found 3\.4e\+38"),
+    ],
+)
+def test_a_value_beyond_its_type_is_refused(tmp_path, data_type, value, message):
     file = WeightFile(tmp_path / "w.bin", "w.bin")
-    with pytest.raises(BundleError, match=r"tensor big must fit float16 \(65504\), found 70000"):
-        file.put("big", TensorProto.FLOAT16, lambda: np.array([1, -70000], np.float32))
+    with pytest.raises(BundleError, match=f"tensor big must fit {message}: export another precision"):
+        file.put("big", data_type, lambda: np.array([1, -value], np.float32))
 
 
-@pytest.mark.parametrize("data_type", [TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT8, TensorProto.INT4])
+def test_bfloat16_holds_what_float16_does_not(tmp_path):
+    """Bit for bit the upper half of a float32 that has zeros in its lower one."""
+    values = np.array([480_000, -1e-30, 0.15625], np.float32).view(np.uint32) & 0xFFFF0000
+    with WeightFile(tmp_path / "w.bin", "w.bin") as file:
+        file.put("a", TensorProto.BFLOAT16, lambda: values.view(np.float32))
+    np.testing.assert_array_equal(np.fromfile(tmp_path / "w.bin", np.uint16), values >> 16)
+
+
+@pytest.mark.parametrize(
+    "data_type", [TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.INT8, TensorProto.INT4]
+)
 def test_a_tensor_of_many_pieces_is_stored_as_one(tmp_path, monkeypatch, data_type):
     values = np.random.default_rng(0).integers(-8, 8, (7, 5)).astype(np.float32)
     if data_type in (TensorProto.INT8, TensorProto.INT4):

@@ -18,6 +18,7 @@ from healthgpt_edge.export.checkpoint import Checkpoint
 from healthgpt_edge.export.demo import PHANTOM
 from healthgpt_edge.export.engines.build import default_settings
 from healthgpt_edge.export.phantom.release import released_files
+from healthgpt_edge.manifest import PRECISIONS
 from healthgpt_edge.session import Session
 
 BLOCK_SIZE = 32
@@ -41,7 +42,7 @@ def sessions(tmp_path_factory):
     return give
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_the_engines_graphs_are_accepted_in_every_precision(sessions, precision):
     report = compare(*sessions(precision))
     assert report.passed, report.first_failure
@@ -130,8 +131,9 @@ def test_another_shape_is_an_error():
         Report("one", "other").alike("features", np.zeros(2), np.zeros(3), 1.0)
 
 
-def test_the_command_line_compares_executors(sessions):
-    bundle = sessions("int4")[0].bundle.path
+@pytest.mark.parametrize("precision", ["bf16", "int4"])
+def test_the_command_line_compares_executors(sessions, precision):
+    bundle = sessions(precision)[0].bundle.path
     outcome = run("verify", bundle, "--executor", "onnx", "--threads", "1", "--json")
     assert (outcome.code, outcome.json["ok"]) == (0, True)
     assert (outcome.json["executor"], outcome.json["against"]) == ("onnx-cpu+kernels", "onnx-cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -83,6 +84,9 @@ def test_costs_are_those_of_the_written_matrices(bundle):
     layers = 4 * language.layers * values
     assert costs.token_bytes(manifest, "comprehension", 0) == layers + 4 * width * language.vocab
     assert costs.cache_bytes(manifest) == 4 * 2 * language.layers * keys
+    for precision in ("fp16", "bf16"):
+        half = replace(manifest, precision=precision)
+        assert 2 * costs.token_bytes(half, "comprehension", 0) == costs.token_bytes(manifest, "comprehension", 0)
     one = costs.prefill_operations(manifest, "comprehension", 1)
     assert one == 2 * (language.layers * (values + 2 * width) + width * language.vocab)
 

@@ -175,7 +175,7 @@ MANIFEST_FAULTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "number for a text": (setting("template", 3), "bundle.json: template must be str, found int"),
     "no precision of ours": (
         setting("precision", "int2"),
-        "precision must be one of fp32, fp16, int8, int4, found 'int2'",
+        "precision must be one of fp32, fp16, bf16, int8, int4, found 'int2'",
     ),
     "no cache precision of ours": (
         setting("cache_precision", "int4"),
