@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import tempfile
 import tracemalloc
@@ -278,6 +279,18 @@ def test_a_cancel_while_stdout_is_not_read(session, monkeypatch):
         events = peer.end()
     assert events[-2:] == [cancelled(1), told(1, True)]
     assert len(events) < 500 and events[0]["event"] == "preview"
+
+
+def test_a_cancel_while_the_result_is_written_is_too_late(session, monkeypatch):
+    """The server waits for its line to be read, and has begun it."""
+    made = session.generate(GEN.image, GEN.question)
+    monkeypatch.setattr(session, "generate", lambda *words, **options: made)
+    with Peer(session) as peer:
+        peer.ask({**PICTURE, "id": 1})
+        assert select.select([peer._told], [], [], SECONDS)[0]
+        peer.ask(cancel(1))
+        assert peer.last()["codes"] == made.codes
+        assert peer.last() == told(1, False)
 
 
 def test_the_end_of_stdin_cancels_nothing(session, monkeypatch):
