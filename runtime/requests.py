@@ -59,8 +59,19 @@ def checked_request(
     check_draft(draft, kind.drafts)
     options = {"draft": draft, "sampling": Sampling(temperature, top_p, seed), **others}
     picture = read_if_any(source, frame, window)
+    if out is not None:
+        refuse_the_image(Path(out), source, f"{dashes}out", dashes)
     study = read_study(source, frame=frame) if as_dicom and source is not None else None
     return Checked(picture, study, options)
+
+
+def refuse_the_image(target: Path, source: str | os.PathLike[str] | bytes | None, option: str, dashes: str) -> None:
+    """Raise HealthGPTError where `target`, which `option` would write, is the picture itself: a patient's is not lost.
+
+    `source` could be read.
+    """
+    if source is not None and not isinstance(source, bytes) and target.exists() and target.samefile(source):
+        raise HealthGPTError(f"{option} must not be the file of {dashes}image, got {target.name!r} for both")
 
 
 def _is_dicom_target(out: Path, suffixes: tuple[str, ...], has_image: bool, dashes: str) -> bool:

@@ -700,6 +700,21 @@ REQUESTS = {
         generate("--image", PICTURE, out="out.dcm"),
         "wide.png: expected DICOM, to write DICOM of its study, found another format",
     ),
+    "out: the picture itself": Bad(
+        generate("--image", picture_file(partial(encoded, "PNG"), "out.png")),
+        "--out must not be the file of --image, got 'out.png' for both",
+    ),
+    "out: the picture itself, by another path": Bad(
+        generate(
+            "--image",
+            lambda place: make("a")(place) / ".." / picture_file(partial(encoded, "PNG"), "out.png")(place).name,
+        ),
+        "--out must not be the file of --image, got 'out.png' for both",
+    ),
+    "out: the preview in place of the picture": Bad(
+        generate("--image", picture_file(partial(encoded, "PNG"), "out.partial.png"), "--progress"),
+        "the file of --progress must not be the file of --image, got 'out.partial.png' for both",
+    ),
     "out: missing folder": Bad(generate(out="a/out.png"), "the folder to hold 'out.png' does not exist"),
     "out: a folder": Bad(generate(lambda place: (make("out.png")(place), "--json")[1]), "'out.png' is a folder"),
     "out: in a folder that is not to be written to": Bad(

@@ -54,7 +54,7 @@ def generate(
 ) -> None:
     """Make a picture from a picture, or from words alone."""
     from ..images import write_image
-    from ..requests import PICTURE, checked_request, result_fields
+    from ..requests import PICTURE, checked_request, refuse_the_image, result_fields
     from ..session import GENERATION
 
     # Refused before the bundle is hashed and loaded, which takes a while.
@@ -73,6 +73,9 @@ def generate(
         certify=certify,
         faithful=faithful,
     )
+    partial = out.with_suffix(".partial.png")
+    if show_progress:
+        refuse_the_image(partial, image, "the file of --progress", "--")
     session = load_session(
         bundle,
         tasks=(GENERATION,),
@@ -82,7 +85,6 @@ def generate(
         verify=verify,
         kernels=kernels,
     )
-    partial = out.with_suffix(".partial.png")
     try:
         with progress_bar() as progress:
             codes = session.bundle.manifest.codes

@@ -150,3 +150,12 @@ def test_what_cannot_be_written_is_said_before_the_bundle_is_loaded(tmp_path, op
     options = [str(tmp_path / "image.png") if word == "PNG" else word for word in options]
     done = run("answer", tmp_path / "no bundle", "--question", "What?", *options)
     assert done.code == 2 and message in done.errors and done.errors.count("\n") == 1
+
+
+def test_a_report_does_not_take_the_place_of_its_picture(tmp_path):
+    scan = tmp_path / "scan.dcm"
+    scan.write_bytes(dicom(GREY, **identified()))
+    before = scan.read_bytes()
+    done = run("answer", tmp_path / "no bundle", "--question", "What?", "--image", scan, "--out", scan)
+    assert done.code == 2 and "--out must not be the file of --image, got 'scan.dcm' for both" in done.errors
+    assert scan.read_bytes() == before
