@@ -63,7 +63,7 @@ def read_if_any(source: Any, frame: int | None, window: tuple[float, float] | No
 def read_study(source: str | os.PathLike[str] | bytes, *, frame: int | None = None) -> Study:
     """What files made from the DICOM file `source`, a path or its bytes, share with it: `write_image`, `write_report`.
 
-    `frame` is the one that was read. Raises ImageError, which never quotes DICOM values.
+    `frame` is the one that was read, from 0. Raises ImageError, which never quotes DICOM values.
     """
     from .dicom.file import is_dicom
     from .dicom.study import parse_study

@@ -17,6 +17,7 @@ from pydicom.dataset import Dataset
 from pydicom.filereader import read_dataset
 from pydicom.tag import BaseTag, Tag
 
+from ..checks import is_whole
 from ..errors import ImageError
 from ..limits import MAX_HEADER_BYTES, MAX_INFLATED_BYTES, MAX_ITEMS
 
@@ -123,6 +124,33 @@ def open_dicom(file: BinaryIO, more: Sequence[str] = ()) -> PixelData:
     if tag != _PIXEL_DATA:
         raise ImageError("expected whole numbers as pixel data, found floating point")
     return PixelData(dataset, file, syntax, offset + start, length, vr or "OW")
+
+
+def whole(dataset: Dataset, keyword: str, default: int | None = None) -> int:
+    """The one whole number of an attribute, `default` where it is absent; otherwise ImageError."""
+    value = dataset.get(keyword)
+    value = default if value is None else value
+    if not isinstance(value, int):
+        found = "none" if value is None else "something else"
+        raise ImageError(f"expected {keyword} to be one whole number, found {found}")
+    return int(value)
+
+
+def frame_count(dataset: Dataset) -> int:
+    """How many frames a data set says it has, at least one."""
+    frames = whole(dataset, "NumberOfFrames", 1)
+    if frames < 1:
+        raise ImageError(f"expected at least one frame, found {frames}")
+    return frames
+
+
+def frame_index(frame: int | None, frames: int) -> int:
+    """Frame `frame` of so many, from 0, by default the first; ImageError where there is none such."""
+    if frame is None:
+        return 0
+    if not (is_whole(frame) and 0 <= frame < frames):
+        raise ImageError(f"frame must be from 0 to {frames - 1}, got {frame!r:.40}")
+    return frame
 
 
 def _file_meta(head: bytes) -> tuple[uid.UID, int]:

@@ -16,12 +16,22 @@ from pydicom import uid
 from pydicom.encaps import encapsulate, get_frame
 from pydicom.pixels import get_decoder
 
-from ..checks import is_whole
 from ..errors import ImageError
 from ..limits import MAX_DECODED_BYTES, MAX_ITEMS, check_size
 from .codestream import jpeg2000_header, jpeg_header
 from .display import grayscale, palette, to_levels
-from .file import JPEG, JPEG2000, NATIVE, PLUGINS, UNDEFINED_LENGTH, PixelData, open_dicom
+from .file import (
+    JPEG,
+    JPEG2000,
+    NATIVE,
+    PLUGINS,
+    UNDEFINED_LENGTH,
+    PixelData,
+    frame_count,
+    frame_index,
+    open_dicom,
+    whole,
+)
 from .rle import decode_rle
 
 if TYPE_CHECKING:
@@ -38,7 +48,7 @@ def read_dicom(file: BinaryIO, frame: int | None, window: tuple[float, float] | 
     """
     pixels = open_dicom(file)
     shape = _Shape.of(pixels.dataset)
-    index = _frame_index(frame, shape.frames)
+    index = frame_index(frame, shape.frames)
     if shape.photometric in ("YBR_ICT", "YBR_RCT") and pixels.syntax not in JPEG2000:
         raise ImageError(f"{shape.photometric} belongs to JPEG 2000, found another transfer syntax")
     decoded = (_decode_native if pixels.syntax in NATIVE else _decode_encapsulated)(pixels, shape, index)
@@ -71,12 +81,12 @@ class _Shape:
 
     @classmethod
     def of(cls, dataset: Dataset) -> _Shape:
-        rows, columns, samples = (_whole(dataset, name) for name in ("Rows", "Columns", "SamplesPerPixel"))
+        rows, columns, samples = (whole(dataset, name) for name in ("Rows", "Columns", "SamplesPerPixel"))
         check_size(columns, rows)
-        allocated, stored = _whole(dataset, "BitsAllocated"), _whole(dataset, "BitsStored")
+        allocated, stored = whole(dataset, "BitsAllocated"), whole(dataset, "BitsStored")
         if allocated not in (8, 16):
             raise ImageError(f"expected 8 or 16 bits allocated, found {allocated}")
-        if not 1 <= stored <= allocated or _whole(dataset, "HighBit", stored - 1) != stored - 1:
+        if not 1 <= stored <= allocated or whole(dataset, "HighBit", stored - 1) != stored - 1:
             raise ImageError(f"expected the lowest of {allocated} bits to be stored, found another layout")
         photometric = dataset.get("PhotometricInterpretation")
         if photometric not in (*_GRAY, *_COLOUR, "PALETTE COLOR"):
@@ -86,16 +96,14 @@ class _Shape:
             raise ImageError(f"expected {3 if colour else 1} samples per pixel for {photometric}, found {samples}")
         if colour and photometric != "RGB" and (allocated, stored) != (8, 8):
             raise ImageError(f"expected 8 bits stored of 8 for {photometric}, found {stored} of {allocated}")
-        signed, planar = _whole(dataset, "PixelRepresentation"), _whole(dataset, "PlanarConfiguration", 0)
+        signed, planar = whole(dataset, "PixelRepresentation"), whole(dataset, "PlanarConfiguration", 0)
         if signed not in (0, 1) or (signed and photometric not in _GRAY):
             raise ImageError(f"expected unsigned values, or signed ones in greyscale, found {signed}")
         if planar not in (0, 1):
             raise ImageError(f"expected planar configuration 0 or 1, found {planar}")
         if dataset.get("PixelPresentation") in ("COLOR", "MIXED"):
             raise ImageError("greyscale with a supplemental colour palette is not supported")
-        frames = _whole(dataset, "NumberOfFrames", 1)
-        if frames < 1:
-            raise ImageError(f"expected at least one frame, found {frames}")
+        frames = frame_count(dataset)
         shape = cls(rows, columns, samples, frames, allocated, stored, signed, str(photometric), planar)
         if rows * columns * samples * allocated // 8 > MAX_DECODED_BYTES:
             raise ImageError(f"expected at most {MAX_DECODED_BYTES} bytes a frame, found {rows} x {columns}")
@@ -206,20 +214,3 @@ def _check_codestream(encoded: bytes, syntax: uid.UID, shape: _Shape) -> None:
         )
     if found.precision > shape.bits_allocated:
         raise ImageError(f"expected at most {shape.bits_allocated} bits in the codestream, found {found.precision}")
-
-
-def _frame_index(frame: int | None, frames: int) -> int:
-    if frame is None:
-        return 0
-    if not (is_whole(frame) and 0 <= frame < frames):
-        raise ImageError(f"frame must be from 0 to {frames - 1}, got {frame!r:.40}")
-    return frame
-
-
-def _whole(dataset: Dataset, keyword: str, default: int | None = None) -> int:
-    value = dataset.get(keyword)
-    value = default if value is None else value
-    if not isinstance(value, int):
-        found = "none" if value is None else "something else"
-        raise ImageError(f"expected {keyword} to be one whole number, found {found}")
-    return int(value)

@@ -10,7 +10,7 @@ from pydicom import dcmwrite
 from pydicom.dataset import Dataset
 
 from ..errors import ImageError
-from .file import open_dicom
+from .file import frame_count, frame_index, open_dicom
 
 # What all objects of a study share (PS3.3 C.7.1.1, C.7.2.1), copied as it stands in the source.
 _SHARED = (
@@ -46,7 +46,7 @@ class Study:
     @property
     def frame_number(self) -> int | None:
         """The frame as DICOM counts, from 1; None where the source has but one."""
-        return self.frame + 1 if int(self.dataset.get("NumberOfFrames") or 1) > 1 else None
+        return self.frame + 1 if frame_count(self.dataset) > 1 else None
 
     def identify(self, document: Dataset) -> None:
         """Give `document` the patient and the study.
@@ -59,13 +59,13 @@ class Study:
 
 
 def parse_study(file: BinaryIO, frame: int | None) -> Study:
-    """The study of the DICOM `file`. Raises ImageError where the file does not name one, or itself."""
+    """The study of the DICOM `file`. Raises ImageError where the file does not name one, or itself, or lacks the frame."""
     dataset = open_dicom(file, (*_SHARED, *_IDENTITY, *_ORIENTATION)).dataset
     for keyword in _IDENTITY:
         value = dataset.get(keyword)
         if not value or not isinstance(value, str):
             raise ImageError(f"expected one {keyword} in the data set, found {'several' if value else 'none'}")
-    return Study(dataset, frame or 0)
+    return Study(dataset, frame_index(frame, frame_count(dataset)))
 
 
 def to_file(document: Dataset) -> bytes:

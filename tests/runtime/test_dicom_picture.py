@@ -83,6 +83,13 @@ def test_a_frame_is_referred_to(tmp_path):
     assert "ReferencedFrameNumber" not in written(tmp_path, one).SourceImageSequence[0]
 
 
+@pytest.mark.parametrize("frame", [3, -1, 1.0, True, "1"])
+def test_a_frame_that_the_source_lacks_is_refused(frame):
+    several = dicom(np.zeros((3, 4, 6), np.uint8), **identified())
+    with pytest.raises(ImageError, match="picture: frame must be from 0 to 2, got "):
+        read_study(several, frame=frame)
+
+
 @pytest.mark.parametrize(
     "attributes",
     [
