@@ -15,6 +15,7 @@ import onnx
 from healthgpt_edge import manifest as schema
 from healthgpt_edge.bundle import MANIFEST
 from healthgpt_edge.errors import BundleError
+from healthgpt_edge.files import flush_folder
 from healthgpt_edge.machine import version
 from healthgpt_edge.prompt import Tokenizer
 
@@ -76,6 +77,7 @@ def _new_directory(out: Path) -> Iterator[Path]:
     try:
         yield folder
         folder.chmod(0o755)
+        flush_folder(folder)
         folder.rename(out)
     except OSError as error:
         raise BundleError(f"cannot write the bundle {out.name!r}: {error.strerror}") from error

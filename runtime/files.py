@@ -1,4 +1,4 @@
-"""Files that are written whole, or not at all."""
+"""Files and folders that are written whole, or not at all."""
 
 from __future__ import annotations
 
@@ -27,3 +27,13 @@ def written_whole(target: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(OSError, ValueError):
             temporary.unlink()
+
+
+def flush_folder(folder: Path) -> None:
+    """Have all of `folder` on the disk before it is renamed: after a power cut a name must not stand for half of it."""
+    for path in (*folder.rglob("*"), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

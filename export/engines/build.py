@@ -36,6 +36,7 @@ from healthgpt_edge.errors import ExecutorError
 from healthgpt_edge.executors.cuda import CudaArray, own_kernels
 from healthgpt_edge.executors.hlora_plugin import register
 from healthgpt_edge.executors.tensorrt_engine import RTX, Log
+from healthgpt_edge.files import flush_folder
 from healthgpt_edge.manifest import Manifest
 
 from ..weights import WeightFile
@@ -146,6 +147,7 @@ def new_folder(bundle: Bundle, target: str) -> Iterator[Path]:
     try:
         yield work
         work.chmod(0o755)
+        flush_folder(work)
         if place.exists():
             place.rename(old)
         work.rename(place)

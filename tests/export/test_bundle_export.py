@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from functools import cache
 from pathlib import Path
@@ -117,6 +118,27 @@ def test_a_bundle_can_be_read_like_any_new_folder(exported):
     path, _ = exported("fp32")
     assert stat.S_IMODE(path.stat().st_mode) == 0o755
     assert list(path.parent.glob(".*")) == []
+
+
+def test_all_of_a_bundle_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """Otherwise a power cut may leave the name and half of the bytes."""
+    flushed: set[str] = set()
+    fsync = os.fsync
+
+    def note(descriptor: int) -> None:
+        flushed.add(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+        fsync(descriptor)
+
+    def check(folder: Path, out: Path) -> Path:
+        assert flushed >= {str(path) for path in (folder, *folder.rglob("*"))}
+        return rename(folder, out)
+
+    rename = Path.rename
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(Path, "rename", check)
+    with open_golden("qwen") as checkpoint:
+        export_bundle(checkpoint, tmp_path / "out")
+    assert any(path.endswith("weights/base.bin") for path in flushed)
 
 
 @pytest.mark.parametrize(

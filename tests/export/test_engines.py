@@ -159,6 +159,15 @@ def test_a_build_that_is_stopped_at_its_very_end_leaves_them_too(plain, tmp_path
     assert sorted(path.name for path in place.parent.rglob("*")) == ["before", TARGET]
 
 
+def test_engines_are_on_the_disk_before_they_take_their_place(plain, tmp_path, monkeypatch):
+    bundle = Bundle(tmp_path, Bundle.open(plain).manifest)
+    flushed: set[Path] = set()
+    monkeypatch.setattr("os.fsync", lambda descriptor: flushed.add(Path(f"/proc/self/fd/{descriptor}").readlink()))
+    with new_folder(bundle, TARGET) as work:
+        (work / "language.engine").touch()
+    assert flushed == {work, work / "language.engine"}
+
+
 def test_the_language_engine_alone_may_stream_its_weights(plain, tmp_path):
     """TensorRT-RTX builds it, without a GPU; that it is smaller on one is not known yet."""
     manifest = Bundle.open(plain).manifest
