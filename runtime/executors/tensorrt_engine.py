@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -13,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from ..errors import ExecutorError
+from ..files import written_whole
 from .contract import Value
 from .cuda import CudaDevice, Memory
 from .weight_streaming import stream_weights, workspace_bytes
@@ -205,11 +204,8 @@ class _JitCache:
         if len(blob) == self._saved_bytes:
             return
         self._saved_bytes = len(blob)
-        with contextlib.suppress(OSError):
-            handle, temporary = tempfile.mkstemp(dir=self._path.parent)
-            with os.fdopen(handle, "wb") as file:
-                file.write(self._digest(blob) + blob)
-            Path(temporary).replace(self._path)
+        with contextlib.suppress(OSError), written_whole(self._path) as file:
+            file.write(self._digest(blob) + blob)
 
     def _read(self) -> bytes:
         try:
