@@ -39,7 +39,11 @@ _HEX = frozenset("0123456789abcdef")
 
 
 def write_kept(path: Path, manifest: Manifest, executor: str, pictures: list[tuple[Prefix, Caches]]) -> None:
-    """Write `pictures` for `read_kept`, whole or not at all, for the owner's eyes alone. Raises KeptError."""
+    """Write `pictures` for `read_kept`, whole or not at all, for the owner's eyes alone; of too many the last ones.
+
+    Raises KeptError.
+    """
+    pictures = pictures[-MAX_PICTURES:]
     header = json.dumps(
         {
             "bundle": _identity(manifest),

@@ -18,7 +18,7 @@ from golden_cases import Case
 
 from healthgpt_edge import load
 from healthgpt_edge.errors import ExecutorError, KeptError
-from healthgpt_edge.kept import MAX_HEADER_BYTES, MAX_PICTURES, read_kept
+from healthgpt_edge.kept import MAX_HEADER_BYTES, MAX_PICTURES, read_kept, write_kept
 
 COM = Case("m3_com_wide")
 OTHER = Case("m3_com_square")
@@ -96,6 +96,18 @@ def test_a_command_keeps_a_picture_for_the_next(golden_bundle, tmp_path):
     assert [one["token_ids"] for one in answers] == [plain["token_ids"]] * 2
     assert answers[0]["reused_tokens"] == 0 < answers[1]["reused_tokens"]
     assert list(tmp_path.iterdir()) == [tmp_path / "kept"]
+
+
+def test_of_more_pictures_than_a_file_may_hold_the_last_are_written(session, kept, tmp_path, monkeypatch):
+    """Otherwise it could not be read again."""
+    manifest, executor = session.bundle.manifest, session.executor.name
+    (tmp_path / "kept").write_bytes(kept)
+    ((prefix, caches),) = read_kept(tmp_path / "kept", manifest, executor, LIMIT_BYTES)
+    monkeypatch.setattr("healthgpt_edge.kept.MAX_PICTURES", 2)
+    pictures = [(prefix._replace(pixels=digit * 64), caches) for digit in "0123"]
+    write_kept(tmp_path / "many", manifest, executor, pictures)
+    found = read_kept(tmp_path / "many", manifest, executor, LIMIT_BYTES)
+    assert [prefix.pixels[0] for prefix, _ in found] == ["2", "3"]
 
 
 def test_a_session_without_the_task_takes_nothing(golden_bundle, kept, tmp_path):
