@@ -133,8 +133,15 @@ def _padding(dataset: Dataset, meaning: Indices) -> NDArray[np.bool_]:
     value, limit = dataset.get("PixelPaddingValue"), dataset.get("PixelPaddingRangeLimit")
     if value is None:
         return np.zeros(meaning.size, dtype=bool)
-    bounds = sorted((int(value), int(value if limit is None else limit)))
+    bounds = sorted(_as_stored(int(one), meaning) for one in (value, value if limit is None else limit))
     return (bounds[0] <= meaning) & (meaning <= bounds[1])
+
+
+def _as_stored(value: int, meaning: Indices) -> int:
+    """The stored value of the same bits: scanners declare -2000 as the unsigned 63536, and the other way round."""
+    if value > meaning.max():
+        return value - meaning.size
+    return value + meaning.size if value < meaning.min() else value
 
 
 def _modality(holder: Dataset, meaning: Indices) -> Values:

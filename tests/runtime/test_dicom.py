@@ -212,6 +212,16 @@ def test_padding_is_black_and_does_not_count():
     assert levels(inverted).tolist() == [[0, 255, 128, 0]]
 
 
+def test_padding_may_be_declared_with_the_other_sign():
+    signed = data_set(np.array([[-2000, 100, 150, 200]], dtype=np.int16))
+    signed.add_new("PixelPaddingValue", "US", 63536)
+    assert levels(file_bytes(signed)).tolist() == [[0, 0, 128, 255]]
+    unsigned = data_set(np.array([[63536, 100, 150, 200]], dtype=np.uint16))
+    unsigned.add_new("PixelPaddingValue", "SS", -2000)
+    unsigned.add_new("PixelPaddingRangeLimit", "SS", -2010)
+    assert levels(file_bytes(unsigned)).tolist() == [[0, 0, 128, 255]]
+
+
 def test_a_range_of_padding_is_left_out():
     values = np.array([[0, 3, 5, 100, 200]], dtype=np.uint16)
     data = dicom(values, PixelPaddingValue=5, PixelPaddingRangeLimit=0)
