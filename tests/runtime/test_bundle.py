@@ -189,6 +189,12 @@ MANIFEST_FAULTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         setting("vision/image_size", 1 << 21),
         "image_size must be between 1 and 1048576, found 2097152",
     ),
+    "no block": (setting("block_size", 0), "block_size must be between 1 and 1048576, found 0"),
+    "no rank": (setting("tasks/comprehension/rank", 0), "rank of comprehension must be between 1 and 1048576, found 0"),
+    "less than no expert": (
+        setting("tasks/generation/experts", -1),
+        "experts of generation must be between 1 and 1048576, found -1",
+    ),
     "no grid": (setting("codes/grid", 0), "grid must be between 1 and 1048576, found 0"),
     "background of two": (
         setting("vision/background", [1, 2]),
