@@ -41,6 +41,7 @@ def secondary_capture(pixels: NDArray[np.uint8], study: Study) -> bytes:
         transfer_syntax_uid=uid.ExplicitVRLittleEndian,
     )
     study.identify(image)
+    study.describe(image)
     image.PatientOrientation = _orientation(study.dataset)
     image.DerivationDescription = "Made by a generative model from the source image, not acquired from the patient."
     source = Dataset()

@@ -6,7 +6,7 @@ import io
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from pydicom import dcmwrite
+from pydicom import dcmwrite, uid
 from pydicom.dataset import Dataset
 
 from ..errors import ImageError
@@ -20,6 +20,8 @@ _SHARED = (
     "IssuerOfPatientID",
     "PatientBirthDate",
     "PatientSex",
+    "PatientIdentityRemoved",
+    "DeidentificationMethod",
     "StudyInstanceUID",
     "StudyDate",
     "StudyTime",
@@ -28,6 +30,12 @@ _SHARED = (
     "AccessionNumber",
     "ReferringPhysicianName",
 )
+# What is true of a picture that was made from the source, too: that a name may be burned in, and what it is of.
+_INHERITED = ("BurnedInAnnotation", "BodyPartExamined", "Laterality", "ImageLaterality")
+# What was compressed with loss once stays so, in all that is derived from it (C.7.6.1.1.5); these encodings lose
+# numbers, whatever the source says of itself.
+_COMPRESSION, _WITH_LOSS = "LossyImageCompression", "01"
+_LOSSY = (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit, uid.JPEGLSNearLossless)
 _IDENTITY = ("StudyInstanceUID", "SeriesInstanceUID", "SOPClassUID", "SOPInstanceUID")
 _ORIENTATION = ("PatientOrientation", "ImageOrientationPatient")
 SERIES_NUMBER = 9001  # far from those that a scanner counts
@@ -53,14 +61,26 @@ class Study:
 
         Past highdicom's arguments, which refuse names and dates that a site lives with.
         """
-        for keyword in _SHARED:
+        self._copy(_SHARED, document)
+
+    def describe(self, picture: Dataset) -> None:
+        """Give `picture` what holds for all that is made from the source: losses, burned-in text, part of the body."""
+        self._copy(_INHERITED, picture)
+        if self.dataset.get(_COMPRESSION) == _WITH_LOSS:
+            picture.LossyImageCompression = _WITH_LOSS
+
+    def _copy(self, keywords: tuple[str, ...], document: Dataset) -> None:
+        for keyword in keywords:
             if keyword in self.dataset:
                 document[keyword] = self.dataset[keyword]
 
 
 def parse_study(file: BinaryIO, frame: int | None) -> Study:
-    """The study of the DICOM `file`. Raises ImageError where the file does not name one, or itself, or lacks the frame."""
-    dataset = open_dicom(file, (*_SHARED, *_IDENTITY, *_ORIENTATION)).dataset
+    """The study of the DICOM `file`. Raises ImageError where the file names none, or not itself, or lacks the frame."""
+    source = open_dicom(file, (*_SHARED, *_INHERITED, _COMPRESSION, *_IDENTITY, *_ORIENTATION))
+    dataset = source.dataset
+    if source.syntax in _LOSSY:
+        dataset.LossyImageCompression = _WITH_LOSS
     for keyword in _IDENTITY:
         value = dataset.get(keyword)
         if not value or not isinstance(value, str):

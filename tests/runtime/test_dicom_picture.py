@@ -9,6 +9,7 @@ import pytest
 from command import run
 from dicom_samples import SECRET, dicom, identified, real_file
 from pydicom.uid import SecondaryCaptureImageStorage, generate_uid
+from test_dicom_files import JPEG, encapsulated
 
 from healthgpt_edge import read_study, write_image
 from healthgpt_edge.errors import ImageError
@@ -52,6 +53,32 @@ def test_it_says_that_it_was_not_acquired(tmp_path):
     assert made.ImageType[0] == "DERIVED" and made.ContentQualification == "RESEARCH"
     assert "not acquired" in made.DerivationDescription and "synthetic" in made.SeriesDescription
     assert "PixelSpacing" not in made
+
+
+DESCRIPTION = {
+    "LossyImageCompression": "01",
+    "BurnedInAnnotation": "YES",
+    "BodyPartExamined": "BREAST",
+    "ImageLaterality": "L",
+    "PatientIdentityRemoved": "YES",
+    "DeidentificationMethod": "by hand",
+}
+
+
+def test_it_says_of_the_source_what_is_true_of_it_too(tmp_path):
+    """That numbers were lost before, that a name may be burned in, which side it is, and that names were taken out."""
+    made = written(tmp_path, dicom(GREY, **identified(**DESCRIPTION)))
+    assert {keyword: made[keyword].value for keyword in DESCRIPTION} == DESCRIPTION
+    made = written(tmp_path, dicom(GREY, **identified()))
+    assert not DESCRIPTION.keys() & set(made.dir())
+
+
+def test_a_lossy_encoding_is_lossy_whatever_the_source_says(tmp_path):
+    """And that nothing was lost is no word about a picture that a model made."""
+    for attributes in ({}, {"LossyImageCompression": "00"}):
+        assert written(tmp_path, encapsulated(JPEG, **identified(**attributes))).LossyImageCompression == "01"
+    assert pydicom.dcmread(real_file("US1_J2KR.dcm")).LossyImageCompression == "00"
+    assert "LossyImageCompression" not in written(tmp_path, real_file("US1_J2KR.dcm"))
 
 
 def test_each_picture_is_a_series_of_its_own(tmp_path):
