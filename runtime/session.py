@@ -279,12 +279,12 @@ class Session:
         Raises KeptError.
         """
         limit_bytes = self._prefixes.limit_bytes
-        restored = []
         for prefix, caches in read_kept(Path(path), self.bundle.manifest, self.executor.name, limit_bytes):
-            restored.append((prefix, self.executor.context(prefix.task, None)))
-            restored[-1][1].restore(caches)
-        for prefix, context in restored:
+            context = self.executor.context(prefix.task, None)
+            context.restore(caches)
+            # One by one: a context may take much more than what a short prefix left in it, and the limit counts that.
             self._prefixes.keep(prefix, context)
+            del context
 
     def _prefix(self, task: str, spliced: np.ndarray, pixels: np.ndarray | None) -> Prefix | None:
         """What the prompt of every question about a picture begins with, if that is to be kept."""

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import stat
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from golden_cases import Case
 from healthgpt_edge import load
 from healthgpt_edge.errors import ExecutorError, KeptError
 from healthgpt_edge.kept import MAX_HEADER_BYTES, MAX_PICTURES, read_kept, write_kept
+from healthgpt_edge.prefixes import Prefix
 
 COM = Case("m3_com_wide")
 OTHER = Case("m3_com_square")
@@ -226,6 +228,30 @@ def test_nothing_is_allocated_for_what_a_file_only_claims(session, kept, tmp_pat
     monkeypatch.setattr("healthgpt_edge.kept.np.empty", empty)
     (tmp_path / "kept").write_bytes(picture(length=4096)(kept))
     assert "must be" in refusal(session, tmp_path / "kept")
+
+
+def test_many_short_pictures_take_no_more_than_the_limit(golden_bundle, tmp_path, monkeypatch):
+    """Each gets a whole context, of which such a picture fills little."""
+    session = keeping(golden_bundle, prefix_cache_bytes=2 << 20)
+    manifest, executor = session.bundle.manifest, session.executor
+    context = executor.context("comprehension", None)
+    context.forward(np.arange(4))
+    prefixes = [Prefix("comprehension", f"{number:064x}", "0" * 64, 4) for number in range(40)]
+    write_kept(tmp_path / "kept", manifest, executor.name, [(prefix, context.caches(4)) for prefix in prefixes])
+    made: weakref.WeakSet[Any] = weakref.WeakSet()
+    open_context, most = executor.context, 0
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal most
+        made.add(opened := open_context(*arguments))
+        most = max(most, len(made))
+        return opened
+
+    monkeypatch.setattr(executor, "context", counted)
+    session.restore_pictures(tmp_path / "kept")
+    kept = session._prefixes.kept()
+    assert [prefix for prefix, _ in kept] == prefixes[-len(kept) :]
+    assert sum(one.memory_bytes for _, one in kept) <= 2 << 20 and most <= len(kept) + 1 < len(prefixes)
 
 
 def test_a_bundle_is_known_by_its_manifest(session, kept, tmp_path):
