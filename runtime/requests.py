@@ -65,6 +65,14 @@ def checked_request(
     return Checked(picture, study, options)
 
 
+def check_folder(out: Path) -> None:
+    """Raise HealthGPTError where no file can come to be at `out`: before minutes are spent on what to write there."""
+    if not out.parent.is_dir():
+        raise HealthGPTError(f"the folder to hold {out.name!r} does not exist")
+    if not os.access(out.parent, os.W_OK | os.X_OK):
+        raise HealthGPTError(f"the folder to hold {out.name!r} cannot be written to")
+
+
 def refuse_the_image(target: Path, source: str | os.PathLike[str] | bytes | None, option: str, dashes: str) -> None:
     """Raise HealthGPTError where `target`, which `option` would write, is the picture itself: a patient's is not lost.
 
@@ -87,8 +95,7 @@ def _is_dicom_target(out: Path, suffixes: tuple[str, ...], has_image: bool, dash
         usable = False
     if not usable:
         raise HealthGPTError(f"{dashes}out must be a usable path, got {out.name!r}")
-    if not out.parent.is_dir():
-        raise HealthGPTError(f"the folder to hold {out.name!r} does not exist")
+    check_folder(out)
     if out.is_dir():
         raise HealthGPTError(f"{dashes}out must be a file, {out.name!r} is a folder")
     return as_dicom

@@ -719,7 +719,7 @@ REQUESTS = {
     "out: a folder": Bad(generate(lambda place: (make("out.png")(place), "--json")[1]), "'out.png' is a folder"),
     "out: in a folder that is not to be written to": Bad(
         lambda place: ["generate", place.sound(), "--instruction", QUESTION, "--out", "/proc/out.png"],
-        "out.png: cannot be written: ",
+        "cannot be written",
     ),
     "out: left out": Bad(generate(out=None), "Missing option '--out'"),
     # limits and sampling
@@ -919,6 +919,19 @@ def test_a_disk_that_is_full_when_the_picture_is_written(place):
     outcome = process(generate("--image", PICTURE)(place), partial(limit_file_size, 1000))
     assert_refused(outcome, "out.png: cannot be written: File too large")
     assert list(listing(place.folder)) == ["out.png"] and old.read_bytes() == b"an older picture"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["generate", "nowhere", "--instruction", QUESTION, "--out", "out.png"],
+        ["answer", "nowhere", "--question", QUESTION, "--image", PICTURE, "--keep", "kept"],
+    ],
+)
+def test_a_folder_that_takes_no_file_is_named_before_the_bundle_is_loaded(words, monkeypatch):
+    """And not after the minutes that a picture takes."""
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK | os.X_OK)
+    assert_refused(run(*words), f"the folder to hold {words[-1]!r} cannot be written to")
 
 
 def test_a_picture_that_does_not_fit_the_memory(place, monkeypatch):

@@ -60,14 +60,14 @@ def answer(
 ) -> None:
     """Answer a question about a picture; the text appears as it is written, a line for each question."""
     from ..images import write_report
-    from ..requests import ANSWER, checked_request, result_fields
+    from ..requests import ANSWER, check_folder, checked_request, result_fields
     from ..session import COMPREHENSION
 
     if keep and not image:
         raise HealthGPTError("--keep needs a picture: give --image")
-    if keep and not keep.parent.is_dir():
-        raise HealthGPTError(f"the folder to hold {keep.name!r} does not exist")
     # Refused before the bundle is hashed and loaded, which takes a while.
+    if keep:
+        check_folder(keep)
     picture, study, options = checked_request(
         ANSWER,
         image,
