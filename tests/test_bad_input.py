@@ -438,6 +438,14 @@ def all_ones(bundle: Path) -> None:
 
 
 BUNDLES = {
+    "bundle: verified on a device that computes nothing": Bad(
+        lambda place: ["verify", place.sound(), "--device", "cuda"],
+        "--device needs --executor, which says what is to be compared",
+    ),
+    "bundle: verified against nothing": Bad(
+        lambda place: ["verify", place.sound(), "--against", "onnx"],
+        "--against needs --executor, which says what is to be compared",
+    ),
     "bundle: missing": Bad(
         lambda place: ["verify", place.folder / "nothing"], "a bundle is a directory, found none at 'nothing'"
     ),

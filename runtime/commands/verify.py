@@ -19,8 +19,9 @@ def verify(
         str | None, typer.Option(help="Compare what this executor computes, too: onnx or tensorrt.", show_default=False)
     ] = None,
     against: Annotated[
-        str, typer.Option(help="The executor it is compared with; with itself, by its standard bodies.")
-    ] = "onnx",
+        str | None,
+        typer.Option(help="The executor it is compared with, by default onnx; with itself, by its standard bodies."),
+    ] = None,
     device: Device = None,
     threads: Threads = None,
     as_json: Json = False,
@@ -28,6 +29,10 @@ def verify(
     """Check every byte of a bundle against its manifest, and with --executor what a machine computes from it."""
     from ..bundle import Bundle
 
+    for name, given in {"--against": against, "--device": device, "--threads": threads}.items():
+        if executor is None and given is not None:  # nothing would be computed, there or anywhere
+            raise HealthGPTError(f"{name} needs --executor, which says what is to be compared")
+    against = "onnx" if against is None else against
     opened = Bundle.open(bundle, verify=False)
     total = sum(entry.size for entry in opened.manifest.files.values())
     with progress_bar() as progress:
