@@ -102,6 +102,8 @@ def write_image(path: str | os.PathLike[str], pixels: Pixels, study: Study | Non
         raise ImageError(f"{name}: pictures are written as PNG or DICOM, expected a name that ends in .png or .dcm")
     if (suffix == ".dcm") != (study is not None):
         raise ImageError(f"{name}: a DICOM file needs the study it belongs to, and a PNG has none")
+    if not isinstance(pixels, np.ndarray):
+        raise ImageError(f"{name}: expected pixels uint8 [H, W, 3], got {type(pixels).__name__}")
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.size == 0:
         raise ImageError(f"{name}: expected pixels uint8 [H, W, 3], got {pixels.dtype} {list(pixels.shape)}")
     _write(target, png_bytes(pixels) if study is None else _dicom(name, pixels, study))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from unicodedata import category
 
 from highdicom.sr import (
     CodedConcept,
@@ -118,8 +119,13 @@ def _exchange(question: str, answer: str) -> ContentItem:
     item = ContainerContentItem(_EXCHANGE, is_content_continuous=False, relationship_type=_CONTAINS)
     item.ContentSequence = ContentSequence(
         [
-            TextContentItem(name, text if text.strip() else _NO_WORDS, relationship_type=_CONTAINS)
+            TextContentItem(name, _allowed(text) if text.strip() else _NO_WORDS, relationship_type=_CONTAINS)
             for name, text in ((_QUESTION, question), (_ANSWER, answer))
         ]
     )
     return item
+
+
+def _allowed(text: str) -> str:
+    """`text` without the control characters that DICOM does not allow in it (PS3.5, 6.1.3): a model may write any."""
+    return "".join(letter if category(letter) != "Cc" or letter in "\t\n\f\r" else "\ufffd" for letter in text)

@@ -48,6 +48,16 @@ def test_it_holds_each_question_with_its_answer(tmp_path):
     ]
 
 
+def test_control_characters_that_dicom_does_not_allow_are_replaced(tmp_path):
+    write_report(tmp_path / "report.dcm", [("What?", "a\x1b[2Jb\0c\x85\td\n")], read_study(real_file("CT_small.dcm")))
+    (answer,) = (
+        item.TextValue
+        for name, item in items(pydicom.dcmread(tmp_path / "report.dcm"), "TEXT")
+        if name == "Answer of the model"
+    )
+    assert answer.rstrip() == "a\ufffd[2Jb\ufffdc\ufffd\td"
+
+
 def test_it_says_who_wrote_it_and_that_nobody_reviewed_it(tmp_path):
     report = written(tmp_path, real_file("CT_small.dcm"))
     assert (report.VerificationFlag, report.PreliminaryFlag) == ("UNVERIFIED", "PRELIMINARY")

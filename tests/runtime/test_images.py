@@ -415,6 +415,8 @@ def test_only_png_and_dicom_are_written(tmp_path, name):
         np.zeros((2, 2), np.uint8),
         np.zeros((2, 2, 4), np.uint8),
         np.zeros((0, 2, 3), np.uint8),
+        Image.new("RGB", (2, 2)),
+        [[[0, 0, 0]]],
     ],
 )
 def test_only_rgb_pixels_are_written(tmp_path, pixels):
