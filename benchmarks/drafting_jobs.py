@@ -9,7 +9,7 @@ import numpy as np
 
 from healthgpt_edge import Sampling
 from healthgpt_edge.drafting.costs import RowCosts
-from healthgpt_edge.phantoms import INSTRUCTIONS, held_out, tasks
+from healthgpt_edge.phantoms import MODALITIES, drawings, held_out, tasks
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,10 @@ class FreeRows(RowCosts):
 
 
 def jobs(count: int) -> Iterator[Job]:
-    """`count` pictures of each task, all different: phantoms that training never saw, and words that say nothing."""
+    """`count` pictures of each task, all different: phantoms that training never saw, and words that describe them.
+
+    Greedy pictures from equal words would be equal, so a number that says nothing follows the words.
+    """
     made: dict[str, int] = {}
     for number, phantom in enumerate(held_out(count)):
         for task in tasks(phantom):
@@ -56,6 +59,6 @@ def jobs(count: int) -> Iterator[Job]:
                 made[job.task] = made.get(job.task, 0) + 1
                 if made[job.task] <= count:
                     yield job
-        words = list(INSTRUCTIONS.values())[number % len(INSTRUCTIONS)]
+        words = drawings(phantom)[number % len(MODALITIES)].instruction
         for task, sampling in (("from words", None), ("from words, sampled", Sampling(temperature=1.0, seed=number))):
             yield Job(task, None, f"{words} {number}", ways=("jacobi",), sampling=sampling)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from pydicom.data import get_testdata_file
 from rich.console import Console
 from rich.table import Table
 
-from healthgpt_edge import Session, load, phantoms
+from healthgpt_edge import Answer, Session, load, phantoms
 from healthgpt_edge.errors import HealthGPTError
 from healthgpt_edge.evaluate import MAX_ANSWER_TOKENS
 from healthgpt_edge.images import prepare, read_image, write_image
@@ -39,17 +40,19 @@ HELD_OUT = 2
 DICOM_FILES = ("CT_small.dcm", "MR_small.dcm", "RG1_UNCR.dcm")
 QUESTIONS = tuple(phantoms.QUESTIONS.values())[:3]
 TILE, MARGIN, LINE, COLUMNS = 128, 8, 14, 3
+LETTERS = 26  # of a line beside a tile
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One picture with one question or instruction; `expected` is the right answer where there is one."""
+    """A picture, or none, with a question or instruction; `expected` is the right answer where there is one."""
 
     name: str
     picture: Any
     words: str
     generates: bool
     expected: str | None = None
+    drawing: phantoms.Drawing | None = None  # what the words of a job without a picture ask for
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +142,8 @@ def list_jobs() -> list[Job]:
             jobs.append(Job(name, question.picture, question.text, False, question.answer))
         for task in phantoms.tasks(subject):
             jobs.append(Job(f"phantom {subject.seed} {task.kind}", task.picture, task.instruction, True))
+        for drawing in phantoms.drawings(subject):
+            jobs.append(Job(f"{drawing.modality} from words", None, drawing.instruction, True, drawing=drawing))
     for file in DICOM_FILES:
         path = get_testdata_file(file, download=False)
         if path is None:
@@ -165,25 +170,38 @@ def _run(
     if job.generates:
         picture = session.generate(job.picture, job.words)
         ids, answer, timings, made = picture.codes, "(picture)", picture.timings_ms, picture.pixels
+        if job.drawing:  # the model judges what it drew itself
+            asked = job.drawing.questions(picture.pixels)
+            answer = ", ".join(_judged(_ask(session, one.picture, one.text).text, one.answer) for one in asked)
     else:
-        said = session.answer(job.picture, job.words, max_new_tokens=MAX_ANSWER_TOKENS)
+        said = _ask(session, job.picture, job.words)
         ids, answer, timings = said.token_ids, said.text, said.timings_ms
         if job.expected is not None:
-            answer += " (right)" if answer.strip().casefold() == job.expected.casefold() else f" (is: {job.expected})"
+            answer = _judged(answer, job.expected)
     row = Row(
         job.name, precision, job.words, job.generates, answer, ids == expected_ids, timings, reference_ms, len(ids)
     )
     return row, made
 
 
+def _ask(session: Session, picture: Any, question: str) -> Answer:
+    return session.answer(picture, question, max_new_tokens=MAX_ANSWER_TOKENS)
+
+
+def _judged(answer: str, expected: str) -> str:
+    return answer + (" (right)" if answer.strip().casefold() == expected.casefold() else f" (is: {expected})")
+
+
 def _reference(references: dict[str, HealthGPT], session: Session, job: Job) -> tuple[list[int], float]:
     """The ids of the PyTorch model in float32 (codes for pictures), and its milliseconds, codes to pixels left out."""
     model = references["generation" if job.generates else "comprehension"]
     manifest = session.bundle.manifest
-    ids = prompt_ids(session.tokenizer, manifest.template, job.words, True, job.generates)
-    pixels = prepare(read_image(job.picture), manifest.vision.image_size, manifest.vision.background)
+    shown = job.picture is not None
+    ids = prompt_ids(session.tokenizer, manifest.template, job.words, shown, job.generates)
+    vision = manifest.vision
+    pixels = prepare(read_image(job.picture), vision.image_size, vision.background) if shown else None
     begin = time.perf_counter()
-    values = model.vision_tower.normalise(torch.from_numpy(pixels)[None])
+    values = model.vision_tower.normalise(torch.from_numpy(pixels)[None]) if pixels is not None else None
     if job.generates and manifest.codes:
         new_ids = model.generate(ids, values, manifest.codes.grid**2)
         new_ids = [token_id - manifest.codes.first for token_id in new_ids]
@@ -195,12 +213,15 @@ def _reference(references: dict[str, HealthGPT], session: Session, job: Job) -> 
 def contact_sheet(shown: list[tuple[Job, str, np.ndarray | None]]) -> np.ndarray:
     """What was asked and made of each picture on one page, uint8 [H, W, 3].
 
-    shown: jobs with the answer in words or the picture made. Answers about one picture stand in one cell.
+    shown: jobs with the answer in words or the picture made. Answers about one picture stand in one cell; a picture
+    drawn from words stands beside these and what the model says of it.
     """
     cells: list[tuple[Job, list[str], np.ndarray | None]] = []
     for job, answer, made in shown:
         if made is None and cells and cells[-1][2] is None and cells[-1][0].name == job.name:
             cells[-1][1].extend((job.words, f"  {answer}"))
+        elif job.picture is None:
+            cells.append((job, [*wrap(job.words, LETTERS), "", *answer.split(", ")], made))
         else:
             cells.append((job, [job.words, f"  {answer}"] if made is None else [], made))
     width, height = 2 * TILE + 4 * MARGIN, TILE + LINE + 2 * MARGIN
@@ -209,11 +230,12 @@ def contact_sheet(shown: list[tuple[Job, str, np.ndarray | None]]) -> np.ndarray
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(10)
     for index, (job, words, made) in enumerate(cells):
         left, top = MARGIN + index % COLUMNS * width, MARGIN + index // COLUMNS * height
-        page.paste(Image.fromarray(prepare(read_image(job.picture), TILE)), (left, top))
-        if made is None:
+        shown_at_left = made if job.picture is None else read_image(job.picture)
+        page.paste(Image.fromarray(prepare(shown_at_left, TILE)), (left, top))
+        if words:
             draw.multiline_text((left + TILE + MARGIN, top), "\n".join(words), fill="black", font=font, spacing=3)
-        else:
+        elif made is not None:
             page.paste(Image.fromarray(made).resize((TILE, TILE), Image.Resampling.BICUBIC), (left + TILE, top))
-        caption = job.name if made is None else f"{job.name}: {job.words}"
+        caption = job.name if words else f"{job.name}: {job.words}"
         draw.text((left, top + TILE + 2), caption, fill="black", font=font)
     return np.asarray(page)

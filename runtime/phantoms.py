@@ -42,7 +42,10 @@ QUESTIONS = {
     "count": "How many lesions are there?",
     "where": "Where is the lesion?",
 }
+MODALITIES = ("CT", "MR")
+QUADRANTS = ("upper left", "upper right", "lower left", "lower right")
 COUNT_WORDS = ("None", "One", "Two", "Three")
+LESION_WORDS = ("no lesion", "one lesion", "two lesions", "three lesions")
 
 # The small model aligns codes with patches by their distance, so its instructions share one length in tokens.
 INSTRUCTIONS = {
@@ -75,6 +78,11 @@ class Phantom:
     mr: Picture
     lesions: tuple[Lesion, ...]
 
+    @property
+    def quadrants(self) -> tuple[str, ...]:
+        """Where the lesions are, in the order of QUADRANTS."""
+        return tuple(sorted((lesion.quadrant for lesion in self.lesions), key=QUADRANTS.index))
+
 
 @dataclass(frozen=True, slots=True)
 class Question:
@@ -95,6 +103,25 @@ class Task:
     picture: Picture  # [128, 128], or [32, 32] for super-resolve
     target: Picture  # [128, 128]
     baseline: Picture  # [128, 128]
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """A picture wanted from words alone: of "CT" or "MR", with a lesion in each of `quadrants`."""
+
+    modality: str
+    quadrants: tuple[str, ...]
+
+    @property
+    def instruction(self) -> str:
+        article = "an" if self.modality.startswith("M") else "a"
+        lesions = LESION_WORDS[len(self.quadrants)]
+        return f"Draw {article} {self.modality} image with {', '.join([lesions, *self.quadrants])}."
+
+    def questions(self, picture: Picture) -> list[Question]:
+        """What a picture that shows what was wanted is asked, with the answers it should get."""
+        answers = right_answers(self.modality, self.quadrants)
+        return [Question(kind, QUESTIONS[kind], picture, answer) for kind, answer in answers.items()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,16 +245,22 @@ def held_out(count: int) -> list[Phantom]:
     return [phantom(seed) for seed in range(count)]
 
 
+def right_answers(modality: str, quadrants: Sequence[str]) -> dict[str, str]:
+    """The answer to each kind of question about a slice with these lesions; `where` only if there is exactly one."""
+    count = len(quadrants)
+    answers = {"modality": modality, "lesion": "Yes" if count else "No", "count": COUNT_WORDS[count]}
+    return answers | ({"where": quadrants[0]} if count == 1 else {})
+
+
 def questions(subject: Phantom) -> list[Question]:
-    """Every question about both pictures of a phantom; `where` only if there is exactly one lesion."""
-    count = len(subject.lesions)
-    result = []
-    for modality, picture in (("CT", subject.ct), ("MR", subject.mr)):
-        answers = {"modality": modality, "lesion": "Yes" if count else "No", "count": COUNT_WORDS[count]}
-        if count == 1:
-            answers["where"] = subject.lesions[0].quadrant
-        result += [Question(kind, QUESTIONS[kind], picture, answer) for kind, answer in answers.items()]
-    return result
+    """Every question about both pictures of a phantom."""
+    pictures = (subject.ct, subject.mr)
+    return [q for drawing, picture in zip(drawings(subject), pictures, strict=True) for q in drawing.questions(picture)]
+
+
+def drawings(subject: Phantom) -> list[Drawing]:
+    """A phantom's CT and MR as words could ask for them."""
+    return [Drawing(modality, subject.quadrants) for modality in MODALITIES]
 
 
 def tasks(subject: Phantom) -> list[Task]:

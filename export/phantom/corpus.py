@@ -15,6 +15,7 @@ import sentencepiece
 import transformers
 
 from healthgpt_edge import phantoms
+from healthgpt_edge.phantoms import MODALITIES, QUADRANTS
 from healthgpt_edge.prompt import IMAGE, TEMPLATES
 
 PIECES = 448
@@ -31,8 +32,6 @@ END_OF_TEXT, ASSISTANT, MARKER, END = (
 BEGIN = 1  # <s>
 FIRST_BYTE = 3  # SentencePiece's 256 byte tokens follow <unk>, <s> and </s>
 
-MODALITIES = ("CT", "MR")
-QUADRANTS = ("upper left", "upper right", "lower left", "lower right")
 # Plain sentences beside the phantoms' own, so that the vocabulary has the pieces of ordinary English.
 ENGLISH = (
     "The patient lies on the table while the scanner takes the image slice by slice.",
@@ -50,19 +49,10 @@ def findings(rng: np.random.Generator) -> tuple[str, dict[str, str]]:
     """Written findings of a made-up slice, and the answers to the questions about it."""
     modality = MODALITIES[rng.integers(2)]
     count = int(rng.choice(4, p=phantoms.LESION_COUNT_ODDS))
-    answers = {
-        "modality": modality,
-        "lesion": "Yes" if count else "No",
-        "count": phantoms.COUNT_WORDS[count],
-    }
-    lesions = ("no lesion", "one lesion", "two lesions", "three lesions")[count]
     places = [QUADRANTS[i] for i in rng.integers(4, size=count)]
-    if count == 1:
-        answers["where"] = places[0]
-    seen = (
-        f"The image is {modality}. There is {lesions}" if count < 2 else f"The image is {modality}. There are {lesions}"
-    )
-    return seen + "".join(f", {place}" for place in places) + ".", answers
+    are = "is" if count < 2 else "are"
+    seen = f"The image is {modality}. There {are} {phantoms.LESION_WORDS[count]}"
+    return seen + "".join(f", {place}" for place in places) + ".", phantoms.right_answers(modality, places)
 
 
 def training_text() -> list[str]:
@@ -147,6 +137,11 @@ class Words:
 
     def after_picture(self, text: str) -> list[int]:
         return self.encode(f"\n{text}{TEMPLATES['phi3'].tail}")
+
+    def without_picture(self, text: str) -> list[int]:
+        """The ids of the phi3 template around `text` alone."""
+        template = TEMPLATES["phi3"]
+        return self.encode(template.head + text + template.tail)
 
     def written(self, context: str, question: str) -> list[int]:
         """A prompt whose picture is replaced by words."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from healthgpt_edge import phantoms
-from healthgpt_edge.phantoms import Picture, Task
+from healthgpt_edge.phantoms import Drawing, Picture, Question, Task, questions
 
 from ..reference.language import KeyValueCache
 from ..reference.model import HealthGPT
@@ -33,9 +33,12 @@ def chunks(items: Sequence[Item]) -> Iterator[Sequence[Item]]:
 
 @torch.no_grad()
 def greedy(model: HealthGPT, prompts: Tensor, pictures: Sequence[Picture], new_tokens: int) -> Tensor:
-    """Greedy ids [B, new_tokens] for prompts [B,T] of one length and their pictures; nothing stops a row early."""
-    features = model.image_features(model.vision_tower.normalise(enlarge(pictures)))
-    embeddings = prompt_embeddings(model, prompts, features)
+    """Greedy ids [B, new_tokens] for prompts [B,T] of one length and their pictures, or none; no row stops early."""
+    if pictures:
+        features = model.image_features(model.vision_tower.normalise(enlarge(pictures)))
+        embeddings = prompt_embeddings(model, prompts, features)
+    else:
+        embeddings = model.model.embed_tokens(prompts)
     cache = KeyValueCache(model.language, embeddings.shape[1] + new_tokens, len(prompts))
     chosen = []
     for _ in range(new_tokens):
@@ -46,7 +49,11 @@ def greedy(model: HealthGPT, prompts: Tensor, pictures: Sequence[Picture], new_t
 
 def answers(model: HealthGPT, words: Words, count: int) -> dict[str, Any]:
     """Exact match by question kind on `count` held-out phantoms, beside chance."""
-    asked = [question for subject in phantoms.held_out(count) for question in phantoms.questions(subject)]
+    return ask(model, words, [question for subject in phantoms.held_out(count) for question in questions(subject)])
+
+
+def ask(model: HealthGPT, words: Words, asked: Sequence[Question]) -> dict[str, Any]:
+    """Exact match by question kind, beside chance."""
     given: dict[int, str] = {}
     for kind, text in phantoms.QUESTIONS.items():
         prompt = torch.tensor([words.prompt(text)])
@@ -60,6 +67,26 @@ def answers(model: HealthGPT, words: Words, count: int) -> dict[str, Any]:
         kind: {"accuracy": round(s.accuracy, 4), "chance": round(s.chance, 4), "questions": s.total}
         for kind, s in scores.items()
     }
+
+
+@torch.no_grad()
+def drawings(answering: HealthGPT, drawing: HealthGPT, vqgan: Vqgan, words: Words, count: int) -> dict[str, Any]:
+    """What the model itself says of pictures that it drew from words: exact match by question kind, beside chance.
+
+    The words are the different ones that describe the first `count` held-out phantoms.
+    """
+    by_length: dict[int, list[tuple[Drawing, list[int]]]] = {}
+    for wanted in dict.fromkeys(one for subject in phantoms.held_out(count) for one in phantoms.drawings(subject)):
+        prompt = [*words.without_picture(wanted.instruction), NEW_TOKENS.start]
+        by_length.setdefault(len(prompt), []).append((wanted, prompt))
+    asked: list[Question] = []
+    for alike in by_length.values():
+        for some in chunks(alike):
+            codes = greedy(drawing, torch.tensor([prompt for _, prompt in some]), [], CODES) - NEW_TOKENS.first_code
+            drawn = _decode(vqgan, codes.clamp(0, NEW_TOKENS.codes - 1))
+            for (wanted, _), picture in zip(some, drawn, strict=True):
+                asked += wanted.questions(picture)
+    return ask(answering, words, asked)
 
 
 @torch.no_grad()

@@ -36,6 +36,9 @@ PICTURE_BATCH = 4
 ONE_LESION_SHARE = 0.3
 # Codes replaced at random in the input, so that drawing relies on the picture more than on the codes before.
 WRONG_CODES = 0.2
+# Batches that draw from words alone. There the codes before are all there is, and only a few are wrong: as many as keep
+# a drawing going after a code that no training picture has there.
+WORDS_SHARE, WRONG_CODES_OF_WORDS = 0.35, 0.05
 
 
 def new_plugin(task: TaskConfig, base: dict[str, Tensor], tower: dict[str, Tensor]) -> HealthGPT:
@@ -165,37 +168,67 @@ def train_generation(
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     optimizer, schedule = optimiser(model, steps)
-    prompts = {kind: torch.tensor([*prompt, NEW_TOKENS.start]) for kind, prompt in words.instructions().items()}
+    examples = _Examples(rng, model, words, subjects, codes)
     for step in range(steps):
-        shown, targets, asked = [], [], []
-        for index in rng.integers(len(subjects), size=PICTURE_BATCH):
-            kind = list(prompts)[rng.integers(3)]
-            source = 0 if kind == "ct-to-mr" else int(rng.integers(2))
-            picture = (subjects[index].ct, subjects[index].mr)[source]
-            shown.append(phantoms.downsample(picture) if kind == "super-resolve" else picture)
-            targets.append(codes[index, 1 if kind == "ct-to-mr" else source])
-            asked.append(prompts[kind])
-        with torch.no_grad():
-            features = model.image_features(model.vision_tower.normalise(enlarge(shown)))
-        wanted = torch.stack(targets)  # [B, 256]
-        wrong = torch.from_numpy(rng.random(wanted.shape) < WRONG_CODES)
+        from_words = bool(rng.random() < WORDS_SHARE)
+        prompts, wanted = examples.from_words() if from_words else examples.from_pictures()
+        wrong = torch.from_numpy(rng.random(wanted.shape) < (WRONG_CODES_OF_WORDS if from_words else WRONG_CODES))
         given = torch.where(wrong, torch.from_numpy(rng.integers(CODES, size=wanted.shape)), wanted)
         ends = torch.tensor([[NEW_TOKENS.end]]).expand(PICTURE_BATCH, -1)
         labels = torch.cat([wanted + NEW_TOKENS.first_code, ends, torch.full_like(ends, END)], dim=1)
         with torch.autocast("cpu", torch.bfloat16):
-            embeddings = prompt_embeddings(model, torch.stack(asked), features)
             drawn = model.model.embed_tokens(torch.cat([given + NEW_TOKENS.first_code, ends], dim=1))
-            hidden = model.model(torch.cat([embeddings, drawn], dim=1))[:, -labels.shape[1] :]
+            hidden = model.model(torch.cat([prompts, drawn], dim=1))[:, -labels.shape[1] :]
             logits = model.lm_head(hidden)
         loss = functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
         descend(model, optimizer, loss)
         schedule.step()
         if step % 25 == 0 or step == steps - 1:
             right = float((logits.argmax(dim=2) == labels).float().mean())
-            report(f"generation {step}/{steps} loss {loss.item():.3f}, {right:.3f} of codes right")
+            source = "words" if from_words else "pictures"
+            report(f"generation {step}/{steps} from {source} loss {loss.item():.3f}, {right:.3f} of codes right")
         if step % 200 == 199:
             keep(model)
     return model
+
+
+class _Examples:
+    """Batches drawn at random: embedded prompts [B,T,hidden] and the codes that are wanted, [B,256]."""
+
+    def __init__(
+        self, rng: np.random.Generator, model: HealthGPT, words: Words, subjects: list[Phantom], codes: Tensor
+    ) -> None:
+        self._rng, self._model, self._subjects, self._codes = rng, model, subjects, codes
+        self._instructions = {
+            kind: torch.tensor([*prompt, NEW_TOKENS.start]) for kind, prompt in words.instructions().items()
+        }
+        # Of all pictures, index and modality, with their prompts by length, for a batch is rectangular.
+        self._drawings: dict[int, list[tuple[int, int, list[int]]]] = {}
+        for index, subject in enumerate(subjects):
+            for modality, drawing in enumerate(phantoms.drawings(subject)):
+                prompt = [*words.without_picture(drawing.instruction), NEW_TOKENS.start]
+                self._drawings.setdefault(len(prompt), []).append((index, modality, prompt))
+
+    def from_pictures(self) -> tuple[Tensor, Tensor]:
+        shown, targets, asked = [], [], []
+        for index in self._rng.integers(len(self._subjects), size=PICTURE_BATCH):
+            kind = list(self._instructions)[self._rng.integers(3)]
+            source = 0 if kind == "ct-to-mr" else int(self._rng.integers(2))
+            picture = (self._subjects[index].ct, self._subjects[index].mr)[source]
+            shown.append(phantoms.downsample(picture) if kind == "super-resolve" else picture)
+            targets.append(self._codes[index, 1 if kind == "ct-to-mr" else source])
+            asked.append(self._instructions[kind])
+        with torch.no_grad():
+            features = self._model.image_features(self._model.vision_tower.normalise(enlarge(shown)))
+        return prompt_embeddings(self._model, torch.stack(asked), features), torch.stack(targets)
+
+    def from_words(self) -> tuple[Tensor, Tensor]:
+        lengths = list(self._drawings)
+        sizes = np.array([len(self._drawings[length]) for length in lengths])
+        alike = self._drawings[int(self._rng.choice(lengths, p=sizes / sizes.sum()))]
+        chosen = [alike[at] for at in self._rng.integers(len(alike), size=PICTURE_BATCH)]
+        targets = torch.stack([self._codes[index, modality] for index, modality, _ in chosen])
+        return self._model.model.embed_tokens(torch.tensor([prompt for *_, prompt in chosen])), targets
 
 
 def prompt_embeddings(model: HealthGPT, prompts: Tensor, features: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ class Steps:
     vision: int = 1200
     base: int = 300
     comprehension: int = 1000
-    generation: int = 1500
+    generation: int = 2400
     phantoms: int = 4000
     held_out: int = 100
 
@@ -145,6 +145,7 @@ class Training:
             "held_out_phantoms": count,
             "answers": measure.answers(answering, self.words, count),
             "pictures": measure.pictures(drawing, vqgan, self.words, count),
+            "drawings": measure.drawings(answering, drawing, vqgan, self.words, count),
         }
         (self.out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
         self.report(json.dumps(metrics))

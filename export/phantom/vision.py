@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from healthgpt_edge import phantoms
-from healthgpt_edge.phantoms import Phantom, Picture
+from healthgpt_edge.phantoms import QUADRANTS, Phantom, Picture
 
 from ..checkpoint import VisionConfig
 from ..reference.clip import VisionTower
-from .corpus import QUADRANTS
 from .pictures import INPUT_SIDE, PATCH, enlarge, lesion_map, patch_places, patch_windows
 
 CONFIG = VisionConfig(

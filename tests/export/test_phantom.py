@@ -16,6 +16,8 @@ from healthgpt_edge.export.phantom import autoencoder, base, corpus, measure, pi
 from healthgpt_edge.export.phantom.release import released_files
 from healthgpt_edge.export.reference.language import rotary_tables, rotate
 from healthgpt_edge.export.reference.model import HealthGPT
+from healthgpt_edge.export.tokenizer import write_tokenizer
+from healthgpt_edge.prompt import Tokenizer, prompt_ids
 
 PHANTOM = Path(__file__).parents[2] / "phantom"
 
@@ -48,6 +50,14 @@ def test_pictures_beat_the_trivial_answer(checkpoint: Checkpoint, words: corpus.
         assert scores[kind]["ssim"] > scores[kind]["baseline_ssim"]
 
 
+def test_drawings_from_words_show_what_was_asked_for(checkpoint: Checkpoint, words: corpus.Words) -> None:
+    answering, drawing = (HealthGPT.load(checkpoint, task) for task in ("comprehension", "generation"))
+    scores = measure.drawings(answering, drawing, drawing.vqgan, words, 10)
+    assert scores["modality"]["accuracy"] >= 0.95 > scores["modality"]["chance"]
+    assert scores["lesion"]["accuracy"] >= 0.85
+    assert scores["count"]["accuracy"] >= scores["count"]["chance"] + 0.2
+
+
 def test_the_codebook_is_used(checkpoint: Checkpoint) -> None:
     model = HealthGPT.load(checkpoint, "generation").vqgan
     sample = phantoms.held_out(4)
@@ -74,7 +84,7 @@ def test_findings_agree_with_their_answers() -> None:
         assert f"is {answers['modality']}." in seen
         assert ("no lesion" in seen) == (answers["lesion"] == "No") == (answers["count"] == "None")
         assert ("where" in answers) == (answers["count"] == "One")
-        assert sum(seen.count(place) for place in corpus.QUADRANTS) == phantoms.COUNT_WORDS.index(answers["count"])
+        assert sum(seen.count(place) for place in phantoms.QUADRANTS) == phantoms.COUNT_WORDS.index(answers["count"])
 
 
 def test_copy_batch_places_the_copy_at_the_copy_distance(words: corpus.Words) -> None:
@@ -128,6 +138,35 @@ def test_batched_greedy_equals_the_reference(checkpoint: Checkpoint, words: corp
         shown = model.vision_tower.normalise(pictures.enlarge([picture]))
         alone = model.generate(prompt, shown, 3)
         assert row[: len(alone)] == alone
+
+
+def test_examples_pair_prompts_with_their_codes(checkpoint: Checkpoint, words: corpus.Words) -> None:
+    model = HealthGPT.load(checkpoint, "generation")
+    subjects = phantoms.held_out(6)
+    codes = torch.arange(12).reshape(6, 2, 1).expand(6, 2, 256)  # of each picture its number
+    examples = plugins._Examples(np.random.default_rng(0), model, words, subjects, codes)
+    described = [drawing.instruction for subject in subjects for drawing in phantoms.drawings(subject)]
+    ids = [[*words.without_picture(text), plugins.NEW_TOKENS.start] for text in described]
+    lengths = set()
+    for _ in range(20):
+        prompts, wanted = examples.from_words()
+        assert wanted.shape == (plugins.PICTURE_BATCH, 256)
+        for prompt, number in zip(prompts, wanted[:, 0].tolist(), strict=True):
+            assert torch.equal(prompt, model.model.embed_tokens(torch.tensor(ids[number])))
+        lengths.add(prompts.shape[1])
+    assert len(lengths) > 1
+    prompts, wanted = examples.from_pictures()
+    assert prompts.shape[1] == len(words.instructions()["reconstruct"]) + 256
+    assert len(wanted) == plugins.PICTURE_BATCH
+
+
+def test_prompts_of_training_are_those_of_the_runtime(words: corpus.Words, tmp_path: Path) -> None:
+    text, options = write_tokenizer(PHANTOM / "base", plugins.NEW_TOKENS.codes)
+    (tmp_path / "tokenizer.json").write_text(text)
+    tokenizer = Tokenizer.load(tmp_path / "tokenizer.json", options)
+    text = phantoms.Drawing("MR", ("upper left", "lower right")).instruction
+    trained = [*words.without_picture(text), plugins.NEW_TOKENS.start]
+    assert trained == prompt_ids(tokenizer, "phi3", text, image=False, generation=True)
 
 
 def test_training_rows_move_new_tokens_only(words: corpus.Words) -> None:

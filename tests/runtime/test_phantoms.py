@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from healthgpt_edge import phantoms
-from healthgpt_edge.phantoms import SIDE, Lesion, Question, Task
+from healthgpt_edge.phantoms import SIDE, Drawing, Lesion, Question, Task
 
 SAMPLE = phantoms.held_out(40)
 
@@ -77,6 +77,26 @@ def test_questions_follow_the_lesions() -> None:
         *[("modality", "MR"), ("lesion", "Yes"), ("count", "One"), where],
     ]
     assert [q.answer for q in phantoms.questions(none)] == ["CT", "No", "None", "MR", "No", "None"]
+
+
+def test_drawings_are_asked_for_and_asked_about_like_the_pictures() -> None:
+    two = next(subject for subject in SAMPLE if len(subject.lesions) == 2)
+    ct, mr = phantoms.drawings(two)
+    first, second = two.quadrants
+    assert phantoms.QUADRANTS.index(first) <= phantoms.QUADRANTS.index(second)
+    assert sorted(two.quadrants) == sorted(lesion.quadrant for lesion in two.lesions)
+    assert ct.instruction == f"Draw a CT image with two lesions, {first}, {second}."
+    assert mr.instruction == f"Draw an MR image with two lesions, {first}, {second}."
+    assert Drawing("MR", ()).instruction == "Draw an MR image with no lesion."
+    picture = np.zeros((SIDE, SIDE), np.uint8)
+    assert [(q.kind, q.answer) for q in ct.questions(picture)] == [
+        ("modality", "CT"),
+        ("lesion", "Yes"),
+        ("count", "Two"),
+    ]
+    asked = Drawing("MR", ("lower left",)).questions(picture)
+    assert [q.answer for q in asked] == ["MR", "Yes", "One", "lower left"]
+    assert all(q.picture is picture and q.text == phantoms.QUESTIONS[q.kind] for q in asked)
 
 
 def test_tasks_have_targets_inputs_and_baselines() -> None:
