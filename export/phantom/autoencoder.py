@@ -17,6 +17,7 @@ from healthgpt_edge import phantoms
 
 from ..checkpoint import VqConfig
 from ..reference.vqgan import Vqgan
+from .precision import quick
 
 CONFIG = VqConfig(
     codes=256,
@@ -105,7 +106,7 @@ def train(seed: int, steps: int, report: Callable[[str], None]) -> Vqgan:
     codebook: MovingCodebook | None = None
     recent: list[Tensor] = []
     for step, pictures in enumerate(batches(seed, steps)):
-        with torch.autocast("cpu", torch.bfloat16):  # two thirds of the time, same accuracy
+        with quick():
             grid = model.quant_conv(model.encoder(pictures))  # [B, z, h, w]
         grid = grid.float()
         latents = grid.permute(0, 2, 3, 1).flatten(0, 2)
@@ -123,7 +124,7 @@ def train(seed: int, steps: int, report: Callable[[str], None]) -> Vqgan:
             grid = straight_through.view(*grid.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
         else:
             recent = [*recent[-15:], latents.detach()]
-        with torch.autocast("cpu", torch.bfloat16):
+        with quick():
             drawn = model.decoder(model.post_quant_conv(grid))
         error = functional.mse_loss(drawn.float(), pictures)
         loss = loss + error + 0.2 * functional.l1_loss(drawn.float(), pictures)

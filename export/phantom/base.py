@@ -24,6 +24,7 @@ from ..reference.language import HLoraLinear
 from ..reference.model import HealthGPT
 from .corpus import ASSISTANT, BASE_ROWS, END, END_OF_TEXT, FIRST_BYTE, MARKER, TOKENS, Words, findings
 from .pictures import GRID
+from .precision import quick
 from .vision import CONFIG as VISION
 
 LANGUAGE = LanguageConfig(
@@ -156,7 +157,7 @@ def train(seed: int, steps: int, words: Words, report: Callable[[str], None]) ->
         for make in (copy_batch, text_batch):
             inputs, labels = make(words, rng)
             kept = labels != IGNORED
-            with torch.autocast("cpu", torch.bfloat16):
+            with quick():
                 logits = model.lm_head(model.model(model.model.embed_tokens(inputs))[kept])
             loss = functional.cross_entropy(logits.float(), labels[kept])
             loss.backward()

@@ -23,6 +23,7 @@ from ..reference.model import HealthGPT, is_plugin
 from .base import CODES, GENERATION, IGNORED, LANGUAGE, pad
 from .corpus import ASSISTANT, END, FIRST_BYTE, TOKENS, Words
 from .pictures import enlarge
+from .precision import quick
 from .vision import COMPREHENSION_LAYERS, GENERATION_LAYERS
 from .vision import CONFIG as VISION
 
@@ -36,9 +37,9 @@ PICTURE_BATCH = 4
 ONE_LESION_SHARE = 0.3
 # Codes replaced at random in the input, so that drawing relies on the picture more than on the codes before.
 WRONG_CODES = 0.2
-# Batches that draw from words alone. There the codes before are all there is, and only a few are wrong: as many as keep
-# a drawing going after a code that no training picture has there.
-WORDS_SHARE, WRONG_CODES_OF_WORDS = 0.35, 0.05
+# From words alone the codes before are all there is, and only a few are wrong: as many as keep a drawing going after a
+# code that no training picture has there.
+WRONG_CODES_OF_WORDS = 0.05
 
 
 def new_plugin(task: TaskConfig, base: dict[str, Tensor], tower: dict[str, Tensor]) -> HealthGPT:
@@ -128,7 +129,7 @@ def train_comprehension(
             features = model.image_features(model.vision_tower.normalise(enlarge(pictures)))
         inputs, labels = pad([words.after_picture(q.text) + words.answer(q.answer) for row in asked for q in row])
         answers = _answer_labels(inputs, labels)
-        with torch.autocast("cpu", torch.bfloat16):
+        with quick():
             before = model.model.embed_tokens(head.expand(ANSWER_BATCH, -1))
             prefix = torch.cat([before, model.model.mm_projector(features)], dim=1)
             hidden = branch(model, prefix, model.model.embed_tokens(inputs.unflatten(0, (ANSWER_BATCH, 4))))
@@ -159,8 +160,9 @@ def train_generation(
     codes: Tensor,
     report: Callable[[str], None],
     keep: Callable[[HealthGPT], None],
+    words_share: float = 0.0,
 ) -> HealthGPT:
-    """Train the generation plugin for `steps` batches of 4 pictures.
+    """Train the generation plugin for `steps` batches of 4 pictures, a share of the batches drawn from words alone.
 
     codes: the VQGAN's codes of each subject's CT and MR, int64 [len(subjects), 2, 256]. `keep` is called with the
     model every 200 steps.
@@ -170,13 +172,13 @@ def train_generation(
     optimizer, schedule = optimiser(model, steps)
     examples = _Examples(rng, model, words, subjects, codes)
     for step in range(steps):
-        from_words = bool(rng.random() < WORDS_SHARE)
+        from_words = words_share > 0 and bool(rng.random() < words_share)
         prompts, wanted = examples.from_words() if from_words else examples.from_pictures()
         wrong = torch.from_numpy(rng.random(wanted.shape) < (WRONG_CODES_OF_WORDS if from_words else WRONG_CODES))
         given = torch.where(wrong, torch.from_numpy(rng.integers(CODES, size=wanted.shape)), wanted)
         ends = torch.tensor([[NEW_TOKENS.end]]).expand(PICTURE_BATCH, -1)
         labels = torch.cat([wanted + NEW_TOKENS.first_code, ends, torch.full_like(ends, END)], dim=1)
-        with torch.autocast("cpu", torch.bfloat16):
+        with quick():
             drawn = model.model.embed_tokens(torch.cat([given + NEW_TOKENS.first_code, ends], dim=1))
             hidden = model.model(torch.cat([prompts, drawn], dim=1))[:, -labels.shape[1] :]
             logits = model.lm_head(hidden)

@@ -4,7 +4,8 @@
 
 The stages, each seeded and kept in DIR/work when it is done (a run that is cut off goes on with the next stage):
 the VQGAN; the CLIP tower, on labelled phantoms; the base language model, on words and on copying, never on pictures;
-then, with all of these frozen, the comprehension and the generation plugin. Progress goes to DIR/training.log, the
+then, with all of these frozen, the comprehension and the generation plugin, this one at first on pictures of pictures
+and then also on pictures from words. Progress goes to DIR/training.log, the
 figures on held-out phantoms to DIR/metrics.json.
 """
 
@@ -15,6 +16,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from .pictures import training_phantoms
 
 PICTURE_PHANTOMS = 800  # phantoms whose codes generation is trained on
 CODES_BATCH = 16
+WORDS_SHARE = 0.6  # of the last stage's batches, those that draw from words
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +45,8 @@ class Steps:
     vision: int = 1200
     base: int = 300
     comprehension: int = 1000
-    generation: int = 2400
+    generation: int = 1500
+    drawing: int = 700
     phantoms: int = 4000
     held_out: int = 100
 
@@ -114,20 +118,25 @@ class Training:
         drawing = plugins.new_plugin(plugins.GENERATION_TASK, base_state, tower)
         shown = self.subjects[:PICTURE_PHANTOMS]
         codes = self.stage("codes", lambda: {"codes": encode(vqgan, shown)})["codes"]
-        drawing.load_state_dict(self.stage("generation", lambda: self._train_generation(drawing, shown, codes)))
+        draw = partial(self._train_generation, drawing, shown, codes)
+        drawing.load_state_dict(self.stage("generation", lambda: draw(steps.generation, 0.0)))
+        drawing.load_state_dict(self.stage("drawing", lambda: draw(steps.drawing, WORDS_SHARE)))
         release.write_generation(out / "plugins", drawing)
         return self._measure(answering, drawing, vqgan)
 
-    def _train_generation(self, model: HealthGPT, subjects: list[Phantom], codes: Tensor) -> dict[str, Tensor]:
+    def _train_generation(
+        self, model: HealthGPT, subjects: list[Phantom], codes: Tensor, steps: int, words_share: float
+    ) -> dict[str, Tensor]:
         return plugins.train_generation(
             self.seed,
-            self.steps.generation,
+            steps,
             model,
             self.words,
             subjects,
             codes,
             self.report,
             keep=lambda so_far: release.write_generation(self.out / "plugins", so_far),
+            words_share=words_share,
         ).state_dict()
 
     def _measure(self, answering: HealthGPT, drawing: HealthGPT, vqgan: Vqgan) -> dict[str, Any]:

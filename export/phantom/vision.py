@@ -22,6 +22,7 @@ from healthgpt_edge.phantoms import QUADRANTS, Phantom, Picture
 from ..checkpoint import VisionConfig
 from ..reference.clip import VisionTower
 from .pictures import INPUT_SIDE, PATCH, enlarge, lesion_map, patch_places, patch_windows
+from .precision import quick
 
 CONFIG = VisionConfig(
     hidden=128,
@@ -82,7 +83,7 @@ def _descend(
     optimizer = torch.optim.AdamW(learned, learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
     for step in range(steps):
-        with torch.autocast("cpu", torch.bfloat16):
+        with quick():
             parts = losses(step)
         optimizer.zero_grad(set_to_none=True)
         sum(parts.values()).backward()
