@@ -142,8 +142,9 @@ def list_jobs() -> list[Job]:
             jobs.append(Job(name, question.picture, question.text, False, question.answer))
         for task in phantoms.tasks(subject):
             jobs.append(Job(f"phantom {subject.seed} {task.kind}", task.picture, task.instruction, True))
-        for drawing in phantoms.drawings(subject):
-            jobs.append(Job(f"{drawing.modality} from words", None, drawing.instruction, True, drawing=drawing))
+    for modality in phantoms.MODALITIES:
+        drawing = phantoms.Drawing(modality, ())
+        jobs.append(Job(f"{modality} from words", None, drawing.instruction, True, drawing=drawing))
     for file in DICOM_FILES:
         path = get_testdata_file(file, download=False)
         if path is None:

@@ -52,8 +52,6 @@ def test_answers_and_pictures_are_far_above_chance(session):
     assert set(scores.pictures) == set(ABOVE_BASELINE_DB)
     for kind, score in scores.pictures.items():
         assert score.psnr >= score.baseline_psnr + ABOVE_BASELINE_DB[kind], (kind, score)
-    # What it draws from words is, in its own eyes, what the words asked for.
-    assert scores.drawings["modality"].accuracy == 1
 
 
 def test_drafts_give_the_same_pictures_in_fewer_passes(session):
@@ -76,6 +74,14 @@ def test_drafts_give_the_same_pictures_in_fewer_passes(session):
         for draft in ("none", "auto")
     )
     assert drafted.token_ids == plain.token_ids and drafted.forward_passes < plain.forward_passes
+
+
+def test_the_model_recognises_what_it_drew_from_words(session):
+    for modality in phantoms.MODALITIES:
+        drawing = phantoms.Drawing(modality, ())
+        for asked in drawing.questions(session.generate(None, drawing.instruction).pixels):
+            answer = session.answer(asked.picture, asked.text, max_new_tokens=MAX_ANSWER_TOKENS)
+            assert answer.text.strip() == asked.answer, (drawing, asked.kind)
 
 
 def test_the_second_question_about_a_picture_is_answered_alike(session):

@@ -46,7 +46,7 @@ class Steps:
     base: int = 300
     comprehension: int = 1000
     generation: int = 1500
-    drawing: int = 700
+    drawing: int = 2000
     phantoms: int = 4000
     held_out: int = 100
 

@@ -37,11 +37,10 @@ def evaluate(
     if as_json:
         print_json(result.to_json())
         return
-    for title, scores in (("question", result.answers), ("of its own drawings from words", result.drawings)):
-        table = Table(title, "exact", "chance", "of")
-        for kind, score in scores.items():
-            table.add_row(kind, f"{score.accuracy:.1%}", f"{score.chance:.1%}", str(score.total))
-        print_table(table)
+    table = Table("question", "exact", "chance", "of")
+    for kind, score in result.answers.items():
+        table.add_row(kind, f"{score.accuracy:.1%}", f"{score.chance:.1%}", str(score.total))
+    print_table(table)
     table = Table("picture", "PSNR dB", "SSIM", "baseline PSNR", "baseline SSIM", "of")
     for kind, made in result.pictures.items():
         table.add_row(
