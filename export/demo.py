@@ -231,7 +231,7 @@ def contact_sheet(shown: list[tuple[Job, str, np.ndarray | None]]) -> np.ndarray
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(10)
     for index, (job, words, made) in enumerate(cells):
         left, top = MARGIN + index % COLUMNS * width, MARGIN + index // COLUMNS * height
-        shown_at_left = made if job.picture is None else read_image(job.picture)
+        shown_at_left = read_image(made if job.picture is None else job.picture)
         page.paste(Image.fromarray(prepare(shown_at_left, TILE)), (left, top))
         if words:
             draw.multiline_text((left + TILE + MARGIN, top), "\n".join(words), fill="black", font=font, spacing=3)
