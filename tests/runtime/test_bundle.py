@@ -402,6 +402,12 @@ def test_a_flipped_bit_is_damage(bundle, kind, at):
         assert refusal(lambda: Bundle.open(bundle, verify=False)) == message
 
 
+def test_nothing_of_a_bundle_is_run_before_all_of_it_is_hashed(bundle, monkeypatch):
+    monkeypatch.setattr("healthgpt_edge.session.open_executor", lambda *_: pytest.fail("opened"))
+    flip(bundle / "weights/base.bin")
+    assert "file weights/base.bin is damaged" in refusal(lambda: load(bundle))
+
+
 @pytest.mark.parametrize("kind", FILES)
 def test_a_file_of_another_size(bundle, kind):
     name = FILES[kind]
@@ -416,6 +422,12 @@ def test_a_manifest_that_lies_about_a_size(bundle):
     size = (bundle / "tokenizer.json").stat().st_size
     edit(bundle, setting("files/tokenizer.json/size", size + 1))
     assert refusal(lambda: Bundle.open(bundle)) == f"file tokenizer.json must be {size + 1} bytes, found {size}"
+
+
+def test_of_a_manifest_no_more_is_read_than_it_may_have(bundle):
+    replace_bytes(bundle / "bundle.json", b"{")
+    os.truncate(bundle / "bundle.json", 1 << 38)  # sparse, and more than any memory
+    assert "bundle.json must be at most 1048576 bytes, found 1048577" in refusal(lambda: Bundle.open(bundle))
 
 
 def outside(bundle: Path) -> Path:

@@ -410,6 +410,13 @@ def test_a_deflated_bomb_is_refused_at_once(tmp_path):
     assert read_under_limits(path) == expected
 
 
+def test_fragments_beyond_the_header_are_counted_too():
+    whole = encapsulated(bytes(MAX_HEADER_BYTES), table=False)
+    data = whole[:-8] + b"\xfe\xff\x00\xe0\0\0\0\0" * MAX_ITEMS + whole[-8:]
+    with pytest.raises(ImageError, match=f"expected at most {MAX_ITEMS} fragments of pixel data, found more"):
+        read_image(data)
+
+
 def test_damaged_files_give_errors_and_nothing_else():
     """A few hundred random damages of real files: a picture or an ImageError, never another exception."""
     random = np.random.default_rng(20240607)
