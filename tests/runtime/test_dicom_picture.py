@@ -11,7 +11,7 @@ from dicom_samples import SECRET, dicom, identified, real_file
 from pydicom.uid import SecondaryCaptureImageStorage, generate_uid
 from test_dicom_files import JPEG, encapsulated
 
-from healthgpt_edge import read_study, write_image
+from healthgpt_edge import read_study, write_image, write_report
 from healthgpt_edge.errors import ImageError
 from healthgpt_edge.images import read_image
 
@@ -45,6 +45,33 @@ def test_it_belongs_to_the_study_of_its_source(tmp_path, name):
         assert str(made.get(keyword) or "") == str(source.get(keyword) or ""), keyword
     assert made.SourceImageSequence[0].ReferencedSOPInstanceUID == source.SOPInstanceUID
     assert made.SourceImageSequence[0].ReferencedSOPClassUID == source.SOPClassUID
+
+
+NAMED = {
+    "PatientName": "Doe^Jane",
+    "PatientID": "17",
+    "IssuerOfPatientID": "a hospital",
+    "PatientBirthDate": "19700102",
+    "PatientSex": "F",
+    "StudyDate": "20240119",
+    "StudyTime": "112233",
+    "StudyID": "18",
+    "StudyDescription": "a study",
+    "AccessionNumber": "19",
+    "ReferringPhysicianName": "Roe^Richard",
+}
+
+
+def test_all_that_names_patient_and_study_is_in_pictures_and_reports(tmp_path):
+    """Whatever is lost of it, an archive files them with somebody else."""
+    study = read_study(dicom(GREY, **identified(**NAMED)))
+    write_image(tmp_path / "picture.dcm", PIXELS, study)
+    write_report(tmp_path / "report.dcm", [("What?", "That.")], study)
+    for name in ("picture.dcm", "report.dcm"):
+        made = pydicom.dcmread(tmp_path / name)
+        assert {keyword: made[keyword].value for keyword in NAMED} == NAMED
+        # By their series, too, they are not the scanner's.
+        assert (made.Manufacturer, made.SeriesNumber) == ("healthgpt-edge", 9001)
 
 
 def test_it_says_that_it_was_not_acquired(tmp_path):

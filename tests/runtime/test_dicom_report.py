@@ -61,6 +61,7 @@ def test_control_characters_that_dicom_does_not_allow_are_replaced(tmp_path):
 def test_it_says_who_wrote_it_and_that_nobody_reviewed_it(tmp_path):
     report = written(tmp_path, real_file("CT_small.dcm"))
     assert (report.VerificationFlag, report.PreliminaryFlag) == ("UNVERIFIED", "PRELIMINARY")
+    assert report.CompletionFlag == "COMPLETE"
     ((_, observer),) = items(report, "CODE")
     assert observer.ConceptCodeSequence[0].CodeMeaning == "Device"
     notes = [item.TextValue for name, item in items(report, "TEXT") if name == "Comment"]
