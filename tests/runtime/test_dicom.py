@@ -270,6 +270,13 @@ def test_functional_groups_hold_rescaling_and_window():
         assert levels(data, frame=frame).ravel().tolist() == linear(FRAMES[frame] + 1000.0, center, 8)
 
 
+def test_what_a_frame_says_goes_before_what_all_of_them_say():
+    frames = item(FrameVOILUTSequence=item(WindowCenter=4, WindowWidth=8))
+    shared = item(FrameVOILUTSequence=item(WindowCenter=100, WindowWidth=8))
+    data = dicom(FRAMES, PerFrameFunctionalGroupsSequence=frames, SharedFunctionalGroupsSequence=shared)
+    assert levels(data).ravel().tolist() == linear(FRAMES[0], 4, 8)
+
+
 def test_missing_functional_groups_are_refused():
     groups = item(FrameVOILUTSequence=item(WindowCenter=1, WindowWidth=8))
     data = dicom(FRAMES, PerFrameFunctionalGroupsSequence=groups)

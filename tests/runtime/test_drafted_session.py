@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from healthgpt_edge.drafting import PICTURE_DRAFTS, PassKind
 from healthgpt_edge.drafting import drafts as drafts_module
 from healthgpt_edge.errors import BundleError, GenerationError
 from healthgpt_edge.executors.onnx import OnnxExecutor
-from healthgpt_edge.prefixes import Prefix
+from healthgpt_edge.prefixes import Prefix, Prefixes
 from healthgpt_edge.previews import Previews
 
 COM, GEN = Case("m3_com_wide"), Case("m3_gen_wide")
@@ -166,6 +167,14 @@ def test_an_executor_that_rounds_is_not_drafted_for_by_auto(golden_bundle, round
     assert picture.codes == GEN.record["vq_indices"]
 
 
+def test_nor_is_an_answer(golden_bundle, rounding):
+    """The very one that is drafted where passes agree."""
+    case = Case("m3_com_square")
+    answer = load(golden_bundle("m3"), threads=1).answer(case.image, case.question, max_new_tokens=case.max_new_tokens)
+    assert (answer.draft, answer.certified) == ("none", True)
+    assert answer.token_ids == case.record["output_ids"]
+
+
 def test_a_comparison_certifies_an_executor_that_rounds(golden_bundle, rounding):
     session = eager(golden_bundle)
     picture = session.generate(GEN.image, GEN.question, draft="jacobi", certify=True)
@@ -296,6 +305,14 @@ def test_a_key_names_task_picture_and_tokens():
     ]
     assert len(set(keys)) == len(keys)
     assert Prefix.of("comprehension", pixels.copy(), ids.copy()) == keys[0]
+
+
+def test_what_is_kept_is_in_one_request_at_a_time():
+    prefixes, prefix = Prefixes(1), Prefix("comprehension", "0" * 64, "0" * 64, 3)
+    context = SimpleNamespace(length=9, memory_bytes=1)
+    prefixes.keep(prefix, context)
+    assert prefixes.take(prefix) is context and context.length == 3
+    assert prefixes.take(prefix) is None
 
 
 def test_a_picture_that_differs_by_one_level_is_another(golden_bundle):
