@@ -2,6 +2,7 @@
 
 #include <cstdlib>
 #include <exception>
+#include <new>
 
 namespace healthgpt {
 namespace {
@@ -14,14 +15,18 @@ struct Buffer {
 
 }  // namespace
 
-void* ScratchMemory(Scratch purpose, size_t bytes) noexcept {
+void* ScratchMemory(Scratch purpose, size_t bytes) {
   thread_local Buffer buffers[2];
   Buffer& buffer = buffers[purpose == Scratch::kTask];
   if (buffer.bytes < bytes) {
     std::free(buffer.memory);
     buffer.bytes = (bytes + 4095) / 4096 * 4096;
     buffer.memory = std::aligned_alloc(64, buffer.bytes);
-    if (buffer.memory == nullptr) std::terminate();
+    if (buffer.memory == nullptr) {
+      buffer.bytes = 0;
+      if (purpose == Scratch::kCall) throw std::bad_alloc();
+      std::terminate();
+    }
   }
   return buffer.memory;
 }

@@ -9,7 +9,8 @@ namespace healthgpt {
 enum class Scratch { kCall, kTask };
 
 // At least `bytes` of this thread's memory, aligned to 64 bytes. Asking again for the same purpose gives the same
-// memory, or ends the program if the system has none left.
-void* ScratchMemory(Scratch purpose, size_t bytes) noexcept;
+// memory. If the system has none left, std::bad_alloc of kCall; of kTask the end of the program, for a pool's thread
+// has nobody to tell: a task takes a few MB at most, so it is a call's that runs out.
+void* ScratchMemory(Scratch purpose, size_t bytes);
 
 }  // namespace healthgpt

@@ -1,5 +1,8 @@
 """The H-LoRA linear of every instruction set this machine has, against the formula in float64."""
 
+import subprocess
+import sys
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -213,3 +216,27 @@ def test_wrong_operands_are_named():
         _kernels.Matrix(weight.astype(ml_dtypes.bfloat16))
     with pytest.raises(ValueError, match=r"values must be \[64\], got \[63\]"):
         _kernels.Matrix(np.zeros(63, np.uint8), np.ones((1, 8), np.float32), 32, (16, 8))
+
+
+WITHOUT_MEMORY = """
+import resource
+import numpy as np
+from healthgpt_edge import _kernels
+x, weight = np.ones((2048, 16384), np.float32), np.ones((16384, 64), np.int8)
+matrix = _kernels.Matrix(weight, np.ones((128, 64), np.float32), 128)
+pages = int(open("/proc/self/statm").read().split()[0])
+soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (16 << 20), hard))
+try:
+    _kernels.hlora_linear(x, matrix)
+except MemoryError:
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    assert (_kernels.hlora_linear(x, matrix) == 16384).all()
+    print("told")
+"""
+
+
+def test_memory_that_is_not_there_is_an_error_and_not_the_end():
+    """x in 8 bits takes 32 MB here, of which 16 are to be had."""
+    done = subprocess.run([sys.executable, "-c", WITHOUT_MEMORY], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "told"), done.stderr
