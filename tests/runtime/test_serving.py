@@ -139,7 +139,8 @@ def test_an_answer_may_go_to_a_report_of_its_study(session, tmp_path):
     report = pydicom.dcmread(out)
     assert report.StudyInstanceUID == read_study(source).dataset.StudyInstanceUID
     texts = [item.TextValue for item in report.ContentSequence[-1].ContentSequence]
-    assert texts == [ASK["question"], said["text"] or "(no words)"]
+    # A model of random weights writes control characters, too, which DICOM does not allow.
+    assert texts == [ASK["question"], said["text"].replace("\x03", "\ufffd") or "(no words)"]
 
 
 def test_pieces_come_before_the_result_and_are_its_text(session):
