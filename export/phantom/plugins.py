@@ -172,6 +172,7 @@ def train_generation(
     optimizer, schedule = optimiser(model, steps)
     examples = _Examples(rng, model, words, subjects, codes)
     for step in range(steps):
+        # Without a share no number is drawn: the shipped plugin's first stage was trained by this sequence of them.
         from_words = words_share > 0 and bool(rng.random() < words_share)
         prompts, wanted = examples.from_words() if from_words else examples.from_pictures()
         wrong = torch.from_numpy(rng.random(wanted.shape) < (WRONG_CODES_OF_WORDS if from_words else WRONG_CODES))

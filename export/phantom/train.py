@@ -5,8 +5,8 @@
 The stages, each seeded and kept in DIR/work when it is done (a run that is cut off goes on with the next stage):
 the VQGAN; the CLIP tower, on labelled phantoms; the base language model, on words and on copying, never on pictures;
 then, with all of these frozen, the comprehension and the generation plugin, this one at first on pictures of pictures
-and then also on pictures from words. Progress goes to DIR/training.log, the
-figures on held-out phantoms to DIR/metrics.json.
+and then also on pictures from words. Progress goes to DIR/training.log, the figures on held-out phantoms to
+DIR/metrics.json.
 """
 
 from __future__ import annotations
