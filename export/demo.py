@@ -190,7 +190,7 @@ def _ask(session: Session, picture: Any, question: str) -> Answer:
 
 
 def _judged(answer: str, expected: str) -> str:
-    return answer + (" (right)" if answer.strip().casefold() == expected.casefold() else f" (is: {expected})")
+    return answer + (" (right)" if phantoms.is_right(answer, expected) else f" (is: {expected})")
 
 
 def _reference(references: dict[str, HealthGPT], session: Session, job: Job) -> tuple[list[int], float]:

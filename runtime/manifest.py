@@ -174,12 +174,8 @@ def _check(manifest: Manifest) -> None:
         for field in dataclasses.fields(part) if part else ():
             value = getattr(part, field.name)
             if isinstance(value, int):
-                _require(1 <= value <= MAX_DIMENSION, f"{field.name} must be between 1 and {MAX_DIMENSION}", value)
-    _require(
-        1 <= manifest.block_size <= MAX_DIMENSION,
-        f"block_size must be between 1 and {MAX_DIMENSION}",
-        manifest.block_size,
-    )
+                _require_size(field.name, value)
+    _require_size("block_size", manifest.block_size)
     layers, background = manifest.language.layers, manifest.vision.background
     _require(layers <= MAX_LAYERS, f"layers must be at most {MAX_LAYERS}", layers)
     _require(
@@ -219,7 +215,7 @@ def _check_tasks(manifest: Manifest) -> None:
         first = task.first_logit
         _require(0 <= first <= lowest, f"first_logit of {name} must be between 0 and {lowest}", first)
         for size, value in (("rank", task.rank), ("experts", task.experts)):
-            _require(1 <= value <= MAX_DIMENSION, f"{size} of {name} must be between 1 and {MAX_DIMENSION}", value)
+            _require_size(f"{size} of {name}", value)
         _require((first > 0) == ("vocabulary" in roles), f"{name} needs a vocabulary graph above row 0", sorted(roles))
     graphs = (graph for task in tasks.values() for graph in task.graphs.values())
     for file in (manifest.tokenizer.file, *graphs):
@@ -229,6 +225,10 @@ def _check_tasks(manifest: Manifest) -> None:
 def _require(condition: object, expected: str, found: object) -> None:
     if not condition:
         raise BundleError(f"bundle.json: {expected}, found {found}")
+
+
+def _require_size(name: str, value: int) -> None:
+    _require(1 <= value <= MAX_DIMENSION, f"{name} must be between 1 and {MAX_DIMENSION}", value)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

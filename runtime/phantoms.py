@@ -301,15 +301,20 @@ def mean_picture(modality: str) -> Picture:
     return _mean_pictures[modality]
 
 
+def is_right(answer: str, expected: str) -> bool:
+    """Whether an answer is the expected one, spaces around and letter case aside."""
+    return answer.strip().casefold() == expected.casefold()
+
+
 def score_answers(asked: Sequence[Question], answers: Sequence[str]) -> dict[str, AnswerScore]:
-    """Exact matches (spaces around and letter case aside) by question kind, beside chance."""
+    """Exact matches (`is_right`) by question kind, beside chance."""
     if len(asked) != len(answers):
         raise ValueError(f"expected one answer to each of {len(asked)} questions, got {len(answers)}")
     scores = {}
     for kind in QUESTIONS:
         pairs = [(q.answer, given) for q, given in zip(asked, answers, strict=True) if q.kind == kind]
         if pairs:
-            correct = sum(given.strip().casefold() == expected.casefold() for expected, given in pairs)
+            correct = sum(is_right(given, expected) for expected, given in pairs)
             majority = Counter(expected for expected, _ in pairs).most_common(1)[0][1]
             scores[kind] = AnswerScore(correct, len(pairs), majority / len(pairs))
     return scores
