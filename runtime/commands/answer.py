@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ..errors import HealthGPTError
+from ..text import without_controls
 from .loading import load_session
 from .options import (
     BundlePath,
@@ -96,7 +97,8 @@ def answer(
         session.restore_pictures(keep)
 
     def write(piece: str) -> None:
-        sys.stdout.write(piece)
+        # A terminal obeys control characters, whoever wrote them; files and programs get the text as it is.
+        sys.stdout.write(without_controls(piece, "\t\n") if sys.stdout.isatty() else piece)
         sys.stdout.flush()
 
     results = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from unicodedata import category
 
 from highdicom.sr import (
     CodedConcept,
@@ -24,6 +23,7 @@ from pydicom.sr.codedict import codes
 from pydicom.valuerep import PersonName
 
 from ..machine import version
+from ..text import without_controls
 from .study import SERIES_NUMBER, Study, to_file
 
 _CONTAINS = RelationshipTypeValues.CONTAINS
@@ -35,6 +35,7 @@ _ANSWER = CodedConcept("answer", "99HGPT", "Answer of the model")
 _SOURCE = CodedConcept("picture", "99HGPT", "Picture that the questions are about")
 _NOTE = "Written by a generative model, for research. Nobody has reviewed it."
 _NO_WORDS = "(no words)"
+_ALLOWED_CONTROLS = "\t\n\f\r"  # PS3.5, 6.1.3
 
 
 def structured_report(exchanges: Sequence[tuple[str, str]], study: Study) -> bytes:
@@ -119,13 +120,12 @@ def _exchange(question: str, answer: str) -> ContentItem:
     item = ContainerContentItem(_EXCHANGE, is_content_continuous=False, relationship_type=_CONTAINS)
     item.ContentSequence = ContentSequence(
         [
-            TextContentItem(name, _allowed(text) if text.strip() else _NO_WORDS, relationship_type=_CONTAINS)
-            for name, text in ((_QUESTION, question), (_ANSWER, answer))
+            TextContentItem(name, _text(words), relationship_type=_CONTAINS)
+            for name, words in ((_QUESTION, question), (_ANSWER, answer))
         ]
     )
     return item
 
 
-def _allowed(text: str) -> str:
-    """`text` without the control characters that DICOM does not allow in it (PS3.5, 6.1.3): a model may write any."""
-    return "".join(letter if category(letter) != "Cc" or letter in "\t\n\f\r" else "\ufffd" for letter in text)
+def _text(words: str) -> str:
+    return without_controls(words, _ALLOWED_CONTROLS) if words.strip() else _NO_WORDS

@@ -174,6 +174,16 @@ def test_a_voi_table_is_used_where_there_is_no_window():
     assert levels(both).ravel().tolist() == linear(values, 101, 4)
 
 
+def test_a_voi_table_of_12_bits_in_16_goes_up_to_white():
+    values = np.array([[0, 1, 2]], dtype=np.uint16)
+    for entries in ([0, 2048, 4095], [0, 128, 255], [0, 32768, 65535]):
+        table = lookup_table(entries, bits=16)
+        assert levels(dicom(values, VOILUTSequence=table)).tolist() == [[0, 128, 255]]
+    # Fewer bits than 8 are of no display, and the numbers that are not 16 say what they mean.
+    assert levels(dicom(values, VOILUTSequence=lookup_table([0, 1, 2], bits=16))).tolist() == [[0, 1, 2]]
+    assert levels(dicom(values, VOILUTSequence=lookup_table([0, 512, 1023], bits=12))).tolist() == [[0, 32, 64]]
+
+
 @pytest.mark.parametrize(
     ("descriptor", "data", "message"),
     [

@@ -1,0 +1,45 @@
+"""What a terminal would obey does not reach it; files and programs get the text as the model wrote it."""
+
+import os
+import pty
+import subprocess
+import sys
+
+from command import run
+from golden_cases import Case
+
+
+def on_a_terminal(*words):
+    """What a terminal gets on stdout of `healthgpt-edge WORDS`, its line ends as they were written."""
+    ours, theirs = pty.openpty()
+    try:
+        child = subprocess.Popen([sys.executable, "-m", "healthgpt_edge.cli", *map(str, words)], stdout=theirs)
+        os.close(theirs)
+        said = b""
+        while piece := _read(ours):
+            said += piece
+        assert child.wait(60) == 0
+    finally:
+        os.close(ours)
+    return said.decode().replace("\r\n", "\n")
+
+
+def _read(terminal):
+    try:
+        return os.read(terminal, 4096)
+    except OSError:  # how Linux says that nobody writes to a terminal any more
+        return b""
+
+
+def test_control_characters_of_an_answer_are_not_for_a_terminal(golden_bundle):
+    case = Case("m3_com_square")
+    words = ["answer", golden_bundle("m3"), "--question", case.question, "--image", case.image, "--threads", "1"]
+    text = run(*words, "--json").json["text"]
+    print(repr(text))
+    assert run(*words).output == text + "\n"
+    controls = {letter for letter in text if ord(letter) < 32 or 127 <= ord(letter) < 160} - set("\t\n")
+    assert controls, "random weights write some; otherwise this test needs another question"
+    shown = on_a_terminal(*words)
+    for letter in controls:
+        text = text.replace(letter, "\ufffd")
+    assert shown == text + "\n"
