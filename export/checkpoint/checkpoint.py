@@ -17,7 +17,7 @@ from .plugins import PARTS, ROWS, Plugin, Task, TaskConfig, adapter_key, release
 from .shards import SafetensorsSource
 from .vision import PREFIX, VisionConfig, is_other_half, open_vision, read_vision, vision_shapes
 from .vocabulary import MARKERS, SpecialTokens, infer_template, tokenizer_size
-from .vqgan import MAX_CODES, VqConfig, is_training_state, read_vqgan, vqgan_shapes
+from .vqgan import MAX_CODES, VqConfig, find_file, is_training_state, read_vqgan, vqgan_shapes
 
 
 class Checkpoint:
@@ -42,19 +42,19 @@ class Checkpoint:
         self.vision: VisionConfig = read_vision(vision)
         self.vq: VqConfig | None = None if vqgan is None else read_vqgan(vqgan)
         self.template = infer_template(base, self.language.architecture, template)
-        self._tokenizer_size = tokenizer_size(base)
-        if self._tokenizer_size > self.language.base_vocab:
+        ids, self._tokenizer_size = tokenizer_size(base)
+        if ids > self.language.base_vocab:
             raise CheckpointError(
                 f"{label(base)}: expected at most {self.language.base_vocab} tokens (the base's rows), "
-                f"found a tokenizer of {self._tokenizer_size}"
+                f"found a tokenizer of {ids}"
             )
         self._plugins = plugins
         self.tokens: SpecialTokens | None = self._special_tokens(codes)
         if self.template != "qwen":
             # The original always adds tokens here and writes the mean over every row from the tokenizer's size on, old
             # padding rows too. Where their number is unknown they are left out: a mean is never the greatest logit.
-            added = 0 if self.tokens is None else self.tokens.codes + MARKERS
-            self.language = replace(self.language, vocab=self._tokenizer_size + added)
+            vocab = ids if self.tokens is None else self._tokenizer_size + self.tokens.codes + MARKERS
+            self.language = replace(self.language, vocab=vocab)
         self.generation = read_generation(base, self.language.vocab)
 
         self._base: TensorSource = SafetensorsSource(base)
@@ -64,7 +64,7 @@ class Checkpoint:
         self._vision.require(vision_shapes(self.vision), is_other_half)
         self._vqgan = None
         if vqgan is not None and self.vq is not None:
-            self._vqgan = PickleSource(vqgan / "last.ckpt", section="state_dict", lightning=True)
+            self._vqgan = PickleSource(find_file(vqgan, "last.ckpt"), section="state_dict", lightning=True)
             self._vqgan.require(vqgan_shapes(self.vq), is_training_state)
         self.tasks: dict[str, TaskConfig] = {}
         for task, plugin in plugins.items():
@@ -170,8 +170,10 @@ class Checkpoint:
         if self.tokens is None:
             return rows[: self.language.vocab]
         table = torch.empty(self.language.vocab, self.language.hidden)
-        table[: self.tokens.start] = rows[: self.tokens.start]
-        table[self.tokens.start :] = table[: self.tokens.start].mean(dim=0)
+        # Less than `start` where a text has no id of its own: its row, random in the original, is the mean here.
+        known = rows[: self.tokens.start].float()
+        table[: len(known)] = known
+        table[len(known) :] = known.mean(dim=0)
         return table
 
     def vision_tensor(self, name: str) -> torch.Tensor:
