@@ -46,7 +46,7 @@ TEMPLATES = {
     "phi3": Template(
         "<|system|>\nYou are a helpful AI assistant.<|end|>\n<|user|>\n",
         "<|end|>\n<|assistant|>\n",
-        skip_special=False,
+        skip_special=True,
     ),
     "phi4": Template(
         "<|im_start|>system<|im_sep|>\n"
