@@ -224,7 +224,10 @@ RELEASE_FAULTS: dict[str, tuple[Change, str]] = {
         lambda m3: cut(m3 / M3["base"] / "config.json"),
         f"{M3['base']}/config.json: expected JSON, found JSONDecodeError",
     ),
-    "config of a longer context": (config("rope_scaling", {"type": "longrope"}), "rope_scaling: expected None, found"),
+    "config of a longer context": (
+        config("rope_scaling", {"type": "longrope"}),
+        "rope_scaling.type: expected 'default', found",
+    ),
     "config of another model": (config("model_type", "llama"), "model_type: expected 'phi3' or 'qwen2', found 'llama'"),
     "config with more layers": (config("num_hidden_layers", 4), "expected tensor model.layers.3."),
     "config with absurd width": (config("hidden_size", 10**12), "hidden_size: expected an integer from 1 to 262144"),

@@ -15,6 +15,7 @@ from healthgpt_edge.errors import CheckpointError
 
 # The largest real one is Qwen2.5's vocabulary, 2.8 MB.
 MAX_TEXT_BYTES = 32 << 20
+LFS_POINTER = b"version https://git-lfs"
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 
@@ -28,7 +29,9 @@ def require_file(path: Path) -> Path:
     try:
         if not path.is_file():
             raise CheckpointError(f"{label(path)}: expected a file, found {'a folder' if path.is_dir() else 'nothing'}")
-        path.open("rb").close()
+        with path.open("rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise CheckpointError(f"{label(path)}: expected the file, found a Git LFS pointer to it: git lfs pull")
     except OSError as error:
         raise CheckpointError(f"{label(path)}: cannot be read: {error.strerror}") from error
     return path

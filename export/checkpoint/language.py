@@ -23,17 +23,27 @@ QWEN2_LINEARS = (
     "mlp.up_proj",
     "mlp.down_proj",
 )
+# What greedy decoding of one sequence heeds, and what has no say in it: sampling, beams, limits that the caller sets.
 GENERATION_KEYS = (
     "_from_model_config",
     "bos_token_id",
+    "cache_implementation",
     "do_sample",
+    "early_stopping",
     "eos_token_id",
+    "length_penalty",
+    "max_length",
+    "max_new_tokens",
+    "min_p",
+    "num_beams",
     "pad_token_id",
     "repetition_penalty",
     "temperature",
     "top_k",
     "top_p",
     "transformers_version",
+    "typical_p",
+    "use_cache",
 )
 
 
@@ -98,8 +108,6 @@ def read_language(base: Path, vocab: int | None = None) -> LanguageConfig:
     fields = Fields(base / "config.json", read_json(base / "config.json"))
     architecture: Architecture = fields.require("model_type", "phi3", "qwen2")
     fields.require("hidden_act", "silu")
-    fields.require("rope_scaling", None, default=None)
-    fields.require("rope_parameters", None, default=None)
     fields.require("quantization_config", None, default=None)
     fields.require("partial_rotary_factor", 1.0, 1, default=1.0)
     fields.require("attention_bias", False, default=False)
@@ -130,11 +138,25 @@ def read_language(base: Path, vocab: int | None = None) -> LanguageConfig:
         vocab=base_vocab if vocab is None else vocab,
         base_vocab=base_vocab,
         rms_epsilon=fields.number("rms_norm_eps", 1e-12, 1e-2),
-        rope_theta=fields.number("rope_theta", 1.0, 1e12),
+        rope_theta=_rope_theta(fields),
         sliding_window=window,
         max_positions=fields.integer("max_position_embeddings", 1, MAX_POSITIONS),
         tied=fields.require("tie_word_embeddings", True, False, default=False),
     )
+
+
+def _rope_theta(fields: Fields) -> float:
+    """The base of the rotary angles, which nothing may scale; transformers 5 writes it into `rope_parameters`."""
+    place = fields
+    for key in ("rope_scaling", "rope_parameters"):
+        if fields.values.get(key) is not None:
+            rope = fields.section(key)
+            for kind in ("type", "rope_type"):
+                rope.require(kind, "default", default="default")
+            rope.require("partial_rotary_factor", 1.0, 1, default=1.0)
+            rope.only(("type", "rope_type", "rope_theta", "partial_rotary_factor"))
+            place = rope if "rope_theta" in rope.values else place
+    return place.number("rope_theta", 1.0, 1e12)
 
 
 def read_generation(base: Path, vocab: int) -> GenerationConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,7 +20,9 @@ MAX_PICKLE_BYTES = 64 << 20
 RENEW_MAPPING_BYTES = 64 << 20
 
 # What a Lightning file names beside its weights: callbacks, schedulers, hyperparameters. Never imported.
-TRAINING_PACKAGES = frozenset({"lightning", "lightning_fabric", "numpy", "omegaconf", "pytorch_lightning", "taming"})
+TRAINING_PACKAGES = frozenset(
+    {"argparse", "lightning", "lightning_fabric", "numpy", "omegaconf", "pathlib", "pytorch_lightning", "taming"}
+)
 TRAINING_TYPES = frozenset(
     {"typing.Any"} | {f"builtins.{name}" for name in ("bool", "dict", "float", "int", "list", "str")}
 )
@@ -33,8 +36,15 @@ class Inert:
     def __setstate__(self, _: object) -> None: ...
 
 
-def stand_in(name: str) -> tuple[type, str] | None:
+def empty(*_: object) -> dict[str, object]:
+    """Stands for collections.defaultdict, which omegaconf keeps beside every hyperparameter."""
+    return {}
+
+
+def stand_in(name: str) -> tuple[Callable[..., object], str] | None:
     """What stands for the global `name` in a Lightning file, or None if the name has no business there."""
+    if name == "collections.defaultdict":
+        return empty, name
     if name.split(".")[0] not in TRAINING_PACKAGES and name not in TRAINING_TYPES:
         return None
     # torch sets items on plain dictionaries only, and hyperparameters come as a subclass.

@@ -12,6 +12,8 @@ from .pickles import PickleSource
 from .shards import SafetensorsSource
 
 MAX_IMAGE_SIZE = 4096
+# Width, layers and patch of both towers of that name, the better known one for pictures of 224 pixels.
+VIT_LARGE = (1024, 24, 14)
 PREFIX = "vision_model."
 
 
@@ -48,6 +50,11 @@ def read_vision(folder: Path) -> VisionConfig:
         raise fields.error("num_attention_heads", f"a divisor of {hidden}", heads)
     image_size = fields.integer("image_size", 1, MAX_IMAGE_SIZE)
     patch_size = fields.integer("patch_size", 1, image_size)
+    # hidden_states[-2] and hidden_states[1] must both exist.
+    layers = fields.integer("num_hidden_layers", 2, MAX_LAYERS)
+    if (hidden, layers, patch_size) == VIT_LARGE and image_size != 336:
+        # Nothing else would tell: the projector takes the features of either.
+        raise fields.error("image_size", "336, as of the clip-vit-large-patch14-336 of every release", image_size)
 
     picture = Fields(folder / "preprocessor_config.json", read_json(folder / "preprocessor_config.json"))
     for step in ("do_resize", "do_center_crop", "do_normalize", "do_rescale"):
@@ -64,8 +71,7 @@ def read_vision(folder: Path) -> VisionConfig:
         raise picture.error("image_std", "3 numbers above 0", list(std))
     return VisionConfig(
         hidden=hidden,
-        # hidden_states[-2] and hidden_states[1] must both exist.
-        layers=fields.integer("num_hidden_layers", 2, MAX_LAYERS),
+        layers=layers,
         heads=heads,
         intermediate=fields.integer("intermediate_size", 1, MAX_WIDTH),
         image_size=image_size,

@@ -57,9 +57,15 @@ class VqConfig:
         return self.resolution
 
 
+def find_file(folder: Path, name: str) -> Path:
+    """model.yaml or last.ckpt in `folder`, or where the published download has it."""
+    published = folder / {"model.yaml": "configs", "last.ckpt": "checkpoints"}[name] / name
+    return published if published.is_file() and not (folder / name).exists() else folder / name
+
+
 def read_vqgan(folder: Path) -> VqConfig:
     """model.yaml; settings that taming knows and this package does not are refused."""
-    path = folder / "model.yaml"
+    path = find_file(folder, "model.yaml")
     try:
         content = yaml.safe_load(read_text(path, MAX_YAML_BYTES))
     except (yaml.YAMLError, ValueError, RecursionError) as error:

@@ -325,8 +325,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         f"{BASE}/config.json: expected readable UTF-8, found UnicodeDecodeError",
     ),
     "long-context rotary": (
-        lambda root: edit_json(root / BASE / "config.json", setting("rope_scaling", {"type": "longrope"})),
-        f"{BASE}/config.json: rope_scaling: expected None, found {{'type': 'longrope'}}",
+        lambda root: edit_json(
+            root / BASE / "config.json", setting("rope_scaling", {"type": "longrope", "long_factor": [1.1]})
+        ),
+        f"{BASE}/config.json: rope_scaling.type: expected 'default', found 'longrope'",
     ),
     "partial rotary": (
         lambda root: edit_json(root / BASE / "config.json", setting("partial_rotary_factor", 0.75)),
