@@ -98,8 +98,10 @@ def _codes(stored: NDArray[Any]) -> tuple[NDArray[Any], Indices]:
 
 def _window(values: Values, center: float, width: float, function: str) -> Values:
     # What a file asks for is either done or refused: a picture in another window shows another finding.
-    if not width >= (1 if function == "LINEAR" else np.finfo(np.float64).tiny):
-        raise ImageError("the file's window width is not positive; pass window=(center, width)")
+    least = 1 if function == "LINEAR" else np.finfo(np.float64).tiny
+    if not width >= least:
+        wanted = "at least 1" if function == "LINEAR" else "positive"
+        raise ImageError(f"the file's window width must be {wanted}; pass window=(center, width)")
     if function == "LINEAR":
         return linear_window(values, center, width)
     if function == "LINEAR_EXACT":

@@ -67,7 +67,7 @@ def structured_report(exchanges: Sequence[tuple[str, str]], study: Study) -> byt
     reference.ReferencedSOPClassUID = study.dataset.SOPClassUID
     document.SpecificCharacterSet = "ISO_IR 192"
     for element in document:
-        if element.VR == "PN":  # its bytes are those of the source's character set
+        if element.VR == "PN" and element.value:  # its bytes are those of the source's character set
             name = PersonName(str(element.value), ["utf8"])
             document[element.tag] = DataElement(element.tag, "PN", name, validation_mode=0)
     return to_file(document)

@@ -111,6 +111,11 @@ def test_names_of_other_character_sets_are_written_as_utf8(tmp_path, name, chars
     assert name.encode() in (tmp_path / "report.dcm").read_bytes()
 
 
+def test_names_that_the_source_lacks_are_empty(tmp_path):
+    report = written(tmp_path, dicom(GREY, **identified(PatientName=None)))
+    assert (report.PatientName, report.ReferringPhysicianName) == ("", "")
+
+
 def test_what_cannot_be_written_is_refused(tmp_path):
     study = read_study(real_file("CT_small.dcm"))
     with pytest.raises(ImageError, match=r"report.txt: reports are written as DICOM, .* that ends in \.dcm"):
