@@ -169,7 +169,8 @@ class Tokenizer:
         """Read `path`, a tokenizer.json of the exporter, with the options of its manifest; raises BundleError."""
         parsed = Options.parse(options)
         try:
-            model = tokenizers.Tokenizer.from_file(str(path))
+            # By its bytes: the library takes no path that is not Unicode, as any is in the C locale.
+            model = tokenizers.Tokenizer.from_buffer(Path(path).read_bytes())
         except Exception as error:  # the library raises bare Exception for whatever is wrong with the file
             raise BundleError(f"{Path(path).name} must be a tokenizer, found {type(error).__name__}") from error
         return cls(model, parsed)

@@ -27,6 +27,7 @@ from .options import (
     Verify,
     Window,
     parse_window,
+    typed,
 )
 from .output import note_uncertified, print_json
 
@@ -64,6 +65,7 @@ def answer(
     from ..requests import ANSWER, check_folder, checked_request, result_fields
     from ..session import COMPREHENSION
 
+    question = [typed(one) for one in question]
     if keep and not image:
         raise HealthGPTError("--keep needs a picture: give --image")
     # Refused before the bundle is hashed and loaded, which takes a while.

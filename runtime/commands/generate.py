@@ -24,6 +24,7 @@ from .options import (
     Verify,
     Window,
     parse_window,
+    typed,
 )
 from .output import note_uncertified, print_json, progress_bar
 
@@ -91,7 +92,7 @@ def generate(
             bar = progress.add_task("codes", total=codes.grid**2 if codes else None)
             result = session.generate(
                 picture,
-                instruction,
+                typed(instruction),
                 **options,
                 on_code=lambda count: progress.update(bar, completed=count),
                 on_preview=(lambda pixels, rows: write_image(partial, pixels)) if show_progress else None,

@@ -38,3 +38,11 @@ def parse_window(text: str | None) -> tuple[float, float] | None:
     except ValueError:
         raise PromptError(f"--window must be CENTRE,WIDTH, two numbers, got {text!r}") from None
     return centre, width
+
+
+def typed(words: str) -> str:
+    """`words` of the command line, in UTF-8 whatever the locale: where that is another, bytes come as surrogates."""
+    try:
+        return words.encode("utf-8", "surrogateescape").decode()
+    except UnicodeError:
+        return words  # refused with all other text that is none

@@ -1,6 +1,7 @@
 """Prompts, token ids and text against what the original HealthGPT printed, and the limits of the runtime's side."""
 
 import json
+import os
 import random
 import re
 import time
@@ -214,6 +215,14 @@ def test_a_damaged_tokenizer_file(files, tmp_path, content):
         Tokenizer.load(path, files["m3"][1])
     with pytest.raises(BundleError, match=r"absent\.json must be a tokenizer, found "):
         Tokenizer.load(tmp_path / "absent.json", files["m3"][1])
+
+
+def test_a_tokenizer_may_lie_where_no_unicode_leads(files, tmp_path):
+    folder = tmp_path / os.fsdecode(b"\xff")
+    folder.mkdir()
+    path = folder / "tokenizer.json"
+    path.write_bytes(files["m3"][0].read_bytes())
+    assert Tokenizer.load(path, files["m3"][1]).encode("a") == Tokenizer.load(*files["m3"]).encode("a")
 
 
 def test_options_survive_the_manifest(files):

@@ -1,0 +1,31 @@
+"""A device whose locale is not UTF-8: words, names of files and text come and go as they were given."""
+
+import pytest
+from command import run, run_process
+from golden_cases import Case
+
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "Größe 骨.png"
+    path.write_bytes(Case("m3_com_square").image.read_bytes())
+    return path
+
+
+def test_a_question_means_the_same_in_every_locale(golden_bundle, picture):
+    words = ["answer", golden_bundle("m3"), "--question", "Größe der Läsion? 骨", "--image", picture]
+    options = ["--max-new-tokens", "3", "--threads", "1", "--json"]
+    outcome = run_process(*words, *options, **ASCII)
+    assert outcome.errors == ""
+    assert outcome.json["prompt_ids"] == run(*words, *options).json["prompt_ids"]
+
+
+def test_an_instruction_means_the_same_in_every_locale(golden_bundle, picture, tmp_path):
+    words = ["generate", golden_bundle("m3"), "--image", picture, "--out", tmp_path / "gemälde.png"]
+    # Read and cut at once, for a whole picture takes its time.
+    options = ["--instruction", "Größer! 骨", "--faithful", "--max-new-tokens", "1", "--threads", "1"]
+    said = run_process(*words, *options, **ASCII).errors
+    assert said == run(*words, *options).errors
+    assert "needs exactly 1024 codes" in said
