@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from typing import Annotated, Any
 
@@ -60,6 +61,20 @@ def options(
     """What goes before a command."""
 
 
+def _open_streams() -> None:
+    """Have a stderr, and refuse to go on without a stdout, where results go.
+
+    A parent may have closed some: the next files that are opened would take their numbers, and get what libraries print.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+    if sys.stderr is None:  # `print` would turn to stdout
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+    if sys.stdout is None:
+        raise HealthGPTError("results go to stdout, found it closed")
+
+
 def main() -> None:
     """Entry point: bad input is one line on stderr and exit code 2."""
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -67,6 +82,7 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     status: object = None
     try:
+        _open_streams()
         with stopping_cleanly():
             status = app(standalone_mode=False)
     except typer.TyperException as error:

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,17 @@ def run(*words: str | Path) -> Outcome:
 
 def run_process(*words: str | Path, **environment: str) -> Outcome:
     """Run `healthgpt-edge WORDS` in a process of its own, as a user does."""
+    return _run_process(words, environment)
+
+
+def run_closed(stream: int, *words: str | Path) -> Outcome:
+    """Run `healthgpt-edge WORDS` in a process of its own that has none of the stream of this number."""
+    return _run_process(words, {}, before=lambda: os.close(stream))
+
+
+def _run_process(
+    words: Sequence[str | Path], environment: dict[str, str], before: Callable[[], None] | None = None
+) -> Outcome:
     done = subprocess.run(
         [sys.executable, "-m", "healthgpt_edge.cli", *map(str, words)],
         capture_output=True,
@@ -57,6 +69,7 @@ def run_process(*words: str | Path, **environment: str) -> Outcome:
         errors="surrogateescape",
         stdin=subprocess.DEVNULL,
         env=os.environ | environment,
+        preexec_fn=before,
         timeout=300,
     )
     return Outcome(done.returncode, done.stdout, done.stderr)

@@ -27,8 +27,8 @@ def serve(
     """Serve requests, lines of JSON from stdin to stdout. See docs/serving.md."""
     from ..serving import Server
 
-    if sys.stdin is None or sys.stdout is None:
-        raise HealthGPTError("serve needs stdin and stdout, found one of them closed")
+    if sys.stdin is None:
+        raise HealthGPTError("serve reads requests from stdin, found it closed")
     session = load_session(
         bundle,
         executor=executor,

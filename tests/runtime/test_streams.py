@@ -1,11 +1,12 @@
-"""What a terminal would obey does not reach it; files and programs get the text as the model wrote it."""
+"""Standard streams: which may be closed, and what a terminal is spared that files and programs get."""
 
 import os
 import pty
 import subprocess
 import sys
 
-from command import run
+import pytest
+from command import run, run_closed
 from golden_cases import Case
 
 
@@ -43,3 +44,15 @@ def test_control_characters_of_an_answer_are_not_for_a_terminal(golden_bundle):
     for letter in controls:
         text = text.replace(letter, "\ufffd")
     assert shown == text + "\n"
+
+
+@pytest.mark.parametrize("words", [["inspect"], ["verify", "--json"], ["answer", "--question", "Why?"]])
+def test_results_need_a_stdout(golden_bundle, words):
+    outcome = run_closed(1, words[0], golden_bundle("m3"), *words[1:])
+    assert (outcome.code, outcome.output, outcome.errors) == (2, "", "error: results go to stdout, found it closed\n")
+
+
+def test_without_stderr_errors_go_nowhere_and_not_to_stdout(golden_bundle, tmp_path):
+    outcome = run_closed(2, "inspect", tmp_path)
+    assert (outcome.code, outcome.output, outcome.errors) == (2, "", "")
+    assert run_closed(2, "verify", golden_bundle("m3"), "--json").json["ok"]
