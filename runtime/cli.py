@@ -88,7 +88,7 @@ def main() -> None:
     except typer.TyperException as error:
         print(f"error: {in_one_line(error.format_message())}", file=sys.stderr)
         status = 2
-    except (HealthGPTError, OSError, MemoryError) as error:
+    except (HealthGPTError, OSError, MemoryError, ImportError) as error:  # ImportError: of a library, half installed
         print(f"error: {in_one_line(error)}", file=sys.stderr)
         status = 2
     except (KeyboardInterrupt, typer.Abort):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from types import FrameType
+
+_IMPORT_SECONDS = 0.01  # until it is asked again whether an import is over
 
 
 @contextmanager
@@ -15,7 +19,11 @@ def stopping_cleanly() -> Iterator[None]:
     The first of them alone, or a second Ctrl-C would cut that short. For the main thread.
     """
 
-    def stop(number: int, frame: object) -> NoReturn:
+    def stop(number: int, frame: FrameType | None) -> None:
+        if _importing(frame):
+            # Libraries try an import and go on without it, which would be the end of the signal.
+            threading.Timer(_IMPORT_SECONDS, os.kill, (os.getpid(), number)).start()
+            return
         for other in handlers:
             signal.signal(other, signal.SIG_IGN)
         raise SystemExit(128 + number)
@@ -31,3 +39,10 @@ def stopping_cleanly() -> Iterator[None]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def _importing(frame: FrameType | None) -> bool:
+    """Whether a module is being imported where `frame` is."""
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None

@@ -1,0 +1,39 @@
+"""How a signal ends the process where a library stands between it and the command line."""
+
+import importlib
+import sys
+from unittest import mock
+
+import pytest
+from command import run
+
+from healthgpt_edge.stopping import stopping_cleanly
+
+# As many libraries have it for what they can do without.
+TOLERANT = """
+import os, signal, time
+try:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.05)
+except BaseException:
+    raise ImportError("initialization failed")
+"""
+
+
+def test_a_signal_during_an_import_comes_after_it(tmp_path, monkeypatch):
+    (tmp_path / "interrupted.py").write_text(TOLERANT)
+    monkeypatch.syspath_prepend(tmp_path)
+    imported = False
+    with pytest.raises(SystemExit) as caught, stopping_cleanly():
+        importlib.import_module("interrupted")
+        imported = True
+        while True:
+            pass
+    assert imported and caught.value.code == 143
+
+
+def test_a_library_that_cannot_be_imported_is_one_line(tmp_path):
+    with mock.patch.dict(sys.modules, {"healthgpt_edge.bundle": None}):
+        outcome = run("inspect", tmp_path)
+    assert (outcome.code, outcome.output) == (2, "")
+    assert outcome.errors == "error: import of healthgpt_edge.bundle halted; None in sys.modules\n"
