@@ -36,9 +36,9 @@ class Bundle:
         root = Path(path)
         with _reading(root):
             if not root.is_dir():
-                raise BundleError(f"a bundle is a directory, found none at {root.name!r}")
+                raise BundleError(f"a bundle is a directory, found none at {_name(root)}")
             if not _is_regular(root / MANIFEST):
-                raise BundleError(f"{root.name!r} is not a bundle: it has no regular file {MANIFEST}")
+                raise BundleError(f"{_name(root)} is not a bundle: it has no regular file {MANIFEST}")
             with (root / MANIFEST).open("rb") as file:
                 manifest = Manifest.from_json(file.read(MAX_MANIFEST_BYTES + 1))
             bundle = cls(root, manifest)
@@ -117,7 +117,11 @@ def _reading(root: Path) -> Iterator[None]:
     except OSError as error:
         name = Path(os.fsdecode(error.filename or root)).name
         where = "" if name == root.name else f": {name[:100]}"
-        raise BundleError(f"bundle {root.name[:100]!r} cannot be read: {error.strerror}{where}") from error
+        raise BundleError(f"bundle {_name(root)} cannot be read: {error.strerror}{where}") from error
+
+
+def _name(root: Path) -> str:
+    return repr((root.name or str(root))[:100])  # "." and "/" have no name
 
 
 def _is_regular(path: Path) -> bool:

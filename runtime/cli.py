@@ -64,7 +64,7 @@ def options(
 def _open_streams() -> None:
     """Have a stderr, and refuse to go on without a stdout, where results go.
 
-    A parent may have closed some: the next files that are opened would take their numbers, and get what libraries print.
+    A parent may have closed some: the next files opened would take their numbers, and get what libraries print.
     """
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass

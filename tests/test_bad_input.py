@@ -456,6 +456,7 @@ BUNDLES = {
         lambda place: ["inspect", place.file("file")], "a bundle is a directory, found none at 'file'"
     ),
     "bundle: an empty folder": Bad(lambda place: ["inspect", make("empty")(place)], "'empty' is not a bundle"),
+    "bundle: a folder without a name": Bad(lambda place: ["inspect", "/"], "'/' is not a bundle"),
     "bundle: a release": Bad(lambda place: ["inspect", arguments("m3")["base"]], "it has no regular file bundle.json"),
     "bundle: name too long": Bad(lambda place: ["verify", "x" * 300], "File name too long"),
     "bundle: bit of the base weights": Bad(
