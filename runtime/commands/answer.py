@@ -39,7 +39,7 @@ def answer(
     bundle: BundlePath,
     question: Annotated[list[str], typer.Option(help="The question; several are asked one after another.")],
     image: InputImage = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 1024,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Where an answer is cut.")] = 1024,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = 0,

@@ -16,7 +16,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Where the bundle and the contact sheet go.")] = Path("demo-output"),
     as_json: Json = False,
 ) -> None:
-    """Export the phantom model, ask it, make pictures, and compare with the PyTorch reference."""
+    """In a clone: export the phantom model, ask it, make pictures, and compare with the PyTorch reference."""
     try:
         from ..export.demo import run
     except ModuleNotFoundError as error:

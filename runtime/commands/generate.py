@@ -35,7 +35,9 @@ def generate(
     out: Annotated[Path, typer.Option(help="The file to write: PNG, or DICOM of the study of --image.")],
     image: InputImage = None,
     faithful: Annotated[bool, typer.Option("--faithful", help="Run free, as the original does.")] = False,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1)] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Where --faithful is cut; by default 76 tokens after the codes.")
+    ] = None,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = 0,

@@ -12,7 +12,7 @@ from ..errors import PromptError
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A directory written by `export`.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 # Where it is computed.
-Threads = Annotated[int | None, typer.Option("--threads", help="Threads to compute with.")]
+Threads = Annotated[int | None, typer.Option("--threads", help="Threads to compute with; else one a core.")]
 ExecutorName = Annotated[str, typer.Option("--executor", help="onnx, or tensorrt with the engines of `build`.")]
 Device = Annotated[
     str | None, typer.Option("--device", help="cpu or cuda; onnx runs on the CPU by default.", show_default=False)
@@ -21,8 +21,10 @@ Kernels = Annotated[bool, typer.Option("--kernels/--no-kernels", help="Native ke
 Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Check the hashes of the weights first.")]
 # What is asked.
 InputImage = Annotated[Path | None, typer.Option("--image", help="PNG, JPEG or DICOM file; may be left out.")]
-Frame = Annotated[int | None, typer.Option("--frame", help="Frame of a multi-frame DICOM file, from 0.")]
-Window = Annotated[str | None, typer.Option("--window", metavar="CENTRE,WIDTH", help="DICOM window.")]
+Frame = Annotated[int | None, typer.Option("--frame", help="Frame of a DICOM file, from 0; else the first.")]
+Window = Annotated[
+    str | None, typer.Option("--window", metavar="CENTRE,WIDTH", help="Window, of CT in HU; else the DICOM file's.")
+]
 Temperature = Annotated[float, typer.Option("--temperature", help="0 is greedy.")]
 TopP = Annotated[float, typer.Option("--top-p", help="Sample from this share of the probability.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the sampling.")]

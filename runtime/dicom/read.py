@@ -155,7 +155,7 @@ def _decode_native(pixels: PixelData, shape: _Shape, index: int) -> NDArray[Any]
 def _decode_encapsulated(pixels: PixelData, shape: _Shape, index: int) -> NDArray[Any]:
     package = PLUGINS.get(pixels.syntax)
     if package and "pylibjpeg" not in get_decoder(pixels.syntax).available_plugins:
-        raise ImageError(f"{pixels.syntax.name} needs the Python packages pylibjpeg and {package}")
+        raise ImageError(f"{pixels.syntax.name} needs {package}: pip install {package}")
     if pixels.length != UNDEFINED_LENGTH:
         raise ImageError("expected encapsulated pixel data, found uncompressed data")
     tables = [pixels.dataset.get(name) for name in ("ExtendedOffsetTable", "ExtendedOffsetTableLengths")]

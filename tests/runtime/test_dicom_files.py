@@ -392,7 +392,7 @@ def test_the_samples_themselves_are_sound():
 )
 def test_a_missing_decoder_is_named(codestream, syntax, package, monkeypatch):
     monkeypatch.delitem(get_decoder(syntax)._available, "pylibjpeg")
-    with pytest.raises(ImageError, match=f"{syntax.name[:9]}.* needs the Python packages pylibjpeg and {package}$"):
+    with pytest.raises(ImageError, match=f"{syntax.name[:9]}.* needs {package}: pip install {package}$"):
         read_image(encapsulated(codestream, syntax=syntax))
 
 
