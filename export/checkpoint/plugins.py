@@ -108,19 +108,24 @@ class Plugin:
             if key not in self.sources[0].entries:
                 raise CheckpointError(f"{label(first)}: expected tensor {key} {list(shape)}, found nothing")
         hidden = language.hidden
-        projector = {
+        needed: dict[str, tuple[int, ...]] = {
             "mm_projector.0.weight": (hidden, vision.hidden),
             "mm_projector.0.bias": (hidden,),
             "mm_projector.2.weight": (hidden, hidden),
             "mm_projector.2.bias": (hidden,),
         }
-        for name, shape in projector.items():
+        rows = dict.fromkeys(ROWS, (language.vocab, hidden))
+        if self.task == "generation":
+            # With the mean in their place, as in comprehension, every code would be as likely as every other.
+            needed |= rows
+        for name, shape in needed.items():
             if not self.owns(name):
                 files = " or ".join(label(source.path) for source in self.sources)
+                if self.task == "generation" and len(self.sources) == 1:
+                    files += " or a fusion file"
                 raise CheckpointError(f"{files}: expected tensor {released_key(name)} {list(shape)}, found nothing")
             expected[released_key(name)] = shape
-        for name in ROWS:
-            expected[released_key(name)] = (language.vocab, hidden)
+        expected |= {released_key(name): shape for name, shape in rows.items()}
         for source in self.sources:
             for key, entry in source.entries.items():
                 if key.endswith("rotary_emb.inv_freq"):

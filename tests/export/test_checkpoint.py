@@ -496,6 +496,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         lambda root: edit_torch(root / GEN, without(f"{PREFIX}mm_projector.2.bias")),
         f"{GEN} or {FUSION}: expected tensor {PREFIX}mm_projector.2.bias [64], found nothing",
     ),
+    "head missing in both generation files": (
+        lambda root: edit_torch(root / FUSION, without("base_model.model.lm_head.weight")),
+        f"{GEN} or {FUSION}: expected tensor base_model.model.lm_head.weight [478, 64], found nothing",
+    ),
     "plugin key without its prefix": (
         lambda root: edit_torch(root / COM, setting("mm_projector.0.bias", torch.ones(64))),
         f"{COM}: expected no tensor mm_projector.0.bias, found float32 [64]",
@@ -737,6 +741,10 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "fusion alone": (
         {"generation": None},
         f"{FUSION}: expected a generation plugin beside it, found none",
+    ),
+    "fusion forgotten": (
+        {"fusion": None},
+        f"{GEN} or a fusion file: expected tensor {PREFIX}embed_tokens.weight [478, 64], found nothing",
     ),
     "no vqgan": ({"vqgan": None}, f"{GEN}: expected a VQGAN beside it, found none"),
     "template of another base": (
