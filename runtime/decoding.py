@@ -7,14 +7,15 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from .checks import is_real, is_whole
 from .drafting import Drafter
 from .errors import GenerationError
-from .executors import Choice, Context, RunAhead
+from .executors import Choice, Group, RunAhead, Sequence
+from .steps import Step, Steps, finish
 
 # Tokens that a device decodes before the host looks: a row of codes; of text, where what comes after the end is lost.
 _CODES_AHEAD, _WORDS_AHEAD = 32, 8
@@ -225,8 +226,13 @@ class Decoded(NamedTuple):
     by_pass: list[int]
 
 
-def decode(
-    context: Context,
+def decode(sequence: Sequence, logits: np.ndarray, grammar: Grammar, selector: Selector, **options: Any) -> Decoded:
+    """What `decoding` does, by itself."""
+    return finish(decoding(sequence, logits, grammar, selector, **options))
+
+
+def decoding(
+    sequence: Sequence,
     logits: np.ndarray,
     grammar: Grammar,
     selector: Selector,
@@ -236,15 +242,19 @@ def decode(
     full_vocabulary: bool = False,
     drafter: Drafter | None = None,
     run_ahead: RunAhead | None = None,
+    group: Group | None = None,
     on_token: Callable[[int], None] = lambda token_id: None,
     on_pass: Callable[[], None] = lambda: None,
-) -> Decoded:
+) -> Steps[Decoded]:
     """Decode until a stop id, a forced token, or `max_new_tokens`, from the `logits` [n, rows] of a prefill.
+
+    Yields the passes it needs, each a Step, and is sent their logits. The sequence may be one of a `group`; then there
+    is neither `drafter` nor `run_ahead`.
 
     With a `drafter` each pass has a row for every drafted token, too (Leviathan et al., 2023, "Fast Inference from
     Transformers via Speculative Decoding"). A row counts if all drafts before it are what was chosen there, and the
     choice is made from it as ever, by the same random number: the ids are those of decoding without drafts, if the
-    executor gives a row the same bits in every pass. Without one, `run_ahead` of the context may choose greedily for
+    executor gives a row the same bits in every pass. Without one, `run_ahead` of the sequence may choose greedily for
     several passes. `on_token` is called with each new id, `on_pass` before the host asks for passes; what they
     raise ends the run.
     """
@@ -278,11 +288,11 @@ def decode(
             if drafter:
                 drafter.catch_up()
             return Decoded(new_ids, by_pass)
-        context.length -= 1 + len(drafts) - len(fresh)  # forget what the wrong drafts left in the caches
+        sequence.length -= 1 + len(drafts) - len(fresh)  # forget what the wrong drafts left in the caches
         left = min(max_new_tokens - len(new_ids), grammar.left() or max_new_tokens)
-        if context.room is not None:
+        if sequence.room is not None:
             # What looks ahead must not be what is refused: the run may end before the room does.
-            left = min(left, max(1, context.room))
+            left = min(left, max(1, sequence.room))
         choice = None
         if drafter:
             drafter.learn(fresh, drafts, choices.later(), seconds)
@@ -296,7 +306,7 @@ def decode(
             chosen, drafts = map(selector.accept, ids), ids[:-1]
             continue
         ids = np.array([new_ids[-1], *drafts], np.int64)
-        rows, passes = context.forward(ids, last_positions=len(ids), full_vocabulary=full_vocabulary), 1
+        rows, passes = (yield Step(sequence, ids, full_vocabulary, group)), 1
         chosen = choices = Choices(selector, rows, grammar)
         seconds = time.perf_counter() - begin
 

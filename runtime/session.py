@@ -7,53 +7,75 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from .bundle import Bundle
 from .checks import is_whole
-from .decoding import CodeGrid, Decoded, FreeText, Grammar, Sampling, Selector, decode
+from .decoding import CodeGrid, Decoded, FreeText, Grammar, Sampling, Selector, decoding
 from .drafting import Drafter, Drafts, PassKind
 from .errors import BundleError, Cancelled, ExecutorError, GenerationError, PromptError
-from .executors import Executor, open_executor
+from .executors import Context, Executor, Group, RunAhead, Sequence, open_executor
 from .images import prepare, read_if_any
+from .invariance import sequences_agree
 from .kept import read_kept, write_kept
 from .manifest import Codes
 from .prefixes import Prefix, Prefixes
 from .previews import Previews
 from .prompt import IMAGE, TEMPLATES, Tokenizer, prompt_ids, with_patches
 from .results import Answer, Clock, Picture
+from .steps import Steps, finish
+
+if TYPE_CHECKING:
+    from .together import Together
 
 COMPREHENSION, GENERATION = "comprehension", "generation"
 # The original's limits (HEALTHGPT.md); pictures of another size get the same slack over their codes.
 DEFAULT_ANSWER_TOKENS = 1024
 CODE_SLACK_TOKENS = 76
+DEFAULT_TOGETHER = 4
 # Each has a stack and queues: a number gone wrong would take the machine's memory before anything is computed.
 MAX_THREADS = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class _Request:
-    """What is asked of one task; `full_vocabulary` lets generation emit any token, as the original does."""
+class Request:
+    """What is asked of one task, by the names that Session.answer and Session.generate have for it.
+
+    With `groups`, which gives that of a task if there is one, it goes on among others after the prefill, undrafted.
+    """
 
     task: str
     image: Any
     words: str
-    max_new_tokens: int
-    sampling: Sampling | None
-    frame: int | None
-    window: tuple[float, float] | None
-    draft: str
-    certify: bool
-    stop: Callable[[], bool] | None
-    full_vocabulary: bool = False
+    max_new_tokens: int | None = None
+    sampling: Sampling | None = None
+    frame: int | None = None
+    window: tuple[float, float] | None = None
+    draft: str = "auto"
+    certify: bool = False
+    stop: Callable[[], bool] | None = None
+    faithful: bool = False
+    groups: Callable[[str], Group | None] | None = None
 
     def check_wanted(self) -> None:
         """Raise Cancelled if who asked has given it up."""
         if self.stop and self.stop():
             raise Cancelled
+
+
+class _Rest(NamedTuple):
+    """What is left to do after a prefill, whose logits [1, rows] are these."""
+
+    logits: np.ndarray
+    prompt_tokens: int
+    max_new_tokens: int
+    grammar: Callable[[], Grammar]
+    drafter: Drafter | None
+    clock: Clock
+    on_token: Callable[[int], None]
 
 
 class _Run(NamedTuple):
@@ -76,6 +98,7 @@ class Session:
         self.bundle, self.executor, self.tokenizer = bundle, executor, tokenizer
         self.drafts = Drafts(executor, bundle.manifest)
         self._prefixes = Prefixes(prefix_cache_bytes)
+        self._groups_agree: dict[str, bool] = {}
 
     def answer(
         self,
@@ -100,21 +123,23 @@ class Session:
         asked before each forward pass after the prefill, and before other stages, whether to give the answer up, which
         raises Cancelled. Raises HealthGPTError.
         """
+        request = Request(COMPREHENSION, image, question, max_new_tokens, sampling, frame, window, draft, certify, stop)
+        return finish(self.answering(request, on_text))
+
+    def answering(self, request: Request, on_text: Callable[[str], None] | None = None) -> Steps[Answer]:
+        """What `answer` does, pass by pass."""
         clock = Clock()
         skip_special = TEMPLATES[self.bundle.manifest.template].skip_special
         streamer = self.tokenizer.streamer(skip_special=skip_special)
         stop_ids = frozenset(self.bundle.manifest.decoding.stop_ids)
         held_back: list[str] = []
-        write = held_back.append if certify else on_text
+        write = held_back.append if request.certify else on_text
 
         def on_token(token_id: int) -> None:
             if write and token_id not in stop_ids and (piece := streamer.push(token_id)):
                 write(piece)
 
-        request = _Request(
-            COMPREHENSION, image, question, max_new_tokens, sampling, frame, window, draft, certify, stop
-        )
-        run = self._run(request, FreeText, clock, on_token)
+        run = yield from self._running(request, request.max_new_tokens, FreeText, clock, on_token)
         if on_text:
             for piece in filter(None, [*held_back, streamer.end()]):
                 on_text(piece)
@@ -144,15 +169,24 @@ class Session:
         as for `answer`. `on_code` gets the number of tokens so far, `on_preview` now and then the picture so far, uint8
         [H, W, 3], and how many rows of its codes are final. Raises HealthGPTError.
         """
+        request = Request(
+            GENERATION, image, instruction, max_new_tokens, sampling, frame, window, draft, certify, stop, faithful
+        )
+        return finish(self.generating(request, on_code, on_preview))
+
+    def generating(
+        self,
+        request: Request,
+        on_code: Callable[[int], None] | None = None,
+        on_preview: Callable[[np.ndarray, int], None] | None = None,
+    ) -> Steps[Picture]:
+        """What `generate` does, pass by pass."""
         clock = Clock()
         codes = self._codes()
         total = codes.grid * codes.grid
-        if max_new_tokens is None:
-            max_new_tokens = total + CODE_SLACK_TOKENS
-        if not faithful and not (is_whole(max_new_tokens) and max_new_tokens > total):
-            raise GenerationError(
-                f"max_new_tokens must be at least {total + 1} for {total} codes, got {max_new_tokens!r:.40}"
-            )
+        most = total + CODE_SLACK_TOKENS if request.max_new_tokens is None else request.max_new_tokens
+        if not request.faithful and not (is_whole(most) and most > total):
+            raise GenerationError(f"max_new_tokens must be at least {total + 1} for {total} codes, got {most!r:.40}")
         previews = Previews(codes.grid, self.executor.picture, on_preview) if on_preview else None
         values: list[int] = []
         count = 0
@@ -168,15 +202,12 @@ class Session:
                     previews.add(code)
 
         def grammar() -> Grammar:
-            if faithful:
+            if request.faithful:
                 return FreeText()
             return CodeGrid(codes.first, codes.count, codes.end, codes.newline, total)
 
-        request = _Request(
-            GENERATION, image, instruction, max_new_tokens, sampling, frame, window, draft, certify, stop, faithful
-        )
-        run = self._run(request, grammar, clock, on_token)
-        if faithful:
+        run = yield from self._running(request, most, grammar, clock, on_token)
+        if request.faithful:
             values = self._free_codes(run.ids)
         if len(values) != total:
             raise GenerationError(f"a picture needs exactly {total} codes, the model gave {len(values)}")
@@ -187,79 +218,142 @@ class Session:
             pixels = self.executor.picture(np.array(values, np.int64).reshape(codes.grid, codes.grid))
         return Picture(**self._report(run, clock), pixels=pixels, codes=values)
 
-    def _run(
-        self, request: _Request, grammar: Callable[[], Grammar], clock: Clock, on_token: Callable[[int], None]
-    ) -> _Run:
+    def _running(
+        self,
+        request: Request,
+        max_new_tokens: int | None,
+        grammar: Callable[[], Grammar],
+        clock: Clock,
+        on_token: Callable[[int], None],
+    ) -> Steps[_Run]:
         """Vision, prefill and decode of one request."""
         manifest, task = self.bundle.manifest, request.task
         if task not in manifest.tasks:
             raise BundleError(f"the bundle has no {task} plugin, only {', '.join(sorted(manifest.tasks))}")
-        if not (is_whole(request.max_new_tokens) and request.max_new_tokens >= 1):
-            raise GenerationError(f"max_new_tokens must be at least 1, got {request.max_new_tokens!r:.40}")
+        if not (is_whole(max_new_tokens) and max_new_tokens >= 1):
+            raise GenerationError(f"max_new_tokens must be at least 1, got {max_new_tokens!r:.40}")
+        if request.groups and request.draft not in ("auto", "none"):
+            raise GenerationError(
+                f"draft must be auto or none for requests that are done together, got {request.draft!r:.40}"
+            )
         if not isinstance(request.sampling, Sampling | None):
             raise GenerationError(f"sampling must be a Sampling or None, got {type(request.sampling).__name__}")
+        group = request.groups(task) if request.groups else None
         has_image = request.image is not None
         ids = prompt_ids(self.tokenizer, manifest.template, request.words, has_image, task == GENERATION)
         spliced = with_patches(ids, manifest.language.vocab, manifest.vision.patches)
-        if len(spliced) + request.max_new_tokens > manifest.language.max_positions:
+        if len(spliced) + max_new_tokens > manifest.language.max_positions:
             raise PromptError(
                 f"prompt and new tokens must fit {manifest.language.max_positions} positions, "
-                f"got {len(spliced)} + {request.max_new_tokens}"
+                f"got {len(spliced)} + {max_new_tokens}"
             )
         picture = read_if_any(request.image, request.frame, request.window)
         with clock.stage("draft"):
-            drafter = self._drafter(request, ids, picture)
+            drafter = None if group else self._drafter(request, ids, picture)
         pixels = prepare(picture, manifest.vision.image_size, manifest.vision.background) if picture else None
         prefix = self._prefix(task, spliced, pixels)
         request.check_wanted()
+        context, logits, reused_tokens = self._prefilled(request, spliced, pixels, prefix, clock)
+        rest = _Rest(logits, len(spliced), max_new_tokens, grammar, drafter, clock, on_token)
+        if group:
+            with group.join(context) as sequence:
+                if prefix:  # what was read is in the group now: the next question may begin with it, too
+                    self._prefixes.keep(prefix, context)
+                del context
+                decoded = yield from self._decoded(request, sequence, rest, group=group)
+        else:
+            try:
+                decoded = yield from self._decoded(request, context, rest, run_ahead=context.run_ahead)
+            except Cancelled:
+                if prefix:  # the picture is read all the same
+                    self._prefixes.keep(prefix, context)
+                raise
+            if prefix:
+                self._prefixes.keep(prefix, context)
+        drafted = drafter is not None and drafter.drafted
+        compared = not drafted or request.certify
+        certified = (compared and not prefix) or self.drafts.agree(task)
+        draft = drafter.name if drafter and drafted else "none"
+        return _Run(ids, decoded.ids, draft, decoded.by_pass, certified, reused_tokens)
+
+    def _prefilled(
+        self, request: Request, spliced: np.ndarray, pixels: np.ndarray | None, prefix: Prefix | None, clock: Clock
+    ) -> tuple[Context, np.ndarray, int]:
+        """A sequence of the whole prompt, the logits [1, rows] of its last token, and how many tokens were kept."""
         context = self._prefixes.take(prefix) if prefix else None
         reused_tokens = context.length if context else 0
         if context is None:
             features = None
             if pixels is not None:
                 with clock.stage("vision"):
-                    features = self.executor.features(task, pixels)
+                    features = self.executor.features(request.task, pixels)
                 request.check_wanted()
-            context = self.executor.context(task, features)
+            context = self.executor.context(request.task, features)
         with clock.stage("prefill"):
             if prefix and not reused_tokens:
                 # In two passes for the first question, too: so no answer depends on what was asked before.
                 context.forward(spliced[: prefix.length])
-            logits = context.forward(spliced[context.length :], full_vocabulary=request.full_vocabulary)
-        first_logit = 0 if request.full_vocabulary else manifest.tasks[task].first_logit
+            logits = context.forward(spliced[context.length :], full_vocabulary=request.faithful)
+        return context, logits, reused_tokens
 
-        def decoded(drafter: Drafter | None, on_token: Callable[[int], None]) -> Decoded:
-            return decode(
-                context,
-                logits,
-                grammar(),
+    def _decoded(
+        self,
+        request: Request,
+        sequence: Sequence,
+        rest: _Rest,
+        *,
+        run_ahead: RunAhead | None = None,
+        group: Group | None = None,
+    ) -> Steps[Decoded]:
+        """Decode after a prefill, and once more without drafts where that is to be certified."""
+        manifest = self.bundle.manifest
+        first_logit = 0 if request.faithful else manifest.tasks[request.task].first_logit
+
+        def decoded(drafter: Drafter | None, on_token: Callable[[int], None]) -> Steps[Decoded]:
+            return decoding(
+                sequence,
+                rest.logits,
+                rest.grammar(),
                 Selector(request.sampling or Sampling(), manifest.decoding.repetition_penalty, first_logit),
                 stop_ids=frozenset(manifest.decoding.stop_ids),
-                max_new_tokens=request.max_new_tokens,
-                full_vocabulary=request.full_vocabulary,
+                max_new_tokens=rest.max_new_tokens,
+                full_vocabulary=request.faithful,
                 drafter=drafter,
-                run_ahead=context.run_ahead,
+                run_ahead=run_ahead,
+                group=group,
                 on_token=on_token,
                 on_pass=request.check_wanted,
             )
 
-        try:
-            with clock.stage("decode"):
-                new_ids, by_pass = decoded(drafter, on_token)
-            drafted = drafter is not None and drafter.drafted
-            if request.certify and drafted:
-                context.length = len(spliced)
-                with clock.stage("certify"):
-                    _check_equal(new_ids, decoded(None, lambda token_id: None).ids)
-        except Cancelled:
-            if prefix:  # the picture is read all the same
-                self._prefixes.keep(prefix, context)
-            raise
-        compared = not drafted or request.certify
-        certified = (compared and not prefix) or self.drafts.agree(task)
-        if prefix:
-            self._prefixes.keep(prefix, context)
-        return _Run(ids, new_ids, drafter.name if drafter and drafted else "none", by_pass, certified, reused_tokens)
+        with rest.clock.stage("decode"):
+            made = yield from decoded(rest.drafter, rest.on_token)
+        if request.certify and rest.drafter is not None and rest.drafter.drafted:
+            sequence.length = rest.prompt_tokens
+            with rest.clock.stage("certify"):
+                plain = yield from decoded(None, lambda token_id: None)
+            _check_equal(made.ids, plain.ids)
+        return made
+
+    def together(self, limit: int = DEFAULT_TOGETHER) -> Together:
+        """Up to `limit` requests at a time, one pass for all of them. Raises GenerationError.
+
+            together = session.together()
+            for path in paths:
+                together.generate(path, path, "Reconstruct the image.")
+            for path, picture, error in together:
+                ...
+
+        What comes of each is what it gives by itself. There are no drafts, and each takes memory for its caches.
+        """
+        from .together import Together
+
+        return Together(self, limit)
+
+    def group(self, task: str, sequences: int) -> Group | None:
+        """One of the executor's, if sequences in it were found to get the bits that they get by themselves."""
+        if task not in self._groups_agree:
+            self._groups_agree[task] = sequences_agree(self.executor, task)
+        return self.executor.group(task, sequences) if self._groups_agree[task] else None
 
     def forget_pictures(self) -> None:
         """Drop what was kept of pictures for the next question (`prefix_cache_bytes` of `load`)."""
@@ -293,9 +387,9 @@ class Session:
         length = int(np.flatnonzero(spliced >= self.bundle.manifest.language.vocab)[-1]) + 1
         return Prefix.of(task, pixels, spliced[:length])
 
-    def _drafter(self, request: _Request, ids: list[int], picture: Image.Image | None) -> Drafter | None:
+    def _drafter(self, request: Request, ids: list[int], picture: Image.Image | None) -> Drafter | None:
         sampled = request.sampling is not None and request.sampling.temperature > 0
-        kind = PassKind(request.task, sampled, request.full_vocabulary)
+        kind = PassKind(request.task, sampled, request.faithful)
         if request.task == GENERATION:
             return self.drafts.for_picture(request.draft, kind, picture)
         return self.drafts.for_text(request.draft, kind, [token_id for token_id in ids if token_id != IMAGE])

@@ -11,10 +11,10 @@ from PIL import Image
 from ..errors import GenerationError
 from ..executors import Executor
 from ..images import prepare
+from ..invariance import rows_agree
 from ..manifest import Manifest
 from .costs import PassKind, RowCosts
 from .drafter import Drafter
-from .invariance import rows_agree
 from .pace import Pace
 from .pictures import input_sources, own_sources
 from .words import word_sources

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -31,8 +33,8 @@ class RunAhead(Protocol):
     def __call__(self, token_id: int, count: int, choice: Choice) -> np.ndarray: ...
 
 
-class Context(Protocol):
-    """One sequence of a task: its caches, and how many tokens they hold. Setting `length` back forgets the rest."""
+class Sequence(Protocol):
+    """The tokens of a request, as far as they are in caches. Setting `length` back forgets the rest."""
 
     length: int
 
@@ -41,16 +43,20 @@ class Context(Protocol):
         """How many tokens it takes before `forward` refuses more; None where the caches grow."""
         ...
 
-    @property
-    def memory_bytes(self) -> int:
-        """Bytes that its caches hold."""
-        ...
-
     def forward(self, token_ids: np.ndarray, last_positions: int = 1, full_vocabulary: bool = False) -> np.ndarray:
         """Append token_ids int64 [S] and return float32 logits [last_positions, rows].
 
         Row 0 is the task's `first_logit` id, or id 0 with `full_vocabulary`.
         """
+        ...
+
+
+class Context(Sequence, Protocol):
+    """A sequence with caches of its own."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes that its caches hold."""
         ...
 
     @property
@@ -67,6 +73,20 @@ class Context(Protocol):
         ...
 
 
+class Group(Protocol):
+    """Sequences of one task to each of which a pass appends a token."""
+
+    def join(self, context: Context) -> AbstractContextManager[Sequence]:
+        """Go on with the sequence of `context`, which stays as it is, until the block is left."""
+        ...
+
+    def forward(
+        self, token_ids: Mapping[Sequence, int], full_vocabulary: Collection[Sequence]
+    ) -> dict[Sequence, np.ndarray]:
+        """Append a token to each sequence that has joined; logits [1, rows] of each, as of Sequence.forward."""
+        ...
+
+
 class Executor(Protocol):
     """Runs the graphs of the tasks it was opened with."""
 
@@ -78,6 +98,10 @@ class Executor(Protocol):
 
     def context(self, task: str, image_features: np.ndarray | None) -> Context:
         """A new, empty sequence; token id V + p in it stands for row p of `image_features`."""
+        ...
+
+    def group(self, task: str, sequences: int) -> Group | None:
+        """For up to so many sequences; None where a pass takes one only."""
         ...
 
     def picture(self, codes: np.ndarray) -> np.ndarray:

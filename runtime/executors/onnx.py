@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from ..errors import ExecutorError, HealthGPTError
 from ..manifest import CACHE_TYPES, PRECISIONS, Manifest
 from .contract import Value, cache_values, graph_values
 from .onnx_context import OnnxContext, Sequence, first_line, return_freed_memory
+from .onnx_group import OnnxGroup
 from .onnx_memory import Buffer, Caches
 
 # For a host that imported ONNX Runtime before us: what it has not yet sent of itself it keeps to itself from here on.
@@ -166,11 +168,19 @@ class OnnxExecutor:
         return np.asarray(features[0])
 
     def context(self, task: str, image_features: np.ndarray | None) -> OnnxContext:
-        def vocabulary(hidden: np.ndarray) -> np.ndarray:
-            return self.run(task, "vocabulary", {"hidden": hidden})[0]
-
         sequence = self._sequence(task, image_features)
-        return OnnxContext(sequence, vocabulary, self._lock, lambda left: self._keep(task, left))
+        return OnnxContext(sequence, self._vocabulary(task), self._lock, lambda left: self._keep(task, left))
+
+    def group(self, task: str, sequences: int) -> OnnxGroup | None:
+        """On the CPU: on a GPU that is not written yet."""
+        if self._device.is_gpu:
+            return None
+        manifest, device = self.bundle.manifest, self._device
+        caches = Caches(cache_values(manifest), device.memory, device.step_tokens, sequences)
+        return OnnxGroup(self.session(task, "language"), caches, manifest.language.hidden, self._vocabulary(task))
+
+    def _vocabulary(self, task: str) -> Callable[[np.ndarray], np.ndarray]:
+        return lambda hidden: self.run(task, "vocabulary", {"hidden": hidden})[0]
 
     def _sequence(self, task: str, image_features: np.ndarray | None) -> Sequence:
         session, device, manifest = self.session(task, "language"), self._device, self.bundle.manifest

@@ -20,7 +20,7 @@ from .onnx_memory import Buffer, Caches
 # Decode steps and drafts (drafting.pace.MAX_ROWS) come again; prompts do not, which have more tokens or come first.
 MOST_STEP_ROWS = 64
 # A prefill's workspace is worth giving back, a decode step's is not, but over many steps the heap grows too.
-_TRIM_EVERY_PASSES = 64
+TRIM_EVERY_PASSES = 64
 # Drafts change between a few sizes, and binding one anew takes 0.2 ms, a fifth of a small model's pass. Each has logits
 # of its own, so not all of them are kept.
 _BOUND_PASSES = 4
@@ -31,21 +31,29 @@ _graph_ids = itertools.count(1)
 class Pass:
     """A pass of fixed sizes, bound to fixed memory: at decode steps of a small model binding takes a tenth of the time.
 
-    Where it is a CUDA graph, its first run captures it and the others replay it.
+    Over as many sequences as `features` [B, P, C] and `caches` are of. Where it is a CUDA graph, its first run captures
+    it and the others replay it.
     """
 
     def __init__(
-        self, sequence: Sequence, tokens: int, last_positions: int, device: str, is_graph: bool | None
+        self,
+        session: onnxruntime.InferenceSession,
+        caches: dict[str, Buffer],
+        features: Buffer,
+        tokens: int,
+        last_positions: int,
+        device: str,
+        is_graph: bool | None,
     ) -> None:
-        session = sequence.session
         self._session, self._binding = session, session.io_binding()
         outputs = {output.name: output for output in session.get_outputs()}
-        self._token_ids = Buffer(np.zeros((1, tokens), np.int64), device)
-        self._past_length = Buffer(np.zeros(1, np.int64), device)
+        sequences = features.value.shape()[0]
+        self._token_ids = Buffer(np.zeros((sequences, tokens), np.int64), device)
+        self._past_length = Buffer(np.zeros(sequences, np.int64), device)
         # The CPU has to know it, for it says where a slice begins.
         self._last_positions = Buffer(np.array([last_positions], np.int64), "cpu")
         self._results = {
-            name: Buffer(np.zeros((1, last_positions, outputs[name].shape[-1]), np.float32), device)
+            name: Buffer(np.zeros((sequences, last_positions, outputs[name].shape[-1]), np.float32), device)
             for name in ("logits", "hidden")
             if name in outputs
         }
@@ -53,11 +61,11 @@ class Pass:
             "token_ids": self._token_ids,
             "past_length": self._past_length,
             "last_positions": self._last_positions,
-            "image_features": sequence.features,
+            "image_features": features,
         }
         for name, buffer in inputs.items():
             self._binding.bind_ortvalue_input(name, buffer.value)
-        for name, buffer in sequence.caches.buffers.items():
+        for name, buffer in caches.items():
             self._binding.bind_ortvalue_input(f"past_{name}", buffer.value)
             self._binding.bind_ortvalue_output(f"present_{name}", buffer.value)
         for name, buffer in self._results.items():
@@ -68,10 +76,13 @@ class Pass:
             self._options = onnxruntime.RunOptions()
             self._options.add_run_config_entry("gpu_graph_id", str(self._graph_id))
 
-    def run(self, token_ids: np.ndarray, past_length: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """Logits and, where the graph gives them, hidden states, [1, n, ...]; the next run may write there again."""
-        self._token_ids.write(token_ids[None])
-        self._past_length.write(np.array([past_length], np.int64))
+    def run(self, token_ids: np.ndarray, past_length: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """One pass over token_ids [B, S], each sequence's past_length [B] tokens in.
+
+        Logits and, where the graph gives them, hidden states, [B, n, ...]; the next run may write there again.
+        """
+        self._token_ids.write(token_ids)
+        self._past_length.write(past_length)
         try:
             self._session.run_with_iobinding(self._binding, self._options)
         except Exception as error:  # onnxruntime's own exceptions share no public base class
@@ -122,12 +133,13 @@ class Sequence:
         is_step = past_length > 0 and len(token_ids) <= MOST_STEP_ROWS
         bound = self._passes.pop(sizes, None)
         if bound is None:
-            bound = Pass(self, *sizes, self._device, is_step if self._graphs else self._graphs)
+            graph = is_step if self._graphs else self._graphs
+            bound = Pass(self.session, self.caches.buffers, self.features, *sizes, self._device, graph)
         if is_step:
             self._passes[sizes] = bound  # the last one in use is the last one in order
         while not self._graphs and len(self._passes) > _BOUND_PASSES:
             del self._passes[next(iter(self._passes))]
-        return bound.run(token_ids, past_length)
+        return bound.run(token_ids[None], np.array([past_length], np.int64))
 
 
 class OnnxContext:
@@ -158,7 +170,7 @@ class OnnxContext:
             logits, hidden = self._sequence.run(token_ids, self.length, last_positions)
             self.length += len(token_ids)
             self._passes += 1
-            if len(token_ids) > MOST_STEP_ROWS or self._passes % _TRIM_EVERY_PASSES == 0:
+            if len(token_ids) > MOST_STEP_ROWS or self._passes % TRIM_EVERY_PASSES == 0:
                 return_freed_memory()
             if full_vocabulary and hidden is not None:
                 return np.concatenate([self._vocabulary(hidden)[0], logits[0]], axis=-1)

@@ -34,10 +34,10 @@ class Buffer:
 
 
 class Caches:
-    """Keys and values of one sequence, by what follows `past_` and `present_` in the graph; grown in steps."""
+    """Keys and values of some sequences, by what follows `past_` and `present_` in the graph; grown in steps."""
 
-    def __init__(self, values: dict[str, Value], device: str, step_tokens: int) -> None:
-        self._values, self._device, self._step_tokens = values, device, step_tokens
+    def __init__(self, values: dict[str, Value], device: str, step_tokens: int, sequences: int = 1) -> None:
+        self._values, self._device, self._step_tokens, self._sequences = values, device, step_tokens, sequences
         self.buffers: dict[str, Buffer] = {}
         self.capacity = 0
 
@@ -46,11 +46,11 @@ class Caches:
         return sum(buffer.size_bytes for buffer in self.buffers.values())
 
     def reserve(self, length: int, kept: int) -> bool:
-        """Have room for `length` tokens; whether that took new buffers, which then hold what the first `kept` left."""
+        """Have room for `length` tokens each; whether that took new buffers, which hold what the first `kept` left."""
         if length <= self.capacity:
             return False
         self.capacity = -(-length // self._step_tokens) * self._step_tokens
-        sizes: dict[int | str, int] = {"B": 1, "M": self.capacity}
+        sizes: dict[int | str, int] = {"B": self._sequences, "M": self.capacity}
         for name, value in self._values.items():
             grown = _zeros(tuple(int(sizes.get(size, size)) for size in value.shape), np.dtype(value.type))
             if kept:
@@ -58,15 +58,19 @@ class Caches:
             self.buffers[name] = Buffer(grown, self._device)
         return True
 
-    def rows(self, length: int) -> dict[str, np.ndarray]:
-        """What the first `length` tokens left."""
-        return {name: buffer.read()[:, :, :length] for name, buffer in self.buffers.items()}
+    def first(self, sequences: int) -> dict[str, Buffer]:
+        """Those of the first sequences alone, in the same memory, which must be the CPU's."""
+        return {name: Buffer(buffer.read()[:sequences], self._device) for name, buffer in self.buffers.items()}
 
-    def restore(self, rows: dict[str, np.ndarray]) -> None:
-        """Begin with what `rows` gave; there must be room."""
+    def rows(self, length: int, sequence: int = 0) -> dict[str, np.ndarray]:
+        """What the first `length` tokens of one of the sequences left, [1, K, length, ...] each."""
+        return {name: buffer.read()[sequence : sequence + 1, :, :length] for name, buffer in self.buffers.items()}
+
+    def restore(self, rows: dict[str, np.ndarray], sequence: int = 0) -> None:
+        """Begin one of the sequences with what `rows` gave of another's caches; there must be room."""
         for name, buffer in self.buffers.items():
             whole = buffer.read()
-            whole[:, :, : rows[name].shape[2]] = rows[name]
+            whole[sequence, :, : rows[name].shape[2]] = rows[name][0]
             buffer.write(whole)
 
 

@@ -129,6 +129,9 @@ class TensorRtExecutor:
             raise ExecutorError(f"the executor was opened for {', '.join(self._tasks)}, not for {task}")
         return TensorRtContext(self, task, image_features)
 
+    def group(self, task: str, sequences: int) -> None:
+        """None: the engines take one sequence."""
+
     def index_of(self, task: str) -> int:
         """The number of a task in the language engine, which holds all of the bundle's."""
         return self._all_tasks.index(task)

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from healthgpt_edge.decoding import CodeGrid, FreeText, Sampling, Selector, decode
 from healthgpt_edge.drafting.costs import RowCosts
 from healthgpt_edge.drafting.drafter import Drafter
-from healthgpt_edge.drafting.invariance import rows_agree
 from healthgpt_edge.drafting.jacobi import Jacobi
 from healthgpt_edge.drafting.pace import MAX_ROWS, Pace
 from healthgpt_edge.drafting.pictures import input_sources, own_sources
 from healthgpt_edge.drafting.sources import Rule, Table
 from healthgpt_edge.drafting.words import word_sources
 from healthgpt_edge.errors import ExecutorError, GenerationError
+from healthgpt_edge.invariance import rows_agree
 
 VOCABULARY = 9
 

@@ -1,0 +1,47 @@
+"""Whether an executor gives a token the same logits, to the last bit, whatever else is in its pass."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import numpy as np
+
+from .executors import Context, Executor, Sequence
+
+# One pass of all these rows, then passes of each: sizes on both sides of where kernels change their ways.
+_SIZES = (1, 3, 1, 4, 2, 13)
+
+
+def rows_agree(executor: Executor, task: str) -> bool:
+    """Compare the logits of some tokens in one pass with those of the same tokens in several."""
+    ids = np.arange(sum(_SIZES), dtype=np.int64)
+    context = executor.context(task, None)
+    together = context.forward(ids, last_positions=len(ids))
+    context.length = 0
+    parts = np.split(ids, np.cumsum(_SIZES)[:-1])
+    apart = np.concatenate([context.forward(part, last_positions=len(part)) for part in parts])
+    return bool(np.array_equal(together, apart))
+
+
+# Tokens of the sequences in a group when they join it, and passes that are compared.
+_PROMPTS, _PASSES = (2, 9, 23), 3
+
+
+def sequences_agree(executor: Executor, task: str) -> bool:
+    """Compare the logits of some sequences that go on in a group with those of the same ones by themselves."""
+    group = executor.group(task, len(_PROMPTS))
+    if group is None:
+        return False
+    ids = np.arange(max(_PROMPTS) + _PASSES, dtype=np.int64)
+    with ExitStack() as seats:
+        pairs: list[tuple[Context, Sequence]] = []
+        for length in _PROMPTS:
+            context = executor.context(task, None)
+            context.forward(ids[:length])
+            pairs.append((context, seats.enter_context(group.join(context))))
+        for _ in range(_PASSES):
+            together = group.forward({member: int(ids[member.length]) for _, member in pairs}, ())
+            alone = {member: context.forward(ids[context.length :][:1]) for context, member in pairs}
+            if not all(np.array_equal(alone[member], together[member]) for _, member in pairs):
+                return False
+    return True

@@ -1,0 +1,44 @@
+"""A request as a generator: it yields each forward pass that it waits for and is sent what that gave.
+
+So whoever drives it may make the passes of several requests as one (together.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+
+from .executors import Group, Sequence
+
+T = TypeVar("T")
+
+
+class Step(NamedTuple):
+    """A pass that appends token_ids int64 [S] to a sequence, one where it goes on with others in a group.
+
+    What it gives are logits [S, rows], as Sequence.forward.
+    """
+
+    sequence: Sequence
+    token_ids: np.ndarray
+    full_vocabulary: bool
+    group: Group | None
+
+    def alone(self) -> np.ndarray:
+        return self.sequence.forward(self.token_ids, len(self.token_ids), self.full_vocabulary)
+
+
+Steps = Generator[Step, np.ndarray, T]
+
+
+def finish(steps: Steps[T]) -> T:
+    """Do what is left of a request by itself."""
+    try:
+        step = next(steps)
+        while True:
+            step = steps.send(step.alone())
+    except StopIteration as end:
+        result: T = end.value
+        return result

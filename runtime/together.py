@@ -1,0 +1,146 @@
+"""Requests that are done together: one pass of the language model appends a token to each of them.
+
+A pass reads all the weights, however many sequences it is over. Where that takes most of its time, sequences beside the
+first cost little, and the ids are those of each request by itself.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .checks import is_whole
+from .errors import GenerationError
+from .executors import Group
+from .results import Answer, Picture
+from .session import COMPREHENSION, DEFAULT_ANSWER_TOKENS, GENERATION, Request, Session
+from .steps import Step, Steps
+
+# As many rows as a pass of drafts has at most; and each sequence has caches.
+MAX_TOGETHER = 64
+
+
+class Done(NamedTuple):
+    """What became of a request: its result, or the error that ended it."""
+
+    name: Hashable
+    result: Any = None
+    error: Exception | None = None
+
+
+class _Begun(NamedTuple):
+    """A request, and the pass that it waits for."""
+
+    name: Hashable
+    steps: Steps[Any]
+    step: Step
+
+
+class Together:
+    """Does requests of a session, up to `limit` of them at a time. Made by Session.together; for one thread.
+
+    A prompt is read by itself, while the others wait. What no group of the executor takes is done by itself, too.
+    """
+
+    def __init__(self, session: Session, limit: int) -> None:
+        if not (is_whole(limit) and 1 <= limit <= MAX_TOGETHER):
+            raise GenerationError(f"limit must be from 1 to {MAX_TOGETHER} requests, got {limit!r:.40}")
+        self.limit = limit
+        self._session = session
+        self._groups: dict[str, Group | None] = {}  # by task
+        self._waiting: deque[tuple[Hashable, Steps[Any]]] = deque()
+        self._begun: list[_Begun] = []
+
+    def __len__(self) -> int:
+        """How many requests are not done."""
+        return len(self._waiting) + len(self._begun)
+
+    def __iter__(self) -> Iterator[Done]:
+        """Do all that was added; each as soon as it is done."""
+        while self:
+            yield from self.step()
+
+    def answer(self, name: Hashable, image: Any, question: str, **options: Any) -> None:
+        """Add a question; `options` are those of Session.answer."""
+        self.add(name, self.answering(image, question, **options))
+
+    def generate(self, name: Hashable, image: Any, instruction: str, **options: Any) -> None:
+        """Add a picture to make; `options` are those of Session.generate."""
+        self.add(name, self.generating(image, instruction, **options))
+
+    def answering(
+        self,
+        image: Any,
+        question: str,
+        *,
+        max_new_tokens: int = DEFAULT_ANSWER_TOKENS,
+        on_text: Callable[[str], None] | None = None,
+        **options: Any,
+    ) -> Steps[Answer]:
+        """A question, for something to `add` that does more than answer it."""
+        request = Request(COMPREHENSION, image, question, max_new_tokens, groups=self._group, **options)
+        return self._session.answering(request, on_text)
+
+    def generating(
+        self,
+        image: Any,
+        instruction: str,
+        *,
+        on_code: Callable[[int], None] | None = None,
+        on_preview: Callable[[np.ndarray, int], None] | None = None,
+        **options: Any,
+    ) -> Steps[Picture]:
+        """A picture to make, likewise."""
+        request = Request(GENERATION, image, instruction, groups=self._group, **options)
+        return self._session.generating(request, on_code, on_preview)
+
+    def add(self, name: Hashable, steps: Steps[Any]) -> None:
+        """Add a request, which begins when there is a place for it."""
+        self._waiting.append((name, steps))
+
+    def step(self) -> list[Done]:
+        """Begin what there is a place for; if nothing is done by that, make the next pass. What is done now."""
+        done: list[Done] = []
+        while self._waiting and len(self._begun) < self.limit:
+            done += self._go_on(*self._waiting.popleft(), None)
+        if done:
+            return done
+        by_group: dict[Group, list[_Begun]] = defaultdict(list)
+        for one in self._begun:
+            if one.step.group:
+                by_group[one.step.group].append(one)
+        self._begun = []
+        for group, some in by_group.items():
+            tokens = {one.step.sequence: int(one.step.token_ids[0]) for one in some}
+            whole = {one.step.sequence for one in some if one.step.full_vocabulary}
+            try:
+                logits = group.forward(tokens, whole)
+            except Exception as error:  # whatever it is, it is what became of each of them
+                for one in some:
+                    one.steps.close()
+                    done.append(Done(one.name, error=error))
+            else:
+                for one in some:
+                    done += self._go_on(one.name, one.steps, logits[one.step.sequence])
+        return done
+
+    def _go_on(self, name: Hashable, steps: Steps[Any], logits: np.ndarray | None) -> list[Done]:
+        """Take a request, a new one where there are no logits, to the next pass that others may be in."""
+        try:
+            step = steps.send(logits) if logits is not None else next(steps)
+            while step.group is None:
+                step = steps.send(step.alone())
+        except StopIteration as end:
+            return [Done(name, end.value)]
+        except Exception as error:
+            return [Done(name, error=error)]
+        self._begun.append(_Begun(name, steps, step))
+        return []
+
+    def _group(self, task: str) -> Group | None:
+        if task not in self._groups:
+            self._groups[task] = self._session.group(task, self.limit) if self.limit > 1 else None
+        return self._groups[task]
