@@ -232,13 +232,13 @@ class Session:
             raise BundleError(f"the bundle has no {task} plugin, only {', '.join(sorted(manifest.tasks))}")
         if not (is_whole(max_new_tokens) and max_new_tokens >= 1):
             raise GenerationError(f"max_new_tokens must be at least 1, got {max_new_tokens!r:.40}")
-        if request.groups and request.draft not in ("auto", "none"):
-            raise GenerationError(
-                f"draft must be auto or none for requests that are done together, got {request.draft!r:.40}"
-            )
         if not isinstance(request.sampling, Sampling | None):
             raise GenerationError(f"sampling must be a Sampling or None, got {type(request.sampling).__name__}")
         group = request.groups(task) if request.groups else None
+        if group and request.draft not in ("auto", "none"):
+            raise GenerationError(
+                f"draft must be auto or none for requests that are done together, got {request.draft!r:.40}"
+            )
         has_image = request.image is not None
         ids = prompt_ids(self.tokenizer, manifest.template, request.words, has_image, task == GENERATION)
         spliced = with_patches(ids, manifest.language.vocab, manifest.vision.patches)

@@ -6,6 +6,7 @@ first cost little, and the ids are those of each request by itself.
 
 from __future__ import annotations
 
+import traceback
 from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, NamedTuple
@@ -37,6 +38,13 @@ class _Begun(NamedTuple):
     name: Hashable
     steps: Steps[Any]
     step: Step
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    """Let go of what an error's frames hold: it is in a variable of theirs, so they would wait for the collector."""
+    while error:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
 
 
 class Together:
@@ -136,6 +144,7 @@ class Together:
         except StopIteration as end:
             return [Done(name, end.value)]
         except Exception as error:
+            _clear_frames(error)
             return [Done(name, error=error)]
         self._begun.append(_Begun(name, steps, step))
         return []

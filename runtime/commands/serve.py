@@ -18,6 +18,9 @@ def serve(
     keep_pictures: Annotated[
         int, typer.Option(min=0, metavar="MB", help="Memory to keep what was read of pictures, for requests to come.")
     ] = 0,
+    together: Annotated[
+        int, typer.Option(min=1, max=64, metavar="N", help="Do up to N requests at a time; each takes its own memory.")
+    ] = 1,
     executor: ExecutorName = "onnx",
     device: Device = None,
     threads: Threads = None,
@@ -41,4 +44,4 @@ def serve(
 
     # Who asks may be gone, as at the end of stdin.
     with suppress(ConnectionError):
-        Server(session, sys.stdin.fileno(), sys.stdout.fileno()).run()
+        Server(session, sys.stdin.fileno(), sys.stdout.fileno(), together).run()

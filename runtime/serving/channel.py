@@ -49,10 +49,12 @@ class Channel:
         self._begun = Line(bytearray())  # whose end is not read
         self._ended = False
 
-    def receive(self) -> Line | None:
-        """The next line, once there is one; None where there will be none."""
+    def receive(self, wait: bool = True) -> Line | None:
+        """The next line, once there is one; None where there will be none, or is none yet and nobody is to `wait`."""
+        if not wait:
+            self.look()
         self._divide()
-        while not self.waiting and not self._ended:
+        while wait and not self.waiting and not self._ended:
             select.select([self._source], [], [])
             self._read()
         return self.waiting.popleft() if self.waiting else None

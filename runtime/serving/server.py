@@ -1,4 +1,5 @@
-"""The loop of `healthgpt-edge serve`: a request is done, and said to be done, before the next is begun.
+"""The loop of `healthgpt-edge serve`: a request is done, and said to be done, before the next is begun; or several are
+done together, and each is said to be done when it is.
 
 One thread does it all: between two tokens it looks at what the peer has sent meanwhile, for what cancels a request.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from ..images import png_bytes, write_image, write_report
 from ..machine import version
 from ..requests import ANSWER, PICTURE, checked_request, result_fields
 from ..session import COMPREHENSION, GENERATION, Session
+from ..steps import Steps
 from .channel import Channel, Line
 from .fields import take_id, take_task
 from .lines import parse
@@ -30,20 +33,17 @@ Say = Callable[..., None]
 
 
 class Server:
-    """Does the requests of one peer, in order, from the file descriptor `source`; `target` gets the lines for it.
+    """Does the requests of one peer from the file descriptor `source`; `target` gets the lines for it.
 
-    Nothing of a request outlives it, but for what the session keeps of pictures. What is read ahead waits in memory.
+    In order, or with `together` up to so many at a time. Nothing of a request outlives it, but for what the session
+    keeps of pictures. What is read ahead waits in memory.
     """
 
-    def __init__(self, session: Session, source: int, target: int) -> None:
+    def __init__(self, session: Session, source: int, target: int, together: int = 1) -> None:
         self._session = session
+        self._together = session.together(together)
         self._channel = Channel(source, target, self._arrived)
-        self._current: Line | None = None  # whose request is being done
-        self._tasks: dict[str, Callable[..., dict[str, Any]]] = {
-            "answer": self._answer,
-            "generate": self._generate,
-            "forget": self._forget,
-        }
+        self._begun: list[Line] = []  # whose requests are being done
 
     def run(self) -> None:
         """Until `source` ends. Whatever is wrong with a request is said to the peer; ConnectionError if it is gone."""
@@ -54,31 +54,33 @@ class Server:
             executor=self._session.executor.name,
             tasks=[_NAMES[task] for task in sorted(self._session.bundle.manifest.tasks)],
         )
-        while self._serve_one():
-            pass
+        while self._begin():
+            self._go_on()
 
-    def _serve_one(self) -> bool:
-        """Do the next request; False if there is none. Returns, so that no variable keeps a request until the next."""
-        self._current = line = self._channel.receive()
-        if line is None:
-            return False
-        said = _failed(line.error) if line.error else self._said(line)
-        if line.is_cancelled:  # and may have failed for another reason since
-            said = _failed(Cancelled()) | {"cancelled": True}
-        self._current = None  # while this is written it is too late to cancel it
-        self._write_event(id=line.name, **said)
-        return True
+    def _begin(self) -> bool:
+        """Begin the requests that have come and for which there is a place; False if there is nothing left to do."""
+        while len(self._begun) < self._together.limit:
+            line = self._channel.receive(wait=not self._begun)
+            if line is None:
+                break
+            self._begun.append(line)
+            self._together.add(line, self._do(line))
+        return bool(self._begun)
 
-    def _said(self, line: Line) -> dict[str, Any]:
+    def _go_on(self) -> None:
+        """Make a pass, and say what is done by it. Returns, so that no variable keeps a request until the next."""
+        for line, result, error in self._together.step():
+            assert isinstance(line, Line)
+            said = _failed(error) if error else {"event": "result", **result}
+            if line.is_cancelled:  # and may have failed for another reason since
+                said = _failed(Cancelled()) | {"cancelled": True}
+            self._begun.remove(line)  # while this is written it is too late to cancel it
+            self._write_event(id=line.name, **said)
+
+    def _do(self, line: Line) -> Steps[dict[str, Any]]:
         """Do a request; what is said of it in the end."""
-        try:
-            return {"event": "result", **self._do(line)}
-        except (HealthGPTError, OSError, MemoryError) as error:  # a peer that is gone is found gone by this line, too
-            return _failed(error)
-        except Exception as error:  # ours, but the next request may be served; its text may hold what was asked
-            return _failed(f"internal error: {type(error).__name__}{_place(error)}")
-
-    def _do(self, line: Line) -> dict[str, Any]:
+        if line.error:
+            raise line.error
         request, line.content = parse(line.content), bytearray()
         name = take_id(request)
 
@@ -89,8 +91,11 @@ class Server:
         if task == "cancel":
             return self._cancel(line)
         streams = request.pop("stream", False)
-        self._check_wanted()
-        return self._tasks[task](say if streams else None, **request)
+        self._check_wanted(line)
+        if task == "forget":
+            return self._forget(**request)
+        do = self._answer if task == "answer" else self._generate
+        return (yield from do(line, say if streams else None, **request))
 
     def _arrived(self, line: Line) -> None:
         """Look at a line before its turn, for its id and for whether it cancels others."""
@@ -104,42 +109,52 @@ class Server:
         except (RequestError, MemoryError):
             return  # said in its turn
         line.found = False
-        for one in [self._current, *self._channel.waiting]:
-            if one and one.name == line.name and one.found is None:
+        for one in [*self._begun, *self._channel.waiting]:
+            if one.name == line.name and one.found is None:
                 one.give_up(Cancelled())
                 line.found = True
 
-    def _is_unwanted(self) -> bool:
-        """Whether the request that is being done has been cancelled by what the peer has sent."""
+    def _is_unwanted(self, line: Line) -> bool:
+        """Whether a request that is being done has been cancelled by what the peer has sent."""
         self._channel.look()
-        return self._current is not None and self._current.is_cancelled
+        return line.is_cancelled
 
-    def _check_wanted(self) -> None:
-        if self._is_unwanted():
+    def _check_wanted(self, line: Line) -> None:
+        if self._is_unwanted(line):
             raise Cancelled
 
-    def _answer(self, say: Say | None, question: str, out: str | None = None, **fields: Any) -> dict[str, Any]:
+    def _answer(
+        self, line: Line, say: Say | None, question: str, out: str | None = None, **fields: Any
+    ) -> Steps[dict[str, Any]]:
         picture, study, options = checked_request(ANSWER, *_taken(fields), out, **fields)
         on_text = (lambda piece: say("text", text=piece)) if say else None
-        result = self._session.answer(picture, question, **options, on_text=on_text, stop=self._is_unwanted)
-        self._check_wanted()
+        stop = partial(self._is_unwanted, line)
+        result = yield from self._together.answering(picture, question, **options, on_text=on_text, stop=stop)
+        self._check_wanted(line)
         if out is None or study is None:
             return result_fields(result)
         write_report(out, [(question, result.text)], study)
         return result_fields(result) | {"report": out}
 
     def _generate(
-        self, say: Say | None, instruction: str, out: str | None = None, previews: bool = False, **fields: Any
-    ) -> dict[str, Any]:
+        self,
+        line: Line,
+        say: Say | None,
+        instruction: str,
+        out: str | None = None,
+        previews: bool = False,
+        **fields: Any,
+    ) -> Steps[dict[str, Any]]:
         picture, study, options = checked_request(PICTURE, *_taken(fields), out, **fields)
         codes = self._session.bundle.manifest.codes
         total = codes.grid**2 if codes else None
         on_code = (lambda count: say("progress", tokens=count, codes=total)) if say else None
         on_preview = (lambda pixels, rows: say("preview", rows=rows, **_inline(pixels))) if say and previews else None
-        result = self._session.generate(
-            picture, instruction, **options, on_code=on_code, on_preview=on_preview, stop=self._is_unwanted
+        stop = partial(self._is_unwanted, line)
+        result = yield from self._together.generating(
+            picture, instruction, **options, on_code=on_code, on_preview=on_preview, stop=stop
         )
-        self._check_wanted()
+        self._check_wanted(line)
         if out is None:
             return result_fields(result) | _inline(result.pixels)
         write_image(out, result.pixels, study)
@@ -151,7 +166,7 @@ class Server:
             raise RequestError("cancel needs id, found none")
         return {"found": bool(line.found)}
 
-    def _forget(self, say: Say | None) -> dict[str, Any]:
+    def _forget(self) -> dict[str, Any]:
         self._session.forget_pictures()
         return {}
 
@@ -176,8 +191,12 @@ def _inline(pixels: np.ndarray) -> dict[str, str]:
     return {"image_base64": base64.b64encode(png_bytes(pixels)).decode()}
 
 
-def _failed(error: Exception | str) -> dict[str, Any]:
-    return {"event": "error", "error": in_one_line(error)}
+def _failed(error: Exception) -> dict[str, Any]:
+    if isinstance(error, (HealthGPTError, OSError, MemoryError)):  # a peer that is gone is found gone by this line, too
+        said = in_one_line(error)
+    else:  # ours, but the next request may be served; its text may hold what was asked
+        said = f"internal error: {type(error).__name__}{_place(error)}"
+    return {"event": "error", "error": said}
 
 
 def _place(error: Exception) -> str:

@@ -9,6 +9,7 @@ import signal
 import tempfile
 import tracemalloc
 import weakref
+from dataclasses import replace
 from itertools import count
 from threading import Event
 from typing import Any
@@ -53,11 +54,11 @@ class Gate:
     def __init__(self, monkeypatch, session, place: int = 1) -> None:
         self._reached, self._opened, self._place = Event(), Event(), place
         self.begun = 0
-        for name in ("answer", "generate"):
+        for name in ("answering", "generating"):
             monkeypatch.setattr(session, name, self._held(getattr(session, name)))
 
     def _held(self, do):
-        def held(*words, stop, **options):
+        def held(request, *callbacks):
             places = count(1)
             self.begun += 1
 
@@ -65,9 +66,9 @@ class Gate:
                 if not self._reached.is_set() and next(places) == self._place:
                     self._reached.set()
                     assert self._opened.wait(SECONDS)
-                return stop()
+                return request.stop()
 
-            return do(*words, stop=waits, **options)
+            return do(replace(request, stop=waits), *callbacks)
 
         return held
 
@@ -245,11 +246,11 @@ def test_lines_that_fail_can_be_cancelled_if_they_have_an_id(session, monkeypatc
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_cancel_that_comes_with_the_last_piece(session, monkeypatch, tmp_path, fails):
     """What it is told holds: the request is cancelled, though it was all but done, or about to fail."""
-    answer = session.answer
+    answering = session.answering
     sent, said = Event(), Event()
 
-    def late(picture, question, *, on_text, stop, **options):
-        result = answer(picture, question, **options)
+    def late(request, on_text):
+        result = yield from answering(replace(request, stop=None))
         if not sent.is_set():
             said.set()
             assert sent.wait(SECONDS)
@@ -258,7 +259,7 @@ def test_a_cancel_that_comes_with_the_last_piece(session, monkeypatch, tmp_path,
                 raise GenerationError("failed")
         return result
 
-    monkeypatch.setattr(session, "answer", late)
+    monkeypatch.setattr(session, "answering", late)
     with Peer(session) as peer:
         peer.ask({**ASK, "id": 1, "stream": True})
         assert said.wait(SECONDS)
@@ -284,7 +285,12 @@ def test_a_cancel_while_stdout_is_not_read(session, monkeypatch):
 def test_a_cancel_while_the_result_is_written_is_too_late(session, monkeypatch):
     """The server waits for its line to be read, and has begun it."""
     made = session.generate(GEN.image, GEN.question)
-    monkeypatch.setattr(session, "generate", lambda *words, **options: made)
+
+    def generating(*_):
+        return made
+        yield
+
+    monkeypatch.setattr(session, "generating", generating)
     with Peer(session) as peer:
         peer.ask({**PICTURE, "id": 1})
         assert select.select([peer._told], [], [], SECONDS)[0]
@@ -315,17 +321,17 @@ def test_the_end_of_stdin_cancels_nothing(session, monkeypatch):
 
 def test_nothing_is_left_of_what_was_cancelled(session, monkeypatch):
     pictures: list[Any] = []
-    answer, receive = session.answer, Channel.receive
+    answering, receive = session.answering, Channel.receive
 
-    def remember(picture, *words, stop, **options):
-        pictures.append(weakref.ref(picture))
-        return answer(picture, *words, stop=lambda: stop() or True, **options)
+    def remember(request, *callbacks):
+        pictures.append(weakref.ref(request.image))
+        return answering(replace(request, stop=lambda: request.stop() or True), *callbacks)
 
-    def watched(self):
+    def watched(self, wait):
         assert [one() for one in pictures] == [None] * len(pictures)
-        return receive(self)
+        return receive(self, wait)
 
-    monkeypatch.setattr(session, "answer", remember)
+    monkeypatch.setattr(session, "answering", remember)
     monkeypatch.setattr(Channel, "receive", watched)
     with Peer(session) as peer:
         peer.ask(ANSWER, ANSWER)

@@ -44,15 +44,15 @@ def rounding(monkeypatch):
 
 def wrong_token(monkeypatch, drafted_only: bool = True):
     """Lets a drafted run change its third token, as an executor that rounds by the size of a pass might."""
-    honest = session_module.decode
+    honest = session_module.decoding
 
-    def decode(*arguments, drafter=None, **options):
-        done = honest(*arguments, drafter=drafter, **options)
+    def decoding(*arguments, drafter=None, **options):
+        done = yield from honest(*arguments, drafter=drafter, **options)
         if drafter or not drafted_only:
             done.ids[2] ^= 1
         return done
 
-    monkeypatch.setattr(session_module, "decode", decode)
+    monkeypatch.setattr(session_module, "decoding", decoding)
 
 
 def message(kind: type[HealthGPTError], call) -> str:

@@ -112,9 +112,9 @@ def test_a_dicom_file_by_its_path_and_in_the_line(session, tmp_path, monkeypatch
     path = tmp_path / "cine.dcm"
     path.write_bytes(dicom(np.arange(2 * 16 * 24, dtype=np.uint16).reshape(2, 16, 24)))
     shown = []
-    answer = session.answer
+    answering = session.answering
     monkeypatch.setattr(
-        session, "answer", lambda image, *words, **options: shown.append(image) or answer(image, *words)
+        session, "answering", lambda request, on_text: shown.append(request.image) or answering(request, on_text)
     )
     for image in ({"image": str(path)}, {"image_base64": encoded(path)}):
         result(session, **ASK, frame=1, window=[500, 300.5], **image)
@@ -206,15 +206,15 @@ def test_previews_have_the_limit_of_others(session, monkeypatch):
 
 def test_nothing_of_a_request_is_kept_while_the_next_is_waited_for(session, monkeypatch):
     alive: list[Any] = []
-    answer, receive = session.answer, channel.Channel.receive
+    answering, receive = session.answering, channel.Channel.receive
     asked = [line({**ASK, "image": str(COM.image)})] * 2
     source, peer = os.pipe()
 
-    def remember(picture, *words, **options):
-        alive.append(weakref.ref(picture))
-        return answer(picture, *words, **options)
+    def remember(request, *callbacks):
+        alive.append(weakref.ref(request.image))
+        return answering(request, *callbacks)
 
-    def watched(self):
+    def watched(self, wait):
         assert [one() for one in alive] == [None] * len(alive)
         frame = sys._getframe(1)
         while Path(frame.f_code.co_filename).parent.name == "serving":
@@ -222,9 +222,9 @@ def test_nothing_of_a_request_is_kept_while_the_next_is_waited_for(session, monk
             frame = frame.f_back
         assert QUESTION not in repr(vars(self))
         os.write(peer, asked.pop()) if asked else os.close(peer)
-        return receive(self)
+        return receive(self, wait)
 
-    monkeypatch.setattr(session, "answer", remember)
+    monkeypatch.setattr(session, "answering", remember)
     monkeypatch.setattr(channel.Channel, "receive", watched)
     with Path(os.devnull).open("wb") as target:
         Server(session, source, target.fileno()).run()
@@ -314,8 +314,8 @@ def test_whatever_a_line_is_it_gets_one_clear_error(session, monkeypatch, asked)
         raise GenerationError("refused")
 
     with monkeypatch.context() as patch:
-        patch.setattr(session, "answer", refuse)
-        patch.setattr(session, "generate", refuse)
+        patch.setattr(session, "answering", refuse)
+        patch.setattr(session, "generating", refuse)
         (event,) = events(session, asked)
     assert event["event"] == "error" and event["error"].isprintable() and len(event["error"]) < 300
     assert not event["error"].startswith("internal error")
@@ -415,7 +415,7 @@ OUTS = {
 @pytest.mark.parametrize("name", OUTS)
 def test_an_out_that_cannot_be_written_is_refused_before_the_work(session, tmp_path, monkeypatch, name):
     (tmp_path / "folder.png").mkdir()
-    monkeypatch.setattr(session, "generate", None)
+    monkeypatch.setattr(session, "generating", None)
     out, message = OUTS[name]
     request = {"task": "generate", "instruction": QUESTION, "out": f"{tmp_path}/{out}"}
     assert refusal(session, request) == message
@@ -429,7 +429,7 @@ def test_an_error_of_ours_names_its_place_and_not_what_was_asked(session, monkey
         raise KeyError(SECRET)
 
     with monkeypatch.context() as patch:
-        patch.setattr(session, "generate", fail)
+        patch.setattr(session, "generating", fail)
         message = refusal(session, {"task": "generate", "instruction": SECRET})
     assert message.startswith("internal error: KeyError at test_serving.py:")
     assert SECRET not in message
@@ -439,7 +439,7 @@ def test_too_little_memory_is_an_error_of_that_request(session, monkeypatch):
     def exhausted(*_: object, **__: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(session, "generate", exhausted)
+    monkeypatch.setattr(session, "generating", exhausted)
     assert refusal(session, {"task": "generate", "instruction": "x"}) == "there is not enough memory"
 
 
