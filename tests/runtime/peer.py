@@ -26,14 +26,14 @@ def line(request: dict[str, Any] | bytes) -> bytes:
 class Peer:
     """Asks a server that runs on a thread of its own, until the block is left."""
 
-    def __init__(self, session: Any) -> None:
+    def __init__(self, session: Any, **options: int) -> None:
         source, self._asks = os.pipe()
         self._told, target = os.pipe()
         self._read = b""
 
         def serve() -> None:
             try:
-                Server(session, source, target).run()
+                Server(session, source, target, **options).run()
             finally:
                 os.close(source)
                 os.close(target)

@@ -1,0 +1,276 @@
+"""What is done together is what each gives by itself, to the last id, whoever joins, leaves or fails meanwhile."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import numpy as np
+import pytest
+from golden_cases import Case
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from peer import ASK, Peer
+
+from healthgpt_edge import Sampling, load
+from healthgpt_edge.errors import Cancelled, GenerationError, ImageError
+from healthgpt_edge.executors.onnx_group import OnnxGroup
+from healthgpt_edge.images import read_image
+from healthgpt_edge.invariance import sequences_agree
+from healthgpt_edge.together import MAX_TOGETHER, Done, Together
+
+COM, SQUARE, TEXT, GEN = (Case(f"m3_{name}") for name in ("com_wide", "com_square", "com_text", "gen_wide"))
+
+
+@pytest.fixture(scope="module")
+def session(golden_bundle):
+    return load(golden_bundle("m3"), threads=1)
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """How many sequences each pass of a group is over."""
+    counts: list[int] = []
+    honest = OnnxGroup.forward
+
+    def forward(self, token_ids, full_vocabulary):
+        counts.append(len(token_ids))
+        return honest(self, token_ids, full_vocabulary)
+
+    monkeypatch.setattr(OnnxGroup, "forward", forward)
+    return counts
+
+
+def done(together: Together) -> dict[Any, Done]:
+    """What became of each."""
+    found = {one.name: one for one in together}
+    assert len(together) == 0
+    return found
+
+
+def ask(together: Together, case: Case, **options: Any) -> None:
+    options = {"max_new_tokens": len(case.record["output_ids"])} | options
+    together.answer(case.name, case.image, case.question, **options)
+
+
+# --- the same ids ---------------------------------------------------------------------------------------------------
+
+
+def test_answers_of_the_original(session, passes):
+    """In as many passes as the longest of them takes; the first token of each is its prefill's."""
+    together = session.together()
+    for case in (COM, SQUARE, TEXT):
+        ask(together, case)
+    session.group("comprehension", 2)  # compares, once
+    passes.clear()
+    found = done(together)
+    for case in (COM, SQUARE, TEXT):
+        answer = found[case.name].result
+        assert answer.token_ids == case.record["output_ids"]
+        assert answer.certified and answer.draft == "none" and answer.accepted_per_pass == 1
+        assert answer.text == session.answer(case.image, case.question, max_new_tokens=len(answer.token_ids)).text
+    lengths = sorted(len(case.record["output_ids"]) - 1 for case in (COM, SQUARE, TEXT))
+    assert passes == [3] * lengths[0] + [2] * (lengths[1] - lengths[0]) + [1] * (lengths[2] - lengths[1])
+
+
+@pytest.mark.parametrize("system", ["phi4", "qwen"])
+def test_answers_of_the_other_systems(golden_bundle, system):
+    """Whose query heads share caches, and whose tokens see no more than a window."""
+    session, case = load(golden_bundle(system), threads=1), Case(f"{system}_com")
+    together = session.together()
+    ask(together, case)
+    together.answer("other", None, "What is a lesion?", max_new_tokens=30)
+    expected = session.answer(None, "What is a lesion?", max_new_tokens=30, draft="none")
+    found = done(together)
+    assert found[case.name].result.token_ids == case.record["output_ids"]
+    assert found["other"].result.token_ids == expected.token_ids
+
+
+def test_pictures_of_the_original_beside_answers(session, passes):
+    """Locked, free and sampled; a group for each task."""
+    sampling = Sampling(0.9, 0.95, 3)
+    expected = session.generate(GEN.image, GEN.question, sampling=sampling, draft="none")
+    together = session.together(8)
+    codes: list[int] = []
+    together.generate("locked", GEN.image, GEN.question, on_code=codes.append)
+    together.generate("free", GEN.image, GEN.question, faithful=True, max_new_tokens=1025)
+    together.generate("sampled", GEN.image, GEN.question, sampling=sampling)
+    ask(together, COM)
+    found = done(together)
+    assert [one.error for one in found.values()] == [None] * 4
+    for name in ("locked", "free"):
+        assert found[name].result.codes == GEN.record["vq_indices"]
+        assert np.array_equal(found[name].result.pixels, found["locked"].result.pixels)
+    assert found["free"].result.token_ids == GEN.record["output_ids"]
+    assert found["sampled"].result.token_ids == expected.token_ids
+    assert found[COM.name].result.token_ids == COM.record["output_ids"]
+    assert codes == list(range(1, 1026)) and max(passes) == 3
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    limit=st.integers(1, 5),
+    asked=st.lists(st.tuples(st.integers(0, 30), st.integers(1, 14), st.booleans()), min_size=1, max_size=8),
+)
+def test_whoever_comes_and_goes(session, limit, asked):
+    """Prompts and answers of any length, greedy and sampled, in a group of any size: each as by itself."""
+    together = session.together(limit)
+    expected = {}
+    for name, (words, tokens, sampled) in enumerate(asked):
+        question = " ".join(["What", *["is"] * words])
+        options = {"max_new_tokens": tokens, "sampling": Sampling(1.0, 0.9, name) if sampled else None}
+        expected[name] = session.answer(None, question, draft="none", **options).token_ids
+        together.answer(name, None, question, **options)
+    assert {name: one.result.token_ids for name, one in done(together).items()} == expected
+
+
+def test_caches_that_grow_while_others_are_in_them(session):
+    """Caches get longer by steps of 256 tokens, of all that are in them."""
+    together = session.together(3)
+    for case in (SQUARE, TEXT):
+        ask(together, case, max_new_tokens=300)
+    long = {case.name: session.answer(case.image, case.question, max_new_tokens=300) for case in (SQUARE, TEXT)}
+    found = done(together)
+    for name, answer in long.items():
+        assert found[name].result.token_ids == answer.token_ids
+    assert max(len(answer.prompt_ids) + len(answer.token_ids) for answer in long.values()) > 256
+
+
+def test_a_question_begins_with_a_picture_that_another_is_still_asked_about(golden_bundle):
+    session = load(golden_bundle("m3"), tasks=("comprehension",), threads=1, prefix_cache_bytes=64 << 20)
+    together = session.together()
+    for name in range(3):
+        together.answer(name, COM.image, f"{COM.question} {name}", max_new_tokens=8)
+    found = done(together)
+    reused = [found[name].result.reused_tokens for name in range(3)]
+    assert reused[0] == 0 and reused[1] == reused[2] > 0
+    plain = load(golden_bundle("m3"), tasks=("comprehension",), threads=1)
+    for name in range(3):
+        expected = plain.answer(COM.image, f"{COM.question} {name}", max_new_tokens=8)
+        assert found[name].result.token_ids == expected.token_ids
+    assert len(session._prefixes.kept()) == 1
+
+
+# --- what goes wrong ------------------------------------------------------------------------------------------------
+
+
+def test_what_fails_or_is_given_up_takes_nobody_with_it(session, tmp_path):
+    def raises(piece: str) -> None:
+        raise KeyError("the listener")
+
+    asked = iter(range(100))
+    together = session.together(5)
+    together.answer("no picture", tmp_path / "none.png", "What?")
+    together.answer("given up", SQUARE.image, SQUARE.question, stop=lambda: next(asked) >= 9)
+    ask(together, SQUARE)
+    together.answer("listener", TEXT.image, TEXT.question, on_text=raises)
+    together.answer("never begun", None, "What?", stop=lambda: True)
+    together.answer("too long", None, "What?", max_new_tokens=10**6)
+    ask(together, COM)
+    found = done(together)
+    assert isinstance(found["no picture"].error, ImageError) and found["no picture"].result is None
+    assert isinstance(found["given up"].error, Cancelled) and isinstance(found["never begun"].error, Cancelled)
+    assert isinstance(found["listener"].error, KeyError)
+    assert str(found["too long"].error).startswith("prompt and new tokens must fit")
+    for case in (SQUARE, COM):
+        assert found[case.name].error is None and found[case.name].result.token_ids == case.record["output_ids"]
+
+
+def test_a_pass_that_fails_is_what_became_of_all_that_were_in_it(session, monkeypatch):
+    together = session.together()
+    for case in (COM, TEXT):
+        ask(together, case)
+    assert together.step() == []
+    monkeypatch.setattr(OnnxGroup, "forward", lambda *_: (_ for _ in ()).throw(MemoryError))
+    assert {one.name: type(one.error) for one in together} == {COM.name: MemoryError, TEXT.name: MemoryError}
+    monkeypatch.undo()
+    ask(together, COM)  # there is nobody left in the group
+    assert done(together)[COM.name].result.token_ids == COM.record["output_ids"]
+
+
+def test_nothing_is_left_of_what_was_done(session):
+    pictures = [read_image(COM.image) for _ in range(3)]
+    alive = [weakref.ref(picture) for picture in pictures]
+    together = session.together()
+    for name, picture in enumerate(pictures):
+        together.answer(name, picture, COM.question, stop=(lambda: True) if name == 1 else None)
+    del pictures, picture
+    gc.disable()
+    try:
+        errors = [type(one.error) for one in done(together).values()]
+        assert sorted(map(str, errors)) == sorted(map(str, [Cancelled, type(None), type(None)]))
+        assert [one() for one in alive] == [None] * 3
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("limit", [0, MAX_TOGETHER + 1, True, 2.0, "4", None])
+def test_how_many_is_checked(session, limit):
+    with pytest.raises(GenerationError, match=r"^limit must be from 1 to 64 requests, got "):
+        session.together(limit)
+
+
+def test_drafts_that_are_asked_for_are_refused(session):
+    together = session.together()
+    together.answer("words", None, "What?", draft="lookup", max_new_tokens=4)
+    together.generate("picture", GEN.image, GEN.question, draft="input")
+    for one in done(together).values():
+        assert str(one.error).startswith("draft must be auto or none for requests that are done together, got '")
+    by_itself = session.together(1)
+    by_itself.answer("words", None, "What?", draft="lookup", max_new_tokens=4)
+    assert done(by_itself)["words"].error is None
+
+
+# --- where there are no groups --------------------------------------------------------------------------------------
+
+
+def test_an_executor_whose_sequences_would_not_agree_does_them_one_by_one(session, monkeypatch, passes):
+    """As one does whose products round by the number of rows, or whose members mix up their caches."""
+    expected = session.answer(COM.image, COM.question).token_ids
+    assert sequences_agree(session.executor, "comprehension")
+    honest = OnnxGroup.forward
+
+    def mixed(self, token_ids, full_vocabulary):
+        given = honest(self, token_ids, full_vocabulary)
+        return dict(zip(given, reversed(given.values()), strict=True))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OnnxGroup, "forward", mixed)
+        assert not sequences_agree(session.executor, "comprehension")
+    monkeypatch.setattr("healthgpt_edge.session.sequences_agree", lambda executor, task: False)
+    monkeypatch.setattr(session, "_groups_agree", {})
+    passes.clear()
+    together = session.together()
+    for name in range(2):
+        together.answer(name, COM.image, COM.question)
+    assert [one.result.token_ids for one in done(together).values()] == [expected] * 2
+    assert passes == []
+
+
+def test_an_executor_without_groups_does_them_one_by_one(session, monkeypatch):
+    monkeypatch.setattr(session, "_groups_agree", {})
+    monkeypatch.setattr(session.executor, "group", lambda task, sequences: None)
+    together = session.together()
+    ask(together, COM, draft="lookup")
+    assert done(together)[COM.name].result.token_ids == COM.record["output_ids"]
+
+
+# --- for a peer -----------------------------------------------------------------------------------------------------
+
+
+def test_a_peer_is_told_of_each_when_it_is_done(session, passes):
+    """The short ones do not wait for the long one; and one of them is given up."""
+    asked = [{**ASK, "id": name, "max_new_tokens": tokens} for name, tokens in (("long", 300), ("short", 5))]
+    with Peer(session, together=3) as peer:
+        peer.ask(*asked, {**ASK, "id": "lost", "max_new_tokens": 900, "stream": True})
+        assert peer.event()["id"] in ("short", "lost")
+        peer.ask({"task": "cancel", "id": "lost"}, {**ASK, "id": "late"}, {"task": "forget", "id": "all"})
+        events = [event for event in peer.end() if event["event"] != "text"]
+    assert sorted(event["event"] for event in events if event["id"] == "lost") == ["error", "result"]
+    ended = {event["id"]: event for event in events}
+    assert events[-1]["id"] == "long" and len(events[-1]["token_ids"]) == 300
+    assert ended["all"]["event"] == "result"
+    expected = session.answer(None, ASK["question"], max_new_tokens=300, draft="none").token_ids
+    assert events[-1]["token_ids"] == expected and ended["late"]["token_ids"] == expected[:4]
+    assert max(passes) == 3
