@@ -1,0 +1,92 @@
+"""What requests that are done together gain: passes over 1 to 8 or more sequences, each with a context of its own.
+
+    python -m benchmarks.together BUNDLE [--task generation] [--most 8] [--repeat 5] [--threads N] [--out FILE]
+
+Numbers of sequences are timed in turn, `repeat` rounds of them, after the executor was found to give each sequence the
+bits that it gets by itself. Any bundle will do, such as a full-size one with random weights (benchmarks.full_size), for
+what a pass costs does not depend on what sequences say. Each takes memory for its caches, M3's 0.4 MB a token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+from healthgpt_edge import load, machine
+from healthgpt_edge.bench import summary
+from healthgpt_edge.session import GENERATION, Session
+
+SIZES = (1, 2, 3, 4, 6, 8, 12, 16)
+
+
+def time_passes(
+    session: Session, task: str, context_tokens: int, sizes: list[int], repeat: int
+) -> dict[int, list[float]]:
+    """Milliseconds of passes by their sequences; the first pass of each size is not counted."""
+    random, vocabulary = np.random.default_rng(0), session.bundle.manifest.language.vocab
+    context = session.executor.context(task, None)
+    context.forward(random.integers(0, vocabulary, context_tokens))
+    samples_ms: dict[int, list[float]] = {size: [] for size in sizes}
+    group = session.executor.group(task, max(sizes))
+    if group is None:
+        sys.exit("the executor takes one sequence a pass")
+    for turn in range(1 + repeat):
+        for size in sizes:
+            with ExitStack() as seats:
+                members = [seats.enter_context(group.join(context)) for _ in range(size)]
+                for timed in (False, bool(turn)):  # the first pass binds its memory
+                    tokens = {member: int(random.integers(0, vocabulary)) for member in members}
+                    begin = time.perf_counter()
+                    group.forward(tokens, ())
+                    if timed:
+                        samples_ms[size].append((time.perf_counter() - begin) * 1e3)
+    return samples_ms
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--task", default=GENERATION)
+    parser.add_argument("--context", type=int, default=700, help="tokens of each sequence before the pass")
+    parser.add_argument("--most", type=int, default=8, help="sequences at most")
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=machine.cores())
+    parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
+    arguments = parser.parse_args()
+    session = load(arguments.bundle, tasks=(arguments.task,), threads=arguments.threads, verify=False)
+    if session.group(arguments.task, 2) is None:
+        sys.exit("sequences in a group must get the bits that they get by themselves, found others")
+    sizes = [size for size in SIZES if size <= arguments.most]
+    samples_ms = time_passes(session, arguments.task, arguments.context, sizes, arguments.repeat)
+    one_ms = float(np.median(samples_ms[1]))
+    print("| sequences | ms a pass | of one sequence | tokens a second | times as many |\n|---|---|---|---|---|")
+    sizes_json = []
+    for size, samples in samples_ms.items():
+        median_ms = float(np.median(samples))
+        cost, rate = median_ms / one_ms, size / median_ms * 1e3
+        print(f"| {size} | {median_ms:.2f} | {cost:.2f} | {rate:.1f} | {size / cost:.2f} |")
+        sizes_json.append({"sequences": size, "cost": cost, "tokens_per_second": rate, **summary(samples)})
+    if arguments.out:
+        report = {
+            "machine": machine.description(),
+            "versions": {"python": platform.python_version(), "onnxruntime": onnxruntime.__version__},
+            "bundle": arguments.bundle.resolve().name,
+            "task": arguments.task,
+            "context": arguments.context,
+            "threads": arguments.threads,
+            "passes": sizes_json,
+        }
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
