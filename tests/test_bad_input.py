@@ -1008,7 +1008,7 @@ def test_who_presses_ctrl_c_twice_leaves_nothing_either(place, stop, monkeypatch
 
 
 def test_a_stopped_answer(place, stop, monkeypatch):
-    monkeypatch.setattr("healthgpt_edge.session.decode", stop)
+    monkeypatch.setattr("healthgpt_edge.session.decoding", stop)
     assert_stopped(run(*answer("--image", PICTURE)(place)), stop.code)
 
 
@@ -1031,7 +1031,7 @@ def test_an_interrupt_of_a_library_is_one_too(place, monkeypatch):
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("healthgpt_edge.session.decode", interrupt)
+    monkeypatch.setattr("healthgpt_edge.session.decoding", interrupt)
     assert_stopped(run(*generate("--image", PICTURE)(place)), 130)
     assert listing(place.folder) == {}
 
