@@ -27,8 +27,9 @@ def grayscale(
 ) -> Levels:
     """Display levels [H, W] of the `stored` 8- or 16-bit values [H, W] of frame `frame`.
 
-    In this order: modality table or rescale; then `window`, else the file's first window, else its first VOI table,
-    else the smallest to the largest value of the frame; then inverted for MONOCHROME1. Padding is left out of
+    In this order: modality table or rescale; then `window`, else the file's first window, else its first VOI table (of
+    window and table in one file either may be shown: PS3.3 C.11.2.1), else the smallest to the largest value of the
+    frame; then inverted for MONOCHROME1. Padding is left out of
     smallest and largest and comes out black. Raises ImageError.
     """
     codes, meaning = _codes(stored)
