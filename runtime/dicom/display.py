@@ -29,8 +29,8 @@ def grayscale(
 
     In this order: modality table or rescale; then `window`, else the file's first window, else its first VOI table (of
     window and table in one file either may be shown: PS3.3 C.11.2.1), else the smallest to the largest value of the
-    frame; then inverted for MONOCHROME1. Padding is left out of
-    smallest and largest and comes out black. Raises ImageError.
+    frame; then inverted for MONOCHROME1. Padding is left out of smallest and largest and comes out black.
+    Raises ImageError.
     """
     codes, meaning = _codes(stored)
     padding = _padding(dataset, meaning)
