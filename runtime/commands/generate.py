@@ -91,12 +91,14 @@ def generate(
     try:
         with progress_bar() as progress:
             codes = session.bundle.manifest.codes
-            bar = progress.add_task("codes", total=codes.grid**2 if codes else None)
+            total = codes.grid**2 if codes else 0
+            bar = progress.add_task("codes", total=total)
             result = session.generate(
                 picture,
                 typed(instruction),
                 **options,
-                on_code=lambda count: progress.update(bar, completed=count),
+                # The end, and newlines between rows, are tokens and no codes.
+                on_code=lambda count: progress.update(bar, completed=min(count, total)),
                 on_preview=(lambda pixels, rows: write_image(partial, pixels)) if show_progress else None,
             )
     finally:

@@ -11,10 +11,11 @@ from golden_cases import Case
 
 
 def on_a_terminal(*words):
-    """What a terminal gets on stdout of `healthgpt-edge WORDS`, its line ends as they were written."""
+    """What a terminal gets of `healthgpt-edge WORDS`, its line ends as they were written."""
     ours, theirs = pty.openpty()
     try:
-        child = subprocess.Popen([sys.executable, "-m", "healthgpt_edge.cli", *map(str, words)], stdout=theirs)
+        command = [sys.executable, "-m", "healthgpt_edge.cli", *map(str, words)]
+        child = subprocess.Popen(command, stdout=theirs, stderr=theirs)
         os.close(theirs)
         said = b""
         while piece := _read(ours):
@@ -44,6 +45,12 @@ def test_control_characters_of_an_answer_are_not_for_a_terminal(golden_bundle):
     for letter in controls:
         text = text.replace(letter, "\ufffd")
     assert shown == text + "\n"
+
+
+def test_progress_ends_where_the_codes_do(golden_bundle, tmp_path):
+    words = ["generate", golden_bundle("m3"), "--instruction", "Draw.", "--out", tmp_path / "made.png"]
+    shown = on_a_terminal(*words, "--threads", "1")
+    assert "1024/1024" in shown and "1025/" not in shown
 
 
 @pytest.mark.parametrize("words", [["inspect"], ["verify", "--json"], ["answer", "--question", "Why?"]])
