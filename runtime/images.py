@@ -123,9 +123,23 @@ def write_report(path: str | os.PathLike[str], exchanges: Sequence[tuple[str, st
         raise ImageError(f"{name}: reports are written as DICOM, expected a name that ends in .dcm")
     if not exchanges:
         raise ImageError(f"{name}: expected at least one question with its answer, found none")
+    if not all(map(_is_exchange, exchanges)):
+        raise ImageError(f"{name}: expected pairs of texts, a question and its answer, found something else")
+    _check_study(name, study)
     with guarded(name, "DICOM", writing=True):
         content = structured_report(exchanges, study)
     _write(target, content)
+
+
+def _is_exchange(pair: Any) -> bool:
+    return isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
+
+
+def _check_study(name: str, study: Any) -> None:
+    from .dicom.study import Study
+
+    if not isinstance(study, Study):
+        raise ImageError(f"{name}: expected a study, as `read_study` gives it, got {type(study).__name__}")
 
 
 def _write(target: Path, content: bytes) -> None:
@@ -147,6 +161,7 @@ def png_bytes(pixels: Pixels) -> bytes:
 def _dicom(name: str, pixels: Pixels, study: Study) -> bytes:
     from .dicom.picture import secondary_capture
 
+    _check_study(name, study)
     with guarded(name, "DICOM", writing=True):
         return secondary_capture(pixels, study)
 

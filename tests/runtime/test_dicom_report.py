@@ -11,7 +11,7 @@ from dicom_samples import SECRET, dicom, identified, real_file
 from PIL import Image
 from pydicom.uid import CTImageStorage, EnhancedSRStorage
 
-from healthgpt_edge import read_study, write_report
+from healthgpt_edge import read_study, write_image, write_report
 from healthgpt_edge.errors import ImageError
 
 GREY = np.zeros((4, 6), np.uint8)
@@ -122,6 +122,13 @@ def test_what_cannot_be_written_is_refused(tmp_path):
         write_report(tmp_path / "report.txt", EXCHANGES, study)
     with pytest.raises(ImageError, match=r"report\.dcm: expected at least one question with its answer, found none"):
         write_report(tmp_path / "report.dcm", [], study)
+    for wrong in (EXCHANGES[0], [("Where?",)], [("Where?", 3)], ["ab"]):
+        with pytest.raises(ImageError, match=r"report\.dcm: expected pairs of texts, a question and its answer, found"):
+            write_report(tmp_path / "report.dcm", wrong, study)
+    with pytest.raises(ImageError, match=r"report\.dcm: expected a study, as `read_study` gives it, got str"):
+        write_report(tmp_path / "report.dcm", EXCHANGES, "CT_small.dcm")
+    with pytest.raises(ImageError, match=r"made\.dcm: expected a study, as `read_study` gives it, got str"):
+        write_image(tmp_path / "made.dcm", np.zeros((2, 2, 3), np.uint8), "CT_small.dcm")
     assert not list(tmp_path.iterdir())
 
 
