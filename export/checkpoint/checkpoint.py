@@ -42,19 +42,19 @@ class Checkpoint:
         self.vision: VisionConfig = read_vision(vision)
         self.vq: VqConfig | None = None if vqgan is None else read_vqgan(vqgan)
         self.template = infer_template(base, self.language.architecture, template)
-        ids, self._tokenizer_size = tokenizer_size(base)
-        if ids > self.language.base_vocab:
+        self._tokenizer_size = tokenizer_size(base)
+        if self._tokenizer_size > self.language.base_vocab:
             raise CheckpointError(
                 f"{label(base)}: expected at most {self.language.base_vocab} tokens (the base's rows), "
-                f"found a tokenizer of {ids}"
+                f"found a tokenizer of {self._tokenizer_size}"
             )
         self._plugins = plugins
         self.tokens: SpecialTokens | None = self._special_tokens(codes)
         if self.template != "qwen":
             # The original always adds tokens here and writes the mean over every row from the tokenizer's size on, old
             # padding rows too. Where their number is unknown they are left out: a mean is never the greatest logit.
-            vocab = ids if self.tokens is None else self._tokenizer_size + self.tokens.codes + MARKERS
-            self.language = replace(self.language, vocab=vocab)
+            added = 0 if self.tokens is None else self.tokens.codes + MARKERS
+            self.language = replace(self.language, vocab=self._tokenizer_size + added)
         self.generation = read_generation(base, self.language.vocab)
 
         self._base: TensorSource = SafetensorsSource(base)
@@ -170,10 +170,8 @@ class Checkpoint:
         if self.tokens is None:
             return rows[: self.language.vocab]
         table = torch.empty(self.language.vocab, self.language.hidden)
-        # Less than `start` where a text has no id of its own: its row, random in the original, is the mean here.
-        known = rows[: self.tokens.start].float()
-        table[: len(known)] = known
-        table[len(known) :] = known.mean(dim=0)
+        table[: self.tokens.start] = rows[: self.tokens.start]
+        table[self.tokens.start :] = table[: self.tokens.start].mean(dim=0)
         return table
 
     def vision_tensor(self, name: str) -> torch.Tensor:

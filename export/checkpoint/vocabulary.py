@@ -54,14 +54,10 @@ def infer_template(base: Path, architecture: Architecture, template: str | None)
     return by_class[Fields(path, read_json(path)).require("tokenizer_class", *by_class)]
 
 
-def tokenizer_size(base: Path) -> tuple[int, int]:
-    """How many ids the slow tokenizer has, and its len(), which counts texts, from its files without loading it.
-
-    An added token that spells a piece otherwise (phi-4's unknown token) is a second text of the piece's id.
-    """
-    model = base / "tokenizer.model"
-    pieces = {} if model.is_file() else read_json(base / "vocab.json")
-    size = _sentencepiece_size(model) if model.is_file() else len(pieces)
+def tokenizer_size(base: Path) -> int:
+    """len(tokenizer) of the slow tokenizer: the vocabulary file and the added tokens after it, without loading it."""
+    pieces, model = base / "vocab.json", base / "tokenizer.model"
+    size = _sentencepiece_size(model) if model.is_file() else len(read_json(pieces))
     added: dict[int, str] = {}
     for path, decoder in _added_tokens(base):
         for token_id, content in decoder.items():
@@ -75,8 +71,7 @@ def tokenizer_size(base: Path) -> tuple[int, int]:
         raise CheckpointError(
             f"{label(base)}: added tokens: expected ids without a gap from {size}, found {gap} out of order"
         )
-    inside = [content for token_id, content in added.items() if token_id < size and pieces and content not in pieces]
-    return size + len(new), size + len(new) + len(inside)
+    return size + len(new)
 
 
 def _sentencepiece_size(path: Path) -> int:
