@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-_IMPORT_SECONDS = 0.01  # until it is asked again whether an import is over
+_AGAIN_SECONDS = 0.01  # until a signal that came at a bad time comes again
 
 
 @contextmanager
@@ -19,14 +20,26 @@ def stopping_cleanly() -> Iterator[None]:
     The first of them alone, or a second Ctrl-C would cut that short. For the main thread.
     """
 
+    def again(number: int) -> None:
+        threading.Timer(_AGAIN_SECONDS, os.kill, (os.getpid(), number)).start()
+
     def stop(number: int, frame: FrameType | None) -> None:
         if _importing(frame):
             # Libraries try an import and go on without it, which would be the end of the signal.
-            threading.Timer(_IMPORT_SECONDS, os.kill, (os.getpid(), number)).start()
+            again(number)
             return
         for other in handlers:
             signal.signal(other, signal.SIG_IGN)
         raise SystemExit(128 + number)
+
+    def unraisable(lost: sys.UnraisableHookArgs) -> None:
+        """Where nothing can be raised, in a finalizer or inside a library, Python drops what is."""
+        if not isinstance(lost.exc_value, SystemExit) or not isinstance(lost.exc_value.code, int):
+            hook(lost)
+            return
+        for number in handlers:
+            signal.signal(number, stop)
+        again(lost.exc_value.code - 128)
 
     known = (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP"))
     handlers = {number: signal.getsignal(number) for number in known if number is not None}
@@ -34,9 +47,11 @@ def stopping_cleanly() -> Iterator[None]:
     handlers = {number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN}
     for number in handlers:
         signal.signal(number, stop)
+    hook, sys.unraisablehook = sys.unraisablehook, unraisable
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for number, handler in handlers.items():
             signal.signal(number, handler)
 

@@ -1,7 +1,10 @@
 """How a signal ends the process where a library stands between it and the command line."""
 
 import importlib
+import os
+import signal
 import sys
+import time
 from unittest import mock
 
 import pytest
@@ -30,6 +33,31 @@ def test_a_signal_during_an_import_comes_after_it(tmp_path, monkeypatch):
         while True:
             pass
     assert imported and caught.value.code == 143
+
+
+class Finalized:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.05)
+
+
+def test_a_signal_where_nothing_can_be_raised_comes_again():
+    with pytest.raises(SystemExit) as caught, stopping_cleanly():
+        Finalized()
+        while True:
+            pass
+    assert caught.value.code == 143
+
+
+def test_other_errors_of_finalizers_are_told_as_ever():
+    class Wrong:
+        def __del__(self):
+            raise ValueError("told")
+
+    before, told = sys.unraisablehook, []
+    with mock.patch.object(sys, "unraisablehook", told.append), stopping_cleanly():
+        Wrong()
+    assert [str(one.exc_value) for one in told] == ["told"] and sys.unraisablehook is before
 
 
 def test_a_library_that_cannot_be_imported_is_one_line(tmp_path):
