@@ -148,6 +148,13 @@ CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     ),
 }
 
+# As first published, before its end token was corrected.
+CONFIGS["l14 at first"] = (
+    CONFIGS["l14"][0] | {"auto_map": {}, "eos_token_id": 100257, "pad_token_id": 100257},
+    {"_from_model_config": True, "bos_token_id": 100257, "eos_token_id": [100257, 100265]},
+    CONFIGS["l14"][2],
+)
+
 
 @pytest.mark.parametrize("system", CONFIGS)
 def test_released_configurations_are_read(tmp_path, system):
