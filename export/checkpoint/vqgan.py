@@ -179,5 +179,5 @@ class _Tensors:
 
 
 def is_training_state(key: str) -> bool:
-    """The discriminator and the perceptual loss, which only training needs."""
-    return key.startswith("loss.")
+    """What only training needs and the original skips: discriminator, perceptual loss, averages of weights."""
+    return not key.startswith(("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv."))

@@ -313,6 +313,18 @@ def test_the_vqgan_may_lie_as_it_is_published(release):
         assert torch.equal(checkpoint.vq_tensor(name), original.vq_tensor(name))
 
 
+def test_what_else_training_left_in_the_vqgans_file_is_skipped(release):
+    """The published one is 100 MB larger than the model; only some of that can be its loss."""
+    path = release / "taming_transformers/ckpt/last.ckpt"
+    with open_golden("m3") as original:
+        state = {key: original.vq_tensor(key) for key in original._vqgan.entries}
+    extra = {"loss.discriminator.main.0.bias": torch.ones(2), "model_ema.decodernorm_outbias": torch.ones(2)}
+    torch.save({"state_dict": state | extra | {"colorize": torch.ones(3, 2, 1, 1)}}, path)
+    with Checkpoint.open(**arguments("m3", release)) as checkpoint:
+        name = "decoder.norm_out.bias"
+        assert torch.equal(checkpoint.vq_tensor(name), state[name])
+
+
 # --- what the published files hold, told by their sizes --------------------------------------------------------------
 
 # In MB, as the Hub lists them; every tensor is bfloat16.
