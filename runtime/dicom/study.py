@@ -22,6 +22,7 @@ _SHARED = (
     "PatientSex",
     "PatientIdentityRemoved",
     "DeidentificationMethod",
+    "DeidentificationMethodCodeSequence",
     "StudyInstanceUID",
     "StudyDate",
     "StudyTime",
@@ -31,7 +32,8 @@ _SHARED = (
     "ReferringPhysicianName",
 )
 # What is true of a picture that was made from the source, too: that a name may be burned in, and what it is of.
-_INHERITED = ("BurnedInAnnotation", "BodyPartExamined", "Laterality", "ImageLaterality")
+_PART = ("BodyPartExamined", "Laterality", "ImageLaterality")
+_INHERITED = ("BurnedInAnnotation", *_PART)
 # What was compressed with loss once stays so, in all that is derived from it (C.7.6.1.1.5); these encodings lose
 # numbers, whatever the source says of itself.
 _COMPRESSION, _WITH_LOSS = "LossyImageCompression", "01"
@@ -66,13 +68,17 @@ class Study:
     def describe(self, picture: Dataset) -> None:
         """Give `picture` what holds for all that is made from the source: losses, burned-in text, part of the body."""
         self._copy(_INHERITED, picture)
+        if not any(keyword in self.dataset for keyword in _PART):
+            picture.Laterality = ""  # of an unknown part of the body it is unknown (C.7.3.1)
         if self.dataset.get(_COMPRESSION) == _WITH_LOSS:
             picture.LossyImageCompression = _WITH_LOSS
 
     def _copy(self, keywords: tuple[str, ...], document: Dataset) -> None:
         for keyword in keywords:
             if keyword in self.dataset:
-                document[keyword] = self.dataset[keyword]
+                element = document[keyword] = self.dataset[keyword]
+                for item in element.value if element.VR == "SQ" else ():
+                    item.decode()  # or a document of another character set gets its bytes
 
 
 def parse_study(file: BinaryIO, frame: int | None) -> Study:

@@ -100,6 +100,19 @@ def test_it_says_of_the_source_what_is_true_of_it_too(tmp_path):
     assert not DESCRIPTION.keys() & set(made.dir())
 
 
+@pytest.mark.parametrize(
+    ("attributes", "expected"),
+    [
+        ({}, ""),
+        ({"BodyPartExamined": "CHEST"}, None),
+        ({"BodyPartExamined": "HAND", "Laterality": "R"}, "R"),
+        ({"ImageLaterality": "R"}, None),
+    ],
+)
+def test_the_side_is_empty_only_where_nothing_is_known_of_the_part(tmp_path, attributes, expected):
+    assert written(tmp_path, dicom(GREY, **identified(**attributes))).get("Laterality") == expected
+
+
 def test_a_lossy_encoding_is_lossy_whatever_the_source_says(tmp_path):
     """And that nothing was lost is no word about a picture that a model made."""
     for attributes in ({}, {"LossyImageCompression": "00"}):

@@ -8,6 +8,7 @@ import pydicom
 import pytest
 from command import run
 from dicom_samples import SECRET, dicom, identified, real_file
+from dicom_samples import item as sequence
 from PIL import Image
 from pydicom.uid import CTImageStorage, EnhancedSRStorage
 
@@ -109,6 +110,14 @@ def test_names_of_other_character_sets_are_written_as_utf8(tmp_path, name, chars
         assert (report.PatientName, report.StudyDate) == (name, "2004.01.19")
     assert report.SpecificCharacterSet == "ISO_IR 192"
     assert name.encode() in (tmp_path / "report.dcm").read_bytes()
+
+
+def test_how_it_was_deidentified_is_said_in_utf8(tmp_path):
+    code = sequence(CodeValue="113100", CodingSchemeDesignator="DCM", CodeMeaning="Größe")
+    removed = {"PatientIdentityRemoved": "YES", "DeidentificationMethodCodeSequence": code}
+    report = written(tmp_path, dicom(GREY, **identified(SpecificCharacterSet="ISO_IR 100", **removed)))
+    assert report.PatientIdentityRemoved == "YES"
+    assert [one.CodeMeaning for one in report.DeidentificationMethodCodeSequence] == ["Größe"]
 
 
 def test_names_that_the_source_lacks_are_empty(tmp_path):
