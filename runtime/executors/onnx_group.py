@@ -88,13 +88,17 @@ class OnnxGroup:
 
     def _reserve(self, length: int) -> None:
         kept = max((member.length for member in self._members), default=0)
-        if self._caches.reserve(max(length, kept), kept):
+        if self._caches.reserve(max(length, kept), kept, len(self._members)):
             self._bound.clear()
             return_freed_memory()
 
     def _leave(self, member: OnnxMember) -> None:
-        """The last one takes its place."""
+        """The last one takes its place; and of the last one nothing stays."""
         place, last = self._members.index(member), self._members.pop()
         if last is not member:
             self._caches.restore(self._caches.rows(last.length, len(self._members)), place)
             self._members[place] = last
+        if not self._members:
+            self._bound.clear()
+            self._caches.release()
+            return_freed_memory()

@@ -45,8 +45,11 @@ class Caches:
     def size_bytes(self) -> int:
         return sum(buffer.size_bytes for buffer in self.buffers.values())
 
-    def reserve(self, length: int, kept: int) -> bool:
-        """Have room for `length` tokens each; whether that took new buffers, which hold what the first `kept` left."""
+    def reserve(self, length: int, kept: int, sequences: int = 1) -> bool:
+        """Have room for `length` tokens each; whether that took new buffers.
+
+        These hold what the first `kept` tokens of the first `sequences` left; memory that was never used stays so.
+        """
         if length <= self.capacity:
             return False
         self.capacity = -(-length // self._step_tokens) * self._step_tokens
@@ -54,9 +57,14 @@ class Caches:
         for name, value in self._values.items():
             grown = _zeros(tuple(int(sizes.get(size, size)) for size in value.shape), np.dtype(value.type))
             if kept:
-                grown[:, :, :kept] = self.buffers[name].read()[:, :, :kept]
+                grown[:sequences, :, :kept] = self.buffers[name].read()[:sequences, :, :kept]
             self.buffers[name] = Buffer(grown, self._device)
         return True
+
+    def release(self) -> None:
+        """Give all memory back."""
+        self.buffers.clear()
+        self.capacity = 0
 
     def first(self, sequences: int) -> dict[str, Buffer]:
         """Those of the first sequences alone, in the same memory, which must be the CPU's."""

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peer import ASK, Peer
 
-from healthgpt_edge import Sampling, load
+from healthgpt_edge import Sampling, load, machine
 from healthgpt_edge.errors import Cancelled, GenerationError, ImageError
 from healthgpt_edge.executors.onnx_group import OnnxGroup
 from healthgpt_edge.images import read_image
@@ -254,6 +254,24 @@ def test_an_executor_without_groups_does_them_one_by_one(session, monkeypatch):
     together = session.together()
     ask(together, COM, draft="lookup")
     assert done(together)[COM.name].result.token_ids == COM.record["output_ids"]
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+def test_places_that_nobody_takes_take_no_memory(session):
+    """Nor do those that all have left; a group has memory for as many as are in it, and gives it back."""
+    before = machine.proportional_memory()
+    group = session.executor.group("generation", 64)
+    contexts = [session.executor.context("generation", None) for _ in range(2)]
+    for context in contexts:
+        context.forward(np.arange(250))
+    with group.join(contexts[0]) as first, group.join(contexts[1]) as second:
+        for token_id in range(300):  # so that the caches grow
+            group.forward({first: token_id, second: token_id}, ())
+        places = group._caches.size_bytes
+        assert machine.proportional_memory() - before < places / 8
+    assert group._caches.size_bytes == 0
 
 
 # --- for a peer -----------------------------------------------------------------------------------------------------
