@@ -260,7 +260,8 @@ void AddBlockInPlace(const Matrix& matrix, const Input& input, int64_t block, co
         const uint8_t* last = from + (tiles - 1) * width;
         tile = tiles - !IsWhole<storage>(matrix, last, stride, 8, TileColumns(part, tiles - 1));
         const auto add = Pick(rows, AddPackedChannels<Simd, 1>, AddPackedChannels<Simd, 2>, AddPackedChannels<Simd, 3>,
-                              AddPackedChannels<Simd, 4>, AddPackedChannels<Simd, 5>, AddPackedChannels<Simd, 6>);
+                              AddPackedChannels<Simd, 4>, AddPackedChannels<Simd, 5>, AddPackedChannels<Simd, 6>,
+                              AddPackedChannels<Simd, 7>, AddPackedChannels<Simd, 8>);
         add(from, stride, {next, next_stride}, next_tile, tile, x + channel, size, waiting);
       }
     }

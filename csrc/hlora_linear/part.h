@@ -21,7 +21,7 @@ constexpr int kRowsAtOnce = Simd::kRegisters >= 32 ? 3 : 6;
 constexpr int kSumsAtOnce = Simd::kRegisters >= 32 ? kVectors : 2;
 constexpr int64_t kFloatRowsAtOnce = 6;  // with fewer vectors each (SumsPerRow)
 // For as many or fewer, threads share the splits of the channels.
-constexpr int64_t kRowsBySplit = Simd::kRegisters >= 32 ? 12 : 6;
+constexpr int64_t kRowsBySplit = Simd::kRegisters >= 32 ? 12 : 8;
 constexpr int64_t kFloatBlock = 64;        // channels of a tile of floats
 constexpr int64_t kChannelsAhead = 8;      // fetched before they are read, by few rows of a wide matrix;
 constexpr int64_t kBytesAhead = 24 << 10;  // of one whose rows in the file are shorter than kWideBytes;
@@ -37,7 +37,7 @@ constexpr bool IsInteger(Storage storage) { return storage == Storage::kInt4 || 
 // As many rows or fewer go over a matrix as it lies in the file. Where pairs are added, unpacking saves less, and makes
 // two tiles of one of 8 bits.
 constexpr int64_t FewRows(Storage storage) {
-  return !kInPairs || !IsInteger(storage) ? 3 : storage == Storage::kInt4 ? 6 : 16;
+  return !kInPairs || !IsInteger(storage) ? 3 : storage == Storage::kInt4 ? 8 : 16;
 }
 int64_t BlockOf(const Matrix& matrix) { return IsInteger(matrix.storage) ? matrix.block_size : kFloatBlock; }
 int64_t BlocksOf(const Matrix& matrix) { return CeilDivide(matrix.channels, BlockOf(matrix)); }

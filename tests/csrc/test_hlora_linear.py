@@ -146,7 +146,7 @@ def test_a_row_depends_neither_on_the_others_nor_on_the_threads(storage, target)
     together = run(x, 1)
     for threads in (2, 3, 4):
         np.testing.assert_array_equal(run(x, threads), together)
-    for count in (1, 2, 3, 4, 5, 6, 7, 11, 13, 24):
+    for count in (1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 13, 24):
         parts = [run(x[row : row + count], 1 + row % 2) for row in range(0, len(x), count)]
         np.testing.assert_array_equal(np.concatenate(parts), together)
 
