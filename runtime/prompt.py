@@ -32,34 +32,27 @@ SPACE_SYMBOL = "▁"
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """The text before and after the user's words; a picture stands between `head` and the words.
-
-    skip_special: whether the original prints answers without special tokens (`Tokenizer.decode`).
-    """
+    """The text before and after the user's words; a picture stands between `head` and the words."""
 
     head: str
     tail: str
-    skip_special: bool
 
 
 TEMPLATES = {
     "phi3": Template(
         "<|system|>\nYou are a helpful AI assistant.<|end|>\n<|user|>\n",
         "<|end|>\n<|assistant|>\n",
-        skip_special=True,
     ),
     "phi4": Template(
         "<|im_start|>system<|im_sep|>\n"
         "You are a medieval knight and must provide explanations to modern people.<|im_end|>\n"
         "<|im_start|>user<|im_sep|>\n",
         "<|im_end|>\n<|im_start|>assistant<|im_sep|>\n",
-        skip_special=True,
     ),
     "qwen": Template(
         "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
         "<|im_start|>user\n",
         "<|im_end|>\n<|im_start|>assistant\n",
-        skip_special=True,
     ),
 }
 

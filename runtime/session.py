@@ -129,8 +129,7 @@ class Session:
     def answering(self, request: Request, on_text: Callable[[str], None] | None = None) -> Steps[Answer]:
         """What `answer` does, pass by pass."""
         clock = Clock()
-        skip_special = TEMPLATES[self.bundle.manifest.template].skip_special
-        streamer = self.tokenizer.streamer(skip_special=skip_special)
+        streamer = self.tokenizer.streamer(skip_special=True)  # as the original prints answers
         stop_ids = frozenset(self.bundle.manifest.decoding.stop_ids)
         held_back: list[str] = []
         write = held_back.append if request.certify else on_text
@@ -144,7 +143,7 @@ class Session:
             for piece in filter(None, [*held_back, streamer.end()]):
                 on_text(piece)
         kept = run.ids[:-1] if run.ids and run.ids[-1] in stop_ids else run.ids
-        return Answer(**self._report(run, clock), text=self.tokenizer.decode(kept, skip_special=skip_special))
+        return Answer(**self._report(run, clock), text=self.tokenizer.decode(kept, skip_special=True))
 
     def generate(
         self,
