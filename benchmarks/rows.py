@@ -9,18 +9,15 @@ is accepted does, so it is assumed: a power of the rows, 0.5 to 0.7 on the train
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import time
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 
-from healthgpt_edge import load, machine
+from healthgpt_edge import load
 from healthgpt_edge.bench import summary
-from healthgpt_edge.session import GENERATION
+
+from .passes import options, save
 
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 EXPONENTS = (0.5, 0.6, 0.7)
@@ -45,14 +42,7 @@ def time_rows(path: Path, task: str, context_tokens: int, repeat: int, threads: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("--task", default=GENERATION)
-    parser.add_argument("--context", type=int, default=700, help="tokens before the rows")
-    parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=machine.cores())
-    parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
-    arguments = parser.parse_args()
+    arguments = options(__doc__).parse_args()
     samples_ms = time_rows(arguments.bundle, arguments.task, arguments.context, arguments.repeat, arguments.threads)
     medians = {rows: float(np.median(samples)) for rows, samples in samples_ms.items()}
     print(f"| rows | ms | of one row | {' | '.join(f'times as fast at rows^{power}' for power in EXPONENTS)} |")
@@ -63,18 +53,7 @@ def main() -> None:
         gains = {str(power): rows**power / cost for power in EXPONENTS}
         print(f"| {rows} | {median_ms:.2f} | {cost:.2f} | {' | '.join(f'{gain:.2f}' for gain in gains.values())} |")
         rows_json.append({"rows": rows, "cost": cost, "gain_by_exponent": gains, **summary(samples_ms[rows])})
-    if arguments.out:
-        report = {
-            "machine": machine.description(),
-            "versions": {"python": platform.python_version(), "onnxruntime": onnxruntime.__version__},
-            "bundle": arguments.bundle.resolve().name,
-            "task": arguments.task,
-            "context": arguments.context,
-            "threads": arguments.threads,
-            "rows": rows_json,
-        }
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    save(arguments, "rows", rows_json)
 
 
 if __name__ == "__main__":

@@ -9,20 +9,17 @@ what a pass costs does not depend on what sequences say. Each takes memory for i
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import sys
 import time
 from contextlib import ExitStack
-from pathlib import Path
 
 import numpy as np
-import onnxruntime
 
-from healthgpt_edge import load, machine
+from healthgpt_edge import load
 from healthgpt_edge.bench import summary
-from healthgpt_edge.session import GENERATION, Session
+from healthgpt_edge.session import Session
+
+from .passes import options, save
 
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16)
 
@@ -52,14 +49,8 @@ def time_passes(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("--task", default=GENERATION)
-    parser.add_argument("--context", type=int, default=700, help="tokens of each sequence before the pass")
+    parser = options(__doc__)
     parser.add_argument("--most", type=int, default=8, help="sequences at most")
-    parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=machine.cores())
-    parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
     arguments = parser.parse_args()
     session = load(arguments.bundle, tasks=(arguments.task,), threads=arguments.threads, verify=False)
     if session.group(arguments.task, 2) is None:
@@ -74,18 +65,7 @@ def main() -> None:
         cost, rate = median_ms / one_ms, size / median_ms * 1e3
         print(f"| {size} | {median_ms:.2f} | {cost:.2f} | {rate:.1f} | {size / cost:.2f} |")
         sizes_json.append({"sequences": size, "cost": cost, "tokens_per_second": rate, **summary(samples)})
-    if arguments.out:
-        report = {
-            "machine": machine.description(),
-            "versions": {"python": platform.python_version(), "onnxruntime": onnxruntime.__version__},
-            "bundle": arguments.bundle.resolve().name,
-            "task": arguments.task,
-            "context": arguments.context,
-            "threads": arguments.threads,
-            "passes": sizes_json,
-        }
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    save(arguments, "passes", sizes_json)
 
 
 if __name__ == "__main__":

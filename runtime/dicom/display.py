@@ -46,8 +46,8 @@ def grayscale(
     elif tables := display.get("VOILUTSequence"):
         first_value, entries, bits = _table(tables[0].get("LUTDescriptor"), tables[0].get("LUTData"), dataset)
         if bits == 16:
-            # Agfa and others mean the 16 bits that an entry is stored in, and use 12 of them: dark. Cornerstone, too, goes
-            # by the largest entry.
+            # Agfa and others mean the 16 bits that an entry is stored in, and use 12 of them: dark. Cornerstone goes by
+            # the largest entry, too.
             bits = max(8, int(entries.max()).bit_length())
         levels = _look_up(values, first_value, entries) * (255 / ((1 << bits) - 1))
     else:

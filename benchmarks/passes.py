@@ -1,0 +1,40 @@
+"""What the benchmarks of single passes share: their options, and the file that they write."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+
+from healthgpt_edge import machine
+from healthgpt_edge.session import GENERATION
+
+
+def options(description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--task", default=GENERATION)
+    parser.add_argument("--context", type=int, default=700, help="tokens of each sequence before the pass")
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=machine.cores())
+    parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
+    return parser
+
+
+def save(arguments: argparse.Namespace, name: str, passes: list[dict[str, Any]]) -> None:
+    """Write machine, settings and `passes`, under that name, to `--out` if there is one."""
+    if not arguments.out:
+        return
+    report = {
+        "machine": machine.description(),
+        "versions": {"python": platform.python_version(), "onnxruntime": onnxruntime.__version__},
+        "bundle": arguments.bundle.resolve().name,
+        **{setting: getattr(arguments, setting) for setting in ("task", "context", "threads")},
+        name: passes,
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
