@@ -269,7 +269,8 @@ def _assemble(config: Fields, model: tokenizers.Tokenizer, added: _AddedTokens, 
     if overlapping is not None:
         raise config.error("added_tokens_decoder", "tokens that cannot begin inside another", overlapping)
     document = json.loads(model.to_str()) | {"added_tokens": added.entries}
-    tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(document)), Options.parse(options))
+    whole = tokenizers.Tokenizer.from_str(json.dumps(document))
+    tokenizer = Tokenizer(whole, whole.get_added_tokens_decoder(), Options.parse(options))
     for content, token_id in added.ids.items():
         # The library numbers new tokens itself, in order: a gap or a repeated id shows here.
         if tokenizer.added_id(content) != token_id or tokenizer.model.token_to_id(content) != token_id:
@@ -284,7 +285,7 @@ def _compare_with_slow(tokenizer: Tokenizer, folder: Path, slow_class: str) -> N
     except Exception as error:  # whatever transformers makes of settings that we do not read
         raise CheckpointError(f"{label(folder)}: expected {slow_class} to load, found {one_line(error)}") from error
     source = random.Random(0)
-    vocabulary = tokenizer.model.get_vocab()
+    vocabulary = tokenizer.vocabulary()
     pieces, all_ids = [*sorted(vocabulary), *PROBES], sorted(vocabulary.values())
     mixed = ("".join(source.choices(pieces, k=source.randint(1, 12))) for _ in range(RANDOM_PROBES))
     for number, text in enumerate((*PROBES, *mixed)):

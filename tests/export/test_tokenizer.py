@@ -158,7 +158,7 @@ def test_words_equal_the_slow_tokenizer(pair):
 
 def test_every_id_and_token_is_the_same(pair):
     fast, slow = pair
-    assert fast.model.get_vocab() == slow.get_vocab()
+    assert fast.vocabulary() == slow.get_vocab()
     assert fast.special == frozenset(slow.all_special_ids)
     assert list(fast.begin) == slow.encode("")
 

@@ -91,7 +91,7 @@ def test_the_text_is_what_the_original_printed(golden_bundle, case):
         return
     # Here the original prints special tokens and cuts eight characters, whatever the run stopped at.
     ids, stops = case.record["output_ids"], Bundle.open(bundle).manifest.decoding.stop_ids
-    stop = f" {tokenizer_of(bundle).model.id_to_token(ids[-1])}" if ids[-1] in stops else ""
+    stop = f" {tokenizer_of(bundle).text_of(ids[-1])}" if ids[-1] in stops else ""
     assert (text + stop)[:-CUT_CHARACTERS] == printed(case)
 
 

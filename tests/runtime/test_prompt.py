@@ -100,7 +100,7 @@ def test_image_typed_by_the_user_is_text(tokenizers, variant):
 
 def test_image_typed_by_the_user_has_known_ids(tokenizers):
     ids = tokenizers["m3"].encode("<image>")
-    assert [tokenizers["m3"].model.id_to_token(i) for i in ids] == ["▁", "<0x3C>", "i", "mage", "<0x3E>"]
+    assert [tokenizers["m3"].text_of(i) for i in ids] == ["▁", "<0x3C>", "i", "mage", "<0x3E>"]
 
 
 def test_added_tokens_typed_by_the_user_are_tokens(tokenizers):
@@ -149,7 +149,7 @@ def test_bad_questions(tokenizers, arguments, message):
 def some_ids(tokenizer, count):
     """Lists of ids with many bytes that are no character and many added tokens."""
     source = random.Random(7)
-    everything, added = sorted(tokenizer.model.get_vocab().values()), sorted(tokenizer.added)
+    everything, added = sorted(tokenizer.vocabulary().values()), sorted(tokenizer.added)
     for _ in range(count):
         pools = source.choices([everything, added, range(3, 259)], [2, 1, 2], k=source.randint(0, 12))
         yield [source.choice(pool) for pool in pools]
