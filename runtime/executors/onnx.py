@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
@@ -143,7 +144,7 @@ class OnnxExecutor:
                 settings = settings | {"use_tf32": "0"}
             # Without onnxruntime's own way of falling back, which is to print and to go on with the CPU.
             providers = [(self._device.provider, settings)]
-            return onnxruntime.InferenceSession(str(path), options, providers=providers, enable_fallback=False)
+            return onnxruntime.InferenceSession(_Encoded(path), options, providers=providers, enable_fallback=False)
 
         if role == "language" and self._has_graphs:
             try:
@@ -227,6 +228,16 @@ class OnnxExecutor:
             raise
         except Exception as error:
             raise ExecutorError(f"ONNX Runtime failed in the {role} graph of {task}: {first_line(error)}") from error
+
+
+class _Encoded(os.PathLike[bytes]):
+    """A path as the system has it: as text it may be none, in a locale that is not UTF-8."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __fspath__(self) -> bytes:
+        return os.fsencode(self._path)
 
 
 def _load_cuda() -> None:
