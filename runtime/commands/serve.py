@@ -11,6 +11,7 @@ import typer
 from ..errors import HealthGPTError
 from .loading import load_session
 from .options import BundlePath, Device, ExecutorName, Kernels, Threads, Verify
+from .output import note
 
 
 def serve(
@@ -41,7 +42,8 @@ def serve(
         kernels=kernels,
         prefix_cache_bytes=keep_pictures << 20,
     )
-
+    if together > 1 and any(session.group(task, together) is None for task in session.bundle.manifest.tasks):
+        note("requests are done one by one: this executor takes one sequence a pass, or rounds by how many there are")
     # Who asks may be gone, as at the end of stdin.
     with suppress(ConnectionError):
         Server(session, sys.stdin.fileno(), sys.stdout.fileno(), together).run()

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from peer import ASK, QUESTION, line, process
 
 from healthgpt_edge import load, read_study
+from healthgpt_edge.commands.serve import serve
 from healthgpt_edge.errors import GenerationError
 from healthgpt_edge.images import read_image
 from healthgpt_edge.serving import Server, channel
@@ -444,6 +445,21 @@ def test_too_little_memory_is_an_error_of_that_request(session, monkeypatch):
 
 
 # --- the process ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_requests_that_cannot_be_done_together_are_not_without_a_word(golden_bundle, monkeypatch, capsys, grouped):
+    """Said once, before the first request; stdout stays the peer's."""
+    monkeypatch.setattr(
+        "healthgpt_edge.session.sequences_agree", lambda executor, task: grouped or task == "generation"
+    )
+    monkeypatch.setattr("healthgpt_edge.serving.Server.run", lambda server: None)
+    with Path(os.devnull).open() as source, Path(os.devnull).open("w") as target:
+        monkeypatch.setattr(sys, "stdin", source)
+        monkeypatch.setattr(sys, "stdout", target)
+        serve(golden_bundle("m3"), together=2, threads=1, verify=False)
+    said = capsys.readouterr().err
+    assert ("requests are done one by one" in said) == (not grouped)
 
 
 def test_the_process_ends_with_its_requests(golden_bundle):
