@@ -70,7 +70,6 @@ class _Rest(NamedTuple):
     """What is left to do after a prefill, whose logits [1, rows] are these."""
 
     logits: np.ndarray
-    prompt_tokens: int
     max_new_tokens: int
     grammar: Callable[[], Grammar]
     drafter: Drafter | None
@@ -253,7 +252,7 @@ class Session:
         prefix = self._prefix(task, spliced, pixels)
         request.check_wanted()
         context, logits, reused_tokens = self._prefilled(request, spliced, pixels, prefix, clock)
-        rest = _Rest(logits, len(spliced), max_new_tokens, grammar, drafter, clock, on_token)
+        rest = _Rest(logits, max_new_tokens, grammar, drafter, clock, on_token)
         if group:
             with group.join(context) as sequence:
                 if prefix:  # what was read is in the group now: the next question may begin with it, too
@@ -307,6 +306,7 @@ class Session:
         """Decode after a prefill, and once more without drafts where that is to be certified."""
         manifest = self.bundle.manifest
         first_logit = 0 if request.faithful else manifest.tasks[request.task].first_logit
+        prompt_tokens = sequence.length
 
         def decoded(drafter: Drafter | None, on_token: Callable[[int], None]) -> Steps[Decoded]:
             return decoding(
@@ -327,7 +327,7 @@ class Session:
         with rest.clock.stage("decode"):
             made = yield from decoded(rest.drafter, rest.on_token)
         if request.certify and rest.drafter is not None and rest.drafter.drafted:
-            sequence.length = rest.prompt_tokens
+            sequence.length = prompt_tokens
             with rest.clock.stage("certify"):
                 plain = yield from decoded(None, lambda token_id: None)
             _check_equal(made.ids, plain.ids)
