@@ -1,4 +1,4 @@
-"""Checkpoint: every part of a release, opened, compared with the others, and handed out tensor by tensor."""
+"""Checkpoint: opens every part of a release, checks that the parts fit each other, and gives out their tensors."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from .vqgan import MAX_CODES, VqConfig, find_file, is_training_state, read_vqgan
 
 
 class Checkpoint:
-    """A released system: configurations as attributes, tensors by name, nothing in memory until asked for.
+    """A released system: configurations as attributes, tensors by name, read only when asked for.
 
-    `template` is the prompt template, `tokens` the ids of the added image tokens (None where none are added),
-    `tasks` the task configurations by name.
+    `template` is the prompt template, `tokens` the ids of the added image tokens (None if none are added), `tasks` the
+    task configurations by name.
     """
 
     def __init__(
@@ -51,8 +51,8 @@ class Checkpoint:
         self._plugins = plugins
         self.tokens: SpecialTokens | None = self._special_tokens(codes)
         if self.template != "qwen":
-            # The original always adds tokens here and writes the mean over every row from the tokenizer's size on, old
-            # padding rows too. Where their number is unknown they are left out: a mean is never the greatest logit.
+            # The original always adds tokens here. It sets every row from the tokenizer's size on to the mean row, old
+            # padding rows too. Where their number is unknown they are left out: a mean never has the greatest logit.
             added = 0 if self.tokens is None else self.tokens.codes + MARKERS
             self.language = replace(self.language, vocab=self._tokenizer_size + added)
         self.generation = read_generation(base, self.language.vocab)
@@ -93,11 +93,11 @@ class Checkpoint:
         hlora_alpha: float | None = None,
         codes: int | None = None,
     ) -> Checkpoint:
-        """Open and check the files of a release; any fault is a CheckpointError naming file, key, expected, found.
+        """Open and check the files of a release. Any fault is a CheckpointError that names file, key, expected, found.
 
-        base, vision: Hugging Face folders; comprehension, generation, fusion: plugin files; vqgan: the folder of
-        model.yaml and last.ckpt; hlora_alpha: alpha of the plugins (twice the rank if None); codes: the size of the
-        code vocabulary, needed only to add the image tokens to a release whose files do not tell it.
+        base, vision: Hugging Face folders. comprehension, generation, fusion: plugin files. vqgan: the folder of
+        model.yaml and last.ckpt. hlora_alpha: alpha of the plugins (None: twice the rank). codes: the number of codes,
+        needed only to add the image tokens to a release whose files do not tell it.
         """
         if comprehension is None and generation is None:
             raise CheckpointError("expected a comprehension or a generation plugin, found neither")
@@ -135,7 +135,7 @@ class Checkpoint:
                 part.close()
 
     def provenance(self) -> dict[str, list[str]]:
-        """The names of what this was read from, by role; no paths, which would tell about the exporting machine."""
+        """The names of the files this was read from, by role. No paths: they would tell about the exporting machine."""
         names = {"base": [label(self.base_dir)], "vision": [label(self._vision_dir)]}
         names |= {task: [label(source.path) for source in plugin.sources] for task, plugin in self._plugins.items()}
         return names
@@ -154,14 +154,14 @@ class Checkpoint:
         return reduce, expand, router
 
     def task_owns(self, task: str, name: str) -> bool:
-        """Whether a plugin file of the task carries `name`; otherwise it comes from the base, for every task."""
+        """Whether a plugin file of the task has `name`; otherwise it is the base's, for every task."""
         return self._plugin(task).owns(name)
 
     def task_tensor(self, task: str, name: str) -> torch.Tensor:
         """`mm_projector.{0,2}.{weight,bias}`, `embed_tokens.weight` or `lm_head.weight` as the task sees it.
 
-        Vocabulary rows that no plugin carries are the base's; the added ones, and old padding rows where they begin,
-        are the mean of the tokenizer's rows (float32 then, [vocab, hidden]).
+        Vocabulary rows that no plugin has are the base's. Where tokens are added, their rows, which may be old padding
+        rows, are the mean of the tokenizer's rows, and the table is float32 [vocab, hidden].
         """
         plugin = self._plugin(task)
         if plugin.owns(name) or name not in ROWS:
@@ -198,7 +198,7 @@ class Checkpoint:
             raise CheckpointError(f"{key}: expected the name of a tensor of this release, found none such") from error
 
     def _special_tokens(self, asked: int | None) -> SpecialTokens | None:
-        """The image tokens, their number told by the VQGAN, the plugins' vocabulary rows and the caller alike."""
+        """The image tokens. VQGAN, vocabulary rows of the plugins and caller must agree on their number."""
         if self.template == "qwen":
             # Qwen's system adds no tokens: its rows are the base's, and it draws no pictures.
             if asked is not None or self.vq is not None or "generation" in self._plugins:

@@ -1,4 +1,4 @@
-"""Typed access to the values of a configuration file, each checked against its bounds."""
+"""Typed access to the values of a configuration file, with bounds checked."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Fields:
 
     def error(self, key: str, expected: str, found: object) -> CheckpointError:
         name = (self.prefix + key).rstrip(".")
-        # Not repr: a YAML file of aliases can be a billion values long when written out.
+        # Not repr: written out, a YAML file of aliases can be a billion values long.
         return CheckpointError(f"{label(self.path)}: {name}: expected {expected}, found {reprlib.repr(found)}")
 
     def section(self, key: str) -> Fields:

@@ -1,4 +1,4 @@
-"""Reading one released file at a time: where its tensors are, one tensor when asked, and nothing that runs code."""
+"""Read a released file: where its tensors are, and one tensor when asked; never code."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "
 
 
 def label(path: Path) -> str:
-    """A file as messages name it: its folder and name, enough to tell the base's config.json from CLIP's."""
+    """A file's name in messages: folder and name, enough to tell the base's config.json from CLIP's."""
     return str(Path(path.parent.name) / path.name)
 
 
 def require_file(path: Path) -> Path:
-    """`path` if it is a file that may be read, otherwise a CheckpointError."""
+    """`path`, if it is a file that may be read. Raises CheckpointError otherwise."""
     try:
         if not path.is_file():
             raise CheckpointError(f"{label(path)}: expected a file, found {'a folder' if path.is_dir() else 'nothing'}")
@@ -72,7 +72,7 @@ class Entry:
 
 
 class TensorSource(ABC):
-    """Named tensors of one release part; `entries` is known at once, values only when read."""
+    """Named tensors of one part of a release. `entries` is known at once; values are read when asked for."""
 
     path: Path
     entries: Mapping[str, Entry]
@@ -83,7 +83,7 @@ class TensorSource(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files."""
 
     def require(
         self, expected: Mapping[str, tuple[int, ...]], ignored: Callable[[str], bool] = lambda key: False
@@ -116,7 +116,7 @@ def require_tensor(key: str, entry: Entry, shape: tuple[int, ...]) -> None:
 
 
 def require_finite(path: Path, key: str, tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` if every value is finite. The extremes decide: a NaN spreads to both, and no copy is made."""
+    """`tensor`, if every value is finite. Minimum and maximum decide: a NaN spreads to both, and nothing is copied."""
     if tensor.numel() and not all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor)):
         raise CheckpointError(f"{label(path)}: {key}: expected finite values, found NaN or infinity")
     return tensor

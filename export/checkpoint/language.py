@@ -23,7 +23,7 @@ QWEN2_LINEARS = (
     "mlp.up_proj",
     "mlp.down_proj",
 )
-# What greedy decoding of one sequence heeds, and what has no say in it: sampling, beams, limits that the caller sets.
+# Settings that greedy decoding of one sequence obeys, or that do not affect it: sampling, beams, the caller's limits.
 GENERATION_KEYS = (
     "_from_model_config",
     "bos_token_id",
@@ -51,8 +51,8 @@ GENERATION_KEYS = (
 class LanguageConfig:
     """The decoder's dimensions.
 
-    `vocab` counts rows after the new tokens, `base_vocab` those of the base. With a `sliding_window` of w a position
-    sees itself and the w positions before it. `tied`: the base's head is its embedding.
+    `base_vocab` counts the base's vocabulary rows, `vocab` those with the added tokens. With a `sliding_window` of w, a
+    position sees itself and the w positions before it. `tied`: the base's head is its embedding.
     """
 
     architecture: Architecture
@@ -97,14 +97,14 @@ class LanguageConfig:
 
 @dataclass(frozen=True, slots=True)
 class GenerationConfig:
-    """What greedy decoding keeps of the base's defaults."""
+    """The base's default settings that greedy decoding obeys."""
 
     eos_ids: tuple[int, ...]
     repetition_penalty: float
 
 
 def read_language(base: Path, vocab: int | None = None) -> LanguageConfig:
-    """config.json of the base; every setting that would change the arithmetic and is not implemented is refused."""
+    """Read config.json of the base. Settings that would change the arithmetic and are not implemented are refused."""
     fields = Fields(base / "config.json", read_json(base / "config.json"))
     architecture: Architecture = fields.require("model_type", "phi3", "qwen2")
     fields.require("hidden_act", "silu")
@@ -146,7 +146,7 @@ def read_language(base: Path, vocab: int | None = None) -> LanguageConfig:
 
 
 def _rope_theta(fields: Fields) -> float:
-    """The base of the rotary angles, which nothing may scale; transformers 5 writes it into `rope_parameters`."""
+    """The base of the rotary angles. Scaling is refused. transformers 5 writes it into `rope_parameters`."""
     place = fields
     for key in ("rope_scaling", "rope_parameters"):
         if fields.values.get(key) is not None:
@@ -160,7 +160,7 @@ def _rope_theta(fields: Fields) -> float:
 
 
 def read_generation(base: Path, vocab: int) -> GenerationConfig:
-    """generation_config.json of the base: settings of sampling are left out, others that change a token refused."""
+    """Read generation_config.json of the base. Sampling settings are ignored; others that change a token refused."""
     fields = Fields(base / "generation_config.json", read_json(base / "generation_config.json"))
     fields.only(GENERATION_KEYS)
     return GenerationConfig(

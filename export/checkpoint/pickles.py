@@ -1,4 +1,4 @@
-"""Tensors in torch's own files, read without running anything that such a file may ask for."""
+"""Tensors in torch's own files (pickles), read without running any code in them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from .files import Entry, TensorSource, label, one_line, require_file, require_f
 
 # The pickled description of the tensors, without their values; XL32's plugin needs about 200 kB.
 MAX_PICKLE_BYTES = 64 << 20
-# A mapped page stays in the process's resident memory once touched, so a mapping is renewed after this many bytes.
+# Mapped pages stay resident once touched, so a mapping is renewed after this many bytes.
 RENEW_MAPPING_BYTES = 64 << 20
 
-# What a Lightning file names beside its weights: callbacks, schedulers, hyperparameters. Never imported.
+# Packages that a Lightning file names beside its weights (callbacks, schedulers, hyperparameters). Never imported.
 TRAINING_PACKAGES = frozenset(
     {"argparse", "lightning", "lightning_fabric", "numpy", "omegaconf", "pathlib", "pytorch_lightning", "taming"}
 )
@@ -29,7 +29,7 @@ TRAINING_TYPES = frozenset(
 
 
 class Inert:
-    """Stands for an object of a training framework: takes any arguments and any state, does nothing."""
+    """Stands in for an object of a training framework: accepts any arguments and state, does nothing."""
 
     def __init__(self, *_: object) -> None: ...
 
@@ -37,25 +37,25 @@ class Inert:
 
 
 def empty(*_: object) -> dict[str, object]:
-    """Stands for collections.defaultdict, which omegaconf keeps beside every hyperparameter."""
+    """Stands in for collections.defaultdict, which omegaconf keeps beside every hyperparameter."""
     return {}
 
 
 def stand_in(name: str) -> tuple[Callable[..., object], str] | None:
-    """What stands for the global `name` in a Lightning file, or None if the name has no business there."""
+    """What stands in for the global `name` of a Lightning file; None if the name does not belong there."""
     if name == "collections.defaultdict":
         return empty, name
     if name.split(".")[0] not in TRAINING_PACKAGES and name not in TRAINING_TYPES:
         return None
-    # torch sets items on plain dictionaries only, and hyperparameters come as a subclass.
+    # torch sets items only on plain dictionaries, but hyperparameters come as a subclass.
     return (OrderedDict if name.endswith("Dict") else Inert), name
 
 
 class PickleSource(TensorSource):
-    """A torch file read with weights_only and mapped; the tensors of `section`, or of the top level.
+    """A mapped torch file, read with weights_only: the tensors of `section`, or of the top level.
 
-    With `lightning`, classes of the training frameworks are read as `Inert` objects, nothing being imported. Every
-    other global that torch does not allow, in any file, is a CheckpointError.
+    With `lightning`, classes of training frameworks become `Inert` objects; nothing is imported. Any other global that
+    torch does not allow raises a CheckpointError.
     """
 
     def __init__(self, path: Path, section: str | None = None, lightning: bool = False) -> None:
@@ -92,7 +92,7 @@ class PickleSource(TensorSource):
                 content = torch.load(str(self.path), map_location="cpu", weights_only=True, mmap=True)
         except CheckpointError:
             raise
-        except Exception as error:  # whatever a hostile or damaged file makes the reader raise, it is the file's fault
+        except Exception as error:  # a hostile or damaged file can make the reader raise anything
             raise CheckpointError(f"{label(self.path)}: expected a torch file, found {one_line(error)}") from error
         if self._section is not None:
             if not isinstance(content, dict) or self._section not in content:
@@ -126,7 +126,7 @@ def check_archive(path: Path) -> None:
 
 
 def require_tensors(path: Path, content: object) -> dict[str, torch.Tensor]:
-    """`content` if it is a flat dictionary of names to plain dense tensors."""
+    """`content`, if it is a flat dictionary of names to plain dense tensors. Raises CheckpointError otherwise."""
     if not isinstance(content, dict):
         raise CheckpointError(f"{label(path)}: expected a dictionary of tensors, found {type(content).__name__}")
     for key, tensor in content.items():

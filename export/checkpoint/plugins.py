@@ -1,4 +1,4 @@
-"""The H-LoRA plugins: one task's adapters, projector and perhaps vocabulary rows, out of one or two files."""
+"""The H-LoRA plugins: the adapters, projector and perhaps vocabulary rows of one task, from one or two files."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ _ADAPTER = re.compile(r"model\.layers\.(\d{1,4})\.(\w+\.\w+)\.(lora_A|lora_B|lor
 
 
 def released_key(name: str) -> str:
-    """The key in a plugin of one of task_tensor's names."""
+    """The key in a plugin file for one of the names of Checkpoint.task_tensor."""
     return PREFIX + name if name.startswith("lm_head.") else f"{PREFIX}model.{name}"
 
 
 def adapter_key(layer: int, linear: str, part: str) -> str:
-    """The key in a plugin of one matrix of an adapter."""
+    """The key in a plugin file for one matrix of an adapter."""
     return f"{PREFIX}model.layers.{layer}.{linear}.{part}.weight"
 
 
 @dataclass(frozen=True, slots=True)
 class TaskConfig:
-    """One task's adapter sizes; `vision_layers` is how many CLIP layers its features come from."""
+    """One task's adapter sizes. `vision_layers` is the number of CLIP layers that its features pass through."""
 
     name: Task
     rank: int
@@ -46,12 +46,12 @@ class TaskConfig:
 
     @property
     def scaling(self) -> float:
-        """What B's product is multiplied with: alpha / rank * experts."""
+        """The factor of B's product: alpha / rank * experts."""
         return self.alpha / self.rank * self.experts
 
 
 class Plugin:
-    """The union of a task's files; where two carry the same key, the later one wins, as in the original."""
+    """The union of a task's files. Where both have a key, the later one wins, as in the original."""
 
     def __init__(self, task: Task, adapters: Path, fusion: Path | None = None) -> None:
         self.task = task
@@ -76,7 +76,7 @@ class Plugin:
         return self._owner[key].read(key)
 
     def rows(self) -> dict[str, int]:
-        """How many vocabulary rows the files carry, by the key that says so."""
+        """The number of vocabulary rows, by the key of each tensor that has them."""
         keys = [released_key(name) for name in ROWS if self.owns(name)]
         return {key: self.entry(key).shape[0] for key in keys if len(self.entry(key).shape) == 2}
 
@@ -96,7 +96,7 @@ class Plugin:
         return rank[0], experts[0]
 
     def require(self, language: LanguageConfig, vision: VisionConfig, rank: int, experts: int) -> None:
-        """Check every tensor of the files against the shapes that the base and CLIP call for."""
+        """Check every tensor of the files against the shapes that the base and CLIP require."""
         expected: dict[str, tuple[int, ...]] = {}
         for layer in range(language.layers):
             for linear in language.linears:
@@ -116,7 +116,7 @@ class Plugin:
         }
         rows = dict.fromkeys(ROWS, (language.vocab, hidden))
         if self.task == "generation":
-            # With the mean in their place, as in comprehension, every code would be as likely as every other.
+            # With the mean in their place, as for comprehension, all codes would be equally likely.
             needed |= rows
         for name, shape in needed.items():
             if not self.owns(name):
@@ -142,7 +142,7 @@ class Plugin:
 
 
 def _hint(key: str, language: LanguageConfig) -> str:
-    """Why an adapter is foreign, where that can be told."""
+    """Why an adapter does not belong here, as far as its key tells."""
     match = _ADAPTER.fullmatch(key.removeprefix(PREFIX))
     if match is None:
         return ""

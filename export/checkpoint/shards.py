@@ -18,7 +18,7 @@ SAFETENSORS_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch
 class SafetensorsSource(TensorSource):
     """A folder of safetensors: one `model.safetensors`, or the shards that an index names.
 
-    A shard is opened for each tensor and closed again: its mapped pages would otherwise add up to the whole model.
+    A shard is opened anew for each tensor: otherwise its mapped pages would add up to the whole model.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -60,11 +60,11 @@ class SafetensorsSource(TensorSource):
             raise CheckpointError(f"{label(path)}: {key}: expected a tensor, found {one_line(error)}") from error
 
     def close(self) -> None:
-        """Nothing stays open."""
+        """Does nothing: no file stays open."""
 
 
 def shards(index: Path) -> dict[str, set[str]]:
-    """Shard file name to the keys that the index promises in it; names must be plain files of the same folder."""
+    """The keys that the index promises for each shard's file name. Names must be of plain files in the same folder."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{label(index)}: expected a weight_map, found {type(weight_map).__name__}")

@@ -115,7 +115,7 @@ def vision_shapes(config: VisionConfig) -> dict[str, tuple[int, ...]]:
 
 
 def is_other_half(key: str) -> bool:
-    """CLIP's text tower and its projections, which HealthGPT never uses; position ids are a stored 0, 1, 2, ..."""
+    """Keys that HealthGPT never uses: CLIP's text tower, its projections, and position ids (a stored 0, 1, 2, ...)."""
     return key.startswith(("text_model.", "text_projection.", "visual_projection.")) or key in (
         "logit_scale",
         "vision_model.embeddings.position_ids",

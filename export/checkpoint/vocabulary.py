@@ -1,4 +1,4 @@
-"""How many tokens the base's tokenizer has, which template fits it, and where the image tokens go."""
+"""The size of the base's tokenizer, its prompt template, and the ids of the image tokens."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class SpecialTokens:
 
 
 def infer_template(base: Path, architecture: Architecture, template: str | None) -> str:
-    """The prompt template: as asked for, otherwise from the architecture and the tokenizer's class."""
+    """The prompt template: `template` if given and allowed, otherwise by the architecture and the tokenizer's class."""
     allowed = TEMPLATES[architecture]
     if template is not None:
         if template not in allowed:
@@ -55,7 +55,7 @@ def infer_template(base: Path, architecture: Architecture, template: str | None)
 
 
 def tokenizer_size(base: Path) -> int:
-    """len(tokenizer) of the slow tokenizer: the vocabulary file and the added tokens after it, without loading it."""
+    """len(tokenizer) of the slow tokenizer, without loading it: the vocabulary file and the added tokens after it."""
     pieces, model = base / "vocab.json", base / "tokenizer.model"
     size = _sentencepiece_size(model) if model.is_file() else len(read_json(pieces))
     added: dict[int, str] = {}

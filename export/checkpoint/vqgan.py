@@ -16,7 +16,7 @@ from .language import MAX_WIDTH
 TARGET = "taming.models.vqgan.GumbelVQ"
 MAX_CODES, MAX_SIDE, MAX_LEVELS, MAX_BLOCKS = 1 << 20, 4096, 12, 64
 MAX_YAML_BYTES = 1 << 20
-# Without effect on decoding: dropout is off outside training.
+# All that may occur. dropout is off outside training.
 DDCONFIG_KEYS = (
     "attn_resolutions",
     "ch",
@@ -58,13 +58,13 @@ class VqConfig:
 
 
 def find_file(folder: Path, name: str) -> Path:
-    """model.yaml or last.ckpt in `folder`, or where the published download has it."""
+    """The path of model.yaml or last.ckpt: in `folder`, or where the published download has it."""
     published = folder / {"model.yaml": "configs", "last.ckpt": "checkpoints"}[name] / name
     return published if published.is_file() and not (folder / name).exists() else folder / name
 
 
 def read_vqgan(folder: Path) -> VqConfig:
-    """model.yaml; settings that taming knows and this package does not are refused."""
+    """Read model.yaml. Settings of taming that this package does not know are refused."""
     path = find_file(folder, "model.yaml")
     try:
         content = yaml.safe_load(read_text(path, MAX_YAML_BYTES))
@@ -179,5 +179,5 @@ class _Tensors:
 
 
 def is_training_state(key: str) -> bool:
-    """What only training needs and the original skips: discriminator, perceptual loss, averages of weights."""
+    """Keys that only training needs and the original skips: discriminator, perceptual loss, averages of weights."""
     return not key.startswith(("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv."))

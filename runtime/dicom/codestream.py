@@ -1,6 +1,6 @@
 """The frame header of JPEG, JPEG-LS and JPEG 2000 codestreams.
 
-The C decoders allocate what the codestream says, not what the DICOM header says. So the codestream is asked first.
+The C decoders allocate what the codestream says, not what the DICOM header says. So it is checked before they run.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 # Every "start of frame" of ISO 10918-1 table B.1 (C4, C8 and CC mean other things), and that of JPEG-LS.
 _FRAME_MARKERS = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC} | {0xF7})
 # Entropy-coded bytes never contain these: 0xFF is followed by 0x00 (JPEG) or by a clear top bit (JPEG-LS).
-# DE would start a hierarchy of frames of several sizes.
+# DE starts a hierarchy of frames of several sizes.
 _SECOND_FRAME = re.compile(rb"\xff[\xc0-\xc3\xc5-\xc7\xc9-\xcb\xcd-\xcf\xde\xf7]")
 
 
@@ -30,7 +30,7 @@ class FrameHeader:
 
 
 def jpeg_header(data: bytes) -> FrameHeader:
-    """The one frame header of a JPEG or JPEG-LS codestream (ISO 10918-1 B.2.2); ImageError if there is not just one."""
+    """The frame header of a JPEG or JPEG-LS codestream (ISO 10918-1 B.2.2). Raises ImageError unless there is one."""
     if data[:2] != b"\xff\xd8":
         raise ImageError("expected a JPEG codestream in the pixel data, found something else")
     position, header = 2, None
@@ -54,15 +54,15 @@ def jpeg_header(data: bytes) -> FrameHeader:
             break
     if header is None or _SECOND_FRAME.search(data, position):
         raise ImageError("expected one frame header in the JPEG codestream")
-    # libjpeg fills what is missing with grey and says nothing. A pad byte or a few may follow the end mark.
+    # libjpeg silently fills what is missing with grey. Some pad bytes may follow the end mark.
     if b"\xff\xd9" not in data[-10:]:
         raise ImageError("the JPEG codestream is cut short: expected its end mark")
     return header
 
 
 def jpeg2000_header(data: bytes) -> FrameHeader:
-    """The SIZ segment of a JPEG 2000 codestream (ISO 15444-1 A.5.1); ImageError if it is none DICOM allows."""
-    # A JP2 file around it is not allowed (PS3.5 A.4.4), and could say something else than the codestream does.
+    """The SIZ segment of a JPEG 2000 codestream (ISO 15444-1 A.5.1). Raises ImageError for one that DICOM forbids."""
+    # A JP2 file around it is forbidden (PS3.5 A.4.4), and its header could contradict the codestream.
     if data[:4] != b"\xff\x4f\xff\x51":
         found = "a JP2 file" if data[4:8] == b"jP  " else "something else"
         raise ImageError(f"expected a bare JPEG 2000 codestream in the pixel data, found {found}")

@@ -1,6 +1,6 @@
 """From the stored values of one DICOM frame to 8-bit levels (PS3.3 C.11 and C.7.9).
 
-A frame holds 8- or 16-bit values, so a whole pipeline is a table of at most 65,536 entries, computed in float64 and
+A frame holds 8- or 16-bit values, so the whole pipeline is a table of at most 65,536 entries: computed in float64, then
 looked up once per pixel.
 """
 
@@ -27,9 +27,11 @@ def grayscale(
 ) -> Levels:
     """Display levels [H, W] of the `stored` 8- or 16-bit values [H, W] of frame `frame`.
 
-    In this order: modality table or rescale; then `window`, else the file's first window, else its first VOI table (of
-    window and table in one file either may be shown: PS3.3 C.11.2.1), else the smallest to the largest value of the
-    frame; then inverted for MONOCHROME1. Padding is left out of smallest and largest and comes out black.
+    1. Modality table, or rescale slope and intercept.
+    2. `window`; else the file's first window; else its first VOI table (either may be shown where a file has both:
+       PS3.3 C.11.2.1); else from the smallest to the largest value of the frame, padding left out.
+    3. Inversion for MONOCHROME1. Padding is black.
+
     Raises ImageError.
     """
     codes, meaning = _codes(stored)
@@ -46,8 +48,8 @@ def grayscale(
     elif tables := display.get("VOILUTSequence"):
         first_value, entries, bits = _table(tables[0].get("LUTDescriptor"), tables[0].get("LUTData"), dataset)
         if bits == 16:
-            # Agfa and others mean the 16 bits that an entry is stored in, and use 12 of them: dark. Cornerstone goes by
-            # the largest entry, too.
+            # Agfa and others declare the 16 bits that an entry is stored in, but use only 12: that would be dark. Like
+            # Cornerstone, go by the largest entry.
             bits = max(8, int(entries.max()).bit_length())
         levels = _look_up(values, first_value, entries) * (255 / ((1 << bits) - 1))
     else:
@@ -63,7 +65,7 @@ def grayscale(
 
 
 def palette(stored: NDArray[Any], dataset: Dataset) -> Levels:
-    """Colours [H, W, 3] of a PALETTE COLOR frame; of 16-bit entries the upper byte (they are 8-bit ones, widened)."""
+    """Colours [H, W, 3] of a PALETTE COLOR frame. Of 16-bit entries, which are widened 8-bit ones, the upper byte."""
     codes, meaning = _codes(stored)
     channels = []
     for colour in ("Red", "Green", "Blue"):
@@ -98,7 +100,7 @@ def _codes(stored: NDArray[Any]) -> tuple[NDArray[Any], Indices]:
 
 
 def _window(values: Values, center: float, width: float, function: str) -> Values:
-    # What a file asks for is either done or refused: a picture in another window shows another finding.
+    # Do what the file asks for, or refuse: in another window a picture may show another finding.
     least = 1 if function == "LINEAR" else np.finfo(np.float64).tiny
     if not width >= least:
         wanted = "at least 1" if function == "LINEAR" else "positive"
@@ -113,7 +115,7 @@ def _window(values: Values, center: float, width: float, function: str) -> Value
 
 
 def _stretch(values: Values, shown: Values) -> Values:
-    """Smallest to largest of `shown` onto 0..255; a frame of one value has no contrast and is black."""
+    """From the smallest to the largest of `shown` onto 0..255. A frame of one value has no contrast: it is black."""
     if shown.size == 0:
         raise ImageError("expected at least one pixel that is not padding, found none")
     low, high = shown.min(), shown.max()
@@ -123,7 +125,7 @@ def _stretch(values: Values, shown: Values) -> Values:
 
 
 def _group(dataset: Dataset, frame: int, keyword: str) -> Dataset:
-    """Where the attributes of a functional group stand: for this frame, for all frames, or on the top level."""
+    """The item that holds a functional group: this frame's, the shared one, or else the top level."""
     frames = dataset.get("PerFrameFunctionalGroupsSequence") or []
     if frames and frame >= len(frames):
         raise ImageError(f"expected functional groups for frame {frame}, found them for {len(frames)} frames")
@@ -136,7 +138,7 @@ def _group(dataset: Dataset, frame: int, keyword: str) -> Dataset:
 
 
 def _padding(dataset: Dataset, meaning: Indices) -> NDArray[np.bool_]:
-    """Which stored values only fill the frame up (PS3.3 C.7.5.1.1.2)."""
+    """Which stored values are padding (PS3.3 C.7.5.1.1.2)."""
     value, limit = dataset.get("PixelPaddingValue"), dataset.get("PixelPaddingRangeLimit")
     if value is None:
         return np.zeros(meaning.size, dtype=bool)
@@ -145,7 +147,7 @@ def _padding(dataset: Dataset, meaning: Indices) -> NDArray[np.bool_]:
 
 
 def _as_stored(value: int, meaning: Indices) -> int:
-    """The stored value of the same bits: scanners declare -2000 as the unsigned 63536, and the other way round."""
+    """The stored value of the same bits: some scanners declare -2000 as the unsigned 63536, or the reverse."""
     if value > meaning.max():
         return value - meaning.size
     return value + meaning.size if value < meaning.min() else value
@@ -175,7 +177,7 @@ def _numbers(holder: Dataset, keyword: str) -> list[float]:
     value = holder.get(keyword)
     if value is None or value == "":
         return []
-    # Text is what pydicom gives where a number cannot be read: no number then.
+    # pydicom gives text where it cannot read a number; float() then raises.
     several = hasattr(value, "__iter__") and not isinstance(value, str)
     numbers = [float(number) for number in (value if several else [value])]
     if not np.isfinite(numbers).all():
@@ -187,7 +189,7 @@ def _descriptor(descriptor: Any) -> tuple[int, int, int]:
     """Number of entries, first value mapped, bits per entry (PS3.3 C.11.1.1)."""
     if descriptor is None or len(descriptor) != 3:
         raise ImageError("expected a lookup table descriptor of three numbers, found something else")
-    # Read as signed where pixels are: 40,000 entries look like -25,536.
+    # Where pixels are signed, the count is read as signed, too: 40,000 entries look like -25,536.
     count, first_value, bits = int(descriptor[0]) & 0xFFFF or 1 << 16, int(descriptor[1]), int(descriptor[2])
     if not 8 <= bits <= 16:
         raise ImageError(f"expected lookup table entries of 8 to 16 bits, found {bits}")
@@ -195,7 +197,7 @@ def _descriptor(descriptor: Any) -> tuple[int, int, int]:
 
 
 def _table(descriptor: Any, data: Any, dataset: Dataset) -> tuple[int, Indices, int]:
-    """First value mapped, entries, and bits per entry of a lookup table; `dataset` knows the byte order."""
+    """First value mapped, entries, and bits per entry of a lookup table. `dataset` tells the byte order."""
     count, first_value, bits = _descriptor(descriptor)
     if isinstance(data, bytes):
         words = len(data) >= 2 * count
@@ -214,14 +216,14 @@ def _word(dataset: Dataset) -> str:
 def _look_up(values: NDArray[Any], first_value: int, entries: Indices) -> Indices:
     """Values below the table take its first entry, values above its last (PS3.3 C.11.1.1)."""
     if first_value > 0x7FFF and values.min() < 0:
-        first_value -= 1 << 16  # a signed number that was declared as an unsigned one
+        first_value -= 1 << 16  # a signed number, declared as an unsigned one
     index = np.clip(np.rint(values), first_value, first_value + entries.size - 1).astype(np.int64)
     found: Indices = entries[index - first_value]
     return found
 
 
 def _expand_segments(descriptor: Any, data: bytes, dataset: Dataset) -> list[int]:
-    """The entries of a segmented palette (PS3.3 C.7.9.2): runs given as they are, and straight lines."""
+    """The entries of a segmented palette (PS3.3 C.7.9.2): discrete segments as they are, linear ones interpolated."""
     count, _, bits = _descriptor(descriptor)
     words = np.frombuffer(data[: len(data) // 2 * 2], _word(dataset)) if bits > 8 else np.frombuffer(data, "u1")
     numbers, entries, position = words.tolist(), list[int](), 0

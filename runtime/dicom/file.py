@@ -1,7 +1,7 @@
-"""Find the pixel data of a DICOM file, and parse what a picture needs of the header before it.
+"""Find the pixel data of a DICOM file, and parse the attributes before it that a picture needs.
 
-The file meta group is read here and not by pydicom, so that a deflated data set is inflated under a limit; and only
-the wanted attributes are parsed, so that nothing about the patient is.
+The file meta group is read here, not by pydicom, so that a deflated data set is inflated under a limit. Only wanted
+attributes are parsed, so that nothing about the patient is.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PLUGINS = {
 }
 UNDEFINED_LENGTH = 0xFFFFFFFF
 
-# Group 0008 elements a data set can begin with: a file without preamble and without file meta group.
+# Elements of group 0008 with which a file can begin that has neither preamble nor file meta group.
 _FIRST_ELEMENTS = frozenset({0x0000, 0x0001, 0x0005, 0x0008, 0x0012, 0x0014, 0x0016, 0x0018})
 _LONG_LENGTH = frozenset({b"OB", b"OW", b"SQ", b"UN", b"UT"})
 _PIXEL_DATA = 0x7FE00010
@@ -73,7 +73,7 @@ _WANTED: list[BaseTag | int] = [Tag(keyword) for keyword in _KEYWORDS + _PALETTE
 
 @dataclass(frozen=True, slots=True)
 class PixelData:
-    """A data set up to its pixel data, and where in `file` those are; `length` as declared."""
+    """A data set up to its pixel data, and where these are in `file`. `length` is the declared one."""
 
     dataset: Dataset
     file: BinaryIO
@@ -90,7 +90,7 @@ def is_dicom(head: bytes) -> bool:
 
 
 def open_dicom(file: BinaryIO, more: Sequence[str] = ()) -> PixelData:
-    """Parse of `file` the attributes that a picture needs and `more`, by their keywords, and find its pixel data."""
+    """Parse the attributes of `file` that a picture needs, and `more` (keywords), and find its pixel data."""
     file.seek(0)
     syntax, offset = _file_meta(file.read(MAX_HEADER_BYTES))
     file.seek(offset)
@@ -127,7 +127,7 @@ def open_dicom(file: BinaryIO, more: Sequence[str] = ()) -> PixelData:
 
 
 def whole(dataset: Dataset, keyword: str, default: int | None = None) -> int:
-    """The one whole number of an attribute, `default` where it is absent; otherwise ImageError."""
+    """The single whole number of an attribute; `default` where it is absent. Raises ImageError."""
     value = dataset.get(keyword)
     value = default if value is None else value
     if not isinstance(value, int):
@@ -137,7 +137,7 @@ def whole(dataset: Dataset, keyword: str, default: int | None = None) -> int:
 
 
 def frame_count(dataset: Dataset) -> int:
-    """How many frames a data set says it has, at least one."""
+    """The number of frames that a data set declares. Raises ImageError below one."""
     frames = whole(dataset, "NumberOfFrames", 1)
     if frames < 1:
         raise ImageError(f"expected at least one frame, found {frames}")
@@ -145,7 +145,7 @@ def frame_count(dataset: Dataset) -> int:
 
 
 def frame_index(frame: int | None, frames: int) -> int:
-    """Frame `frame` of so many, from 0, by default the first; ImageError where there is none such."""
+    """The index of `frame` among `frames`, from 0; the first by default. Raises ImageError if there is none such."""
     if frame is None:
         return 0
     if not (is_whole(frame) and 0 <= frame < frames):
@@ -176,7 +176,7 @@ def _is_bare(head: bytes) -> bool:
 
 
 def _inflate(file: BinaryIO) -> io.BytesIO:
-    """The data set of the deflated transfer syntax (PS3.5 A.5), refused at the limit and not after it."""
+    """Inflate a data set of the deflated transfer syntax (PS3.5 A.5). Stops with ImageError at the limit."""
     inflater, inflated = zlib.decompressobj(-zlib.MAX_WBITS), bytearray()
     while not inflater.eof:
         piece = file.read(1 << 14)  # inflates to 16 MiB at most

@@ -1,4 +1,4 @@
-"""A made picture as a DICOM file of the study that its source belongs to."""
+"""A generated picture as a DICOM file in the study of its source."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .study import SERIES_NUMBER, Study, to_file
 
 # Where the axes of the patient's coordinates point, and their opposites (PS3.3 C.7.6.2.1.1).
 _TOWARDS = (("L", "R"), ("P", "A"), ("H", "F"))
-_OBLIQUE = 0.05  # a smaller part of a direction is not named
+_OBLIQUE = 0.05  # a direction's part along an axis below this is not named
 
 
 def secondary_capture(pixels: NDArray[np.uint8], study: Study) -> bytes:
     """`pixels` (uint8 [H, W, 3]) as the file of a Secondary Capture Image (PS3.3 A.8.1), in a series of its own.
 
-    It says of itself that it is derived, synthetic and for research, and refers to its source. Nothing is said of the
-    size of a pixel, for the source was padded and scaled.
+    It is marked as derived, synthetic and for research, and refers to its source. It gives no pixel size, because the
+    source was padded and scaled.
     """
     image = SCImage(
         pixels,
@@ -37,7 +37,7 @@ def secondary_capture(pixels: NDArray[np.uint8], study: Study) -> bytes:
         software_versions=version("healthgpt-edge"),
         series_description="HealthGPT (synthetic)",
         content_qualification="RESEARCH",
-        patient_orientation=("L", "P"),  # wanted here; what is known follows
+        patient_orientation=("L", "P"),  # required here; replaced below by what is known
         transfer_syntax_uid=uid.ExplicitVRLittleEndian,
     )
     study.identify(image)
@@ -54,7 +54,7 @@ def secondary_capture(pixels: NDArray[np.uint8], study: Study) -> bytes:
 
 
 def _orientation(dataset: Dataset) -> list[str]:
-    """Where rows and columns of the source point, as letters; nothing if the source does not say."""
+    """The directions of the source's rows and columns, as letters; empty if the source does not say."""
     if dataset.get("PatientOrientation"):
         return list(dataset.PatientOrientation)
     cosines = np.array(dataset.get("ImageOrientationPatient") or [], np.float64)

@@ -1,6 +1,6 @@
 """One frame of a DICOM file as an RGB picture.
 
-pydicom drives the decoders; what it would trust is compared with the limits and with the file before.
+pydicom drives the decoders. What it would trust is checked first, against the limits and against the file itself.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def _decode_native(pixels: PixelData, shape: _Shape, index: int) -> NDArray[Any]
         raise ImageError("expected uncompressed pixel data, found encapsulated data")
     if shape.photometric == "YBR_FULL_422" and shape.columns % 2:
         raise ImageError(f"expected an even number of columns for YBR_FULL_422, found {shape.columns}")
-    # More than declared is refused like less: rows that are left out are not seen by anyone.
+    # More data than declared is refused, too: nobody would see the rows left out.
     expected = shape.native_frame_bytes() * shape.frames
     if pixels.length not in (expected, expected + expected % 2):
         raise ImageError(
@@ -166,7 +166,7 @@ def _decode_encapsulated(pixels: PixelData, shape: _Shape, index: int) -> NDArra
     decoded_bytes = shape.rows * shape.columns * shape.samples * shape.bits_allocated // 8
     if not 0 < len(encoded) <= 2 * decoded_bytes + (1 << 16):
         raise ImageError(f"expected a compressed frame of {decoded_bytes} bytes, found {len(encoded)} compressed bytes")
-    # Handed over as a file of one frame: what was checked is what gets decoded.
+    # Passed on as a file of one frame, so that exactly what was checked is decoded.
     options = shape.options(1, pixels.vr)
     decoded: NDArray[Any]
     if pixels.syntax == uid.RLELossless:
@@ -183,11 +183,11 @@ def _decode_encapsulated(pixels: PixelData, shape: _Shape, index: int) -> NDArra
 
 
 def _check_fragments(pixels: PixelData, frames: int, extended_offsets: int | None) -> None:
-    """Follow the fragments to their end mark (PS3.5 A.4): a decoder would take a cut one for a picture."""
+    """Follow the fragments to their end mark (PS3.5 A.4): a decoder would accept one that is cut short."""
     file, fragments, table_bytes, position = pixels.file, -1, 0, pixels.offset
     while True:
         file.seek(position)
-        item = file.read(8)  # nothing, if the fragment before it is cut
+        item = file.read(8)  # empty if the fragment before it is cut short
         length = int.from_bytes(item[4:], "little")
         if item[:4] == _END_OF_ITEMS:
             break
@@ -205,7 +205,7 @@ def _check_fragments(pixels: PixelData, frames: int, extended_offsets: int | Non
 
 
 def _check_codestream(encoded: bytes, syntax: uid.UID, shape: _Shape) -> None:
-    """Refuse an encoded frame that would decode to something else than the header declares."""
+    """Refuse an encoded frame that would decode to something other than the header declares."""
     found = jpeg_header(encoded) if syntax in JPEG else jpeg2000_header(encoded)
     if (found.rows, found.columns, found.samples) != (shape.rows, shape.columns, shape.samples):
         raise ImageError(

@@ -1,4 +1,4 @@
-"""Answers about a picture as a DICOM structured report of the study that the picture belongs to."""
+"""Answers about a picture as a DICOM structured report in the picture's study."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ..text import without_controls
 from .study import SERIES_NUMBER, Study, to_file
 
 _CONTAINS = RelationshipTypeValues.CONTAINS
-# What no code of the standard says. A scheme of one's own begins with 99 (PS3.16, section 8).
+# Concepts for which the standard has no code. A private scheme's name begins with 99 (PS3.16, section 8).
 _TITLE = CodedConcept("answers", "99HGPT", "Answers of a vision-language model")
 _EXCHANGE = CodedConcept("exchange", "99HGPT", "Question and answer")
 _QUESTION = CodedConcept("question", "99HGPT", "Question")
@@ -41,8 +41,8 @@ _ALLOWED_CONTROLS = "\t\n\f\r"  # PS3.5, 6.1.3
 def structured_report(exchanges: Sequence[tuple[str, str]], study: Study) -> bytes:
     """Questions and their answers as the file of an Enhanced SR document (PS3.3 A.35.2), in a series of its own.
 
-    It says that a device wrote it, that it is preliminary and unverified, and refers to the picture. Text is UTF-8,
-    whatever the source has.
+    It names a device as its author, is marked as preliminary and unverified, and refers to the picture. Text is UTF-8,
+    whatever the source's character set.
     """
     document = EnhancedSR(
         evidence=[_evidence(study)],
@@ -67,16 +67,16 @@ def structured_report(exchanges: Sequence[tuple[str, str]], study: Study) -> byt
     reference.ReferencedSOPClassUID = study.dataset.SOPClassUID
     document.SpecificCharacterSet = "ISO_IR 192"
     for element in document:
-        if element.VR == "PN" and element.value:  # its bytes are those of the source's character set
+        if element.VR == "PN" and element.value:  # still encoded in the source's character set
             name = PersonName(str(element.value), ["utf8"])
             document[element.tag] = DataElement(element.tag, "PN", name, validation_mode=0)
     return to_file(document)
 
 
 def _evidence(study: Study) -> Dataset:
-    """The source as highdicom wants it, which copies patient and study from it and knows no retired or private class.
+    """A stand-in for the source that highdicom accepts: it knows no retired or private class.
 
-    `identify` copies them better, and the class is set right in the document.
+    highdicom would copy patient and study from it; `identify` does that better. The class is corrected in the document.
     """
     evidence = Dataset()
     evidence.SOPClassUID = uid.SecondaryCaptureImageStorage
@@ -90,7 +90,7 @@ def _evidence(study: Study) -> Dataset:
 
 
 def _content(exchanges: Sequence[tuple[str, str]], study: Study) -> Dataset:
-    """The tree: who observed, which picture, what this is, and each question with its answer."""
+    """The content tree: observer, picture, a note on what this is, and each question with its answer."""
     writer = DeviceObserverIdentifyingAttributes(
         uid=uid.generate_uid(entropy_srcs=["healthgpt-edge", version("healthgpt-edge")]),
         name="HealthGPT",

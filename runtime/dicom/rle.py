@@ -1,6 +1,6 @@
 """The RLE Lossless transfer syntax (PS3.5 annex G).
 
-Written here because the decoder in pylibjpeg-rle panics on damaged data: not an exception but a report on stderr.
+Implemented here because the decoder in pylibjpeg-rle panics on damaged data: a report on stderr, no exception.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import numpy as np
 
 from ..errors import ImageError
 
-_HEADER = struct.Struct("<16I")  # number of segments, and where each begins
+_HEADER = struct.Struct("<16I")  # number of segments, and the offset of each
 
 
 def decode_rle(encoded: bytes, pixels: int, samples: int, sample_bytes: int) -> bytes:
-    """One frame, uncompressed: one plane of `pixels` values after the other, little endian. Raises ImageError."""
+    """Decode one frame to `samples` planes of `pixels` values, in sequence, little endian. Raises ImageError."""
     if len(encoded) < _HEADER.size:
         raise ImageError("the RLE frame is cut short")
     count, *offsets = _HEADER.unpack_from(encoded)

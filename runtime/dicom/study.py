@@ -1,4 +1,4 @@
-"""The patient's study that a made file takes its place in."""
+"""The study of a source file, to which generated files belong."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydicom.dataset import Dataset
 from ..errors import ImageError
 from .file import frame_count, frame_index, open_dicom
 
-# What all objects of a study share (PS3.3 C.7.1.1, C.7.2.1), copied as it stands in the source.
+# What all objects of a study share (PS3.3 C.7.1.1, C.7.2.1), copied unchanged.
 _SHARED = (
     "SpecificCharacterSet",
     "PatientName",
@@ -31,23 +31,23 @@ _SHARED = (
     "AccessionNumber",
     "ReferringPhysicianName",
 )
-# What is true of a picture that was made from the source, too: that a name may be burned in, and what it is of.
+# What holds for a picture made from the source, too: that text may be burned in, and which body part it shows.
 _PART = ("BodyPartExamined", "Laterality", "ImageLaterality")
 _INHERITED = ("BurnedInAnnotation", *_PART)
-# What was compressed with loss once stays so, in all that is derived from it (C.7.6.1.1.5); these encodings lose
-# numbers, whatever the source says of itself.
+# What was compressed with loss stays so in all that is derived from it (C.7.6.1.1.5). These encodings are lossy even if
+# the source does not say so.
 _COMPRESSION, _WITH_LOSS = "LossyImageCompression", "01"
 _LOSSY = (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit, uid.JPEGLSNearLossless)
 _IDENTITY = ("StudyInstanceUID", "SeriesInstanceUID", "SOPClassUID", "SOPInstanceUID")
 _ORIENTATION = ("PatientOrientation", "ImageOrientationPatient")
-SERIES_NUMBER = 9001  # far from those that a scanner counts
+SERIES_NUMBER = 9001  # far from a scanner's own
 
 
 @dataclass(frozen=True, repr=False, slots=True)
 class Study:
-    """What a made file takes from the DICOM file it was made from: patient, study, and which image that was.
+    """What a generated file takes from its source: patient, study, and a reference to the image.
 
-    `frame` is that of the source, from 0. What it holds never reaches a message or a log.
+    `frame` is the source's, from 0. Nothing in here may reach a message or a log.
     """
 
     dataset: Dataset
@@ -55,21 +55,21 @@ class Study:
 
     @property
     def frame_number(self) -> int | None:
-        """The frame as DICOM counts, from 1; None where the source has but one."""
+        """The frame as DICOM counts, from 1; None if the source has only one."""
         return self.frame + 1 if frame_count(self.dataset) > 1 else None
 
     def identify(self, document: Dataset) -> None:
         """Give `document` the patient and the study.
 
-        Past highdicom's arguments, which refuse names and dates that a site lives with.
+        Not by highdicom's arguments: they refuse non-standard names and dates that occur in practice.
         """
         self._copy(_SHARED, document)
 
     def describe(self, picture: Dataset) -> None:
-        """Give `picture` what holds for all that is made from the source: losses, burned-in text, part of the body."""
+        """Give `picture` what also holds for it: lossy compression, burned-in text, part of the body."""
         self._copy(_INHERITED, picture)
         if not any(keyword in self.dataset for keyword in _PART):
-            picture.Laterality = ""  # of an unknown part of the body it is unknown (C.7.3.1)
+            picture.Laterality = ""  # present but empty: unknown (C.7.3.1)
         if self.dataset.get(_COMPRESSION) == _WITH_LOSS:
             picture.LossyImageCompression = _WITH_LOSS
 
@@ -78,11 +78,11 @@ class Study:
             if keyword in self.dataset:
                 element = document[keyword] = self.dataset[keyword]
                 for item in element.value if element.VR == "SQ" else ():
-                    item.decode()  # or a document of another character set gets its bytes
+                    item.decode()  # else its bytes would go into a document of another character set
 
 
 def parse_study(file: BinaryIO, frame: int | None) -> Study:
-    """The study of the DICOM `file`. Raises ImageError where the file names none, or not itself, or lacks the frame."""
+    """The study of the DICOM `file`. Raises ImageError if the file lacks an identifier or the frame."""
     source = open_dicom(file, (*_SHARED, *_INHERITED, _COMPRESSION, *_IDENTITY, *_ORIENTATION))
     dataset = source.dataset
     if source.syntax in _LOSSY:

@@ -1,6 +1,6 @@
 """Drafts of the next tokens, which one forward pass of the model then checks all at once.
 
-Greedy or sampled, the tokens that come out are those of decoding one by one (docs/drafting.md).
+The tokens are those of plain decoding, greedy or sampled (docs/drafting.md).
 """
 
 from .costs import PassKind

@@ -15,7 +15,7 @@ from .sources import Source
 
 @dataclass(slots=True)
 class Acceptance:
-    """How often the last guess of a source at a token was right; half the time before the first."""
+    """How often a source's guesses were right; counts as half the time before the first."""
 
     right: int = 1
     tried: int = 2
@@ -29,12 +29,12 @@ _UNTRIED = Acceptance().rate
 
 
 class Drafter:
-    """Drafts of one request: `draft` says what a pass should check, `learn` is told what came of it.
+    """Drafts of one request: `draft` says what a pass should check, `learn` takes what came of it.
 
-    `name` says what the drafts come from, and the first of `sources` wins a tie. `allowed` is asked once, before the
-    first draft. `jacobi` adds the model's own choices for later tokens. `prompt` is what sources may learn from before
-    the first token, `plain` the tokens before the first draft. `newline` is the token that counts for nothing between
-    rows of `width` codes.
+    `name`: what the drafts come from. `sources`: the first wins a tie. `allowed`: whether drafting is safe, asked once,
+    before the first draft. `jacobi`: also follow the model's own choices for later tokens. `prompt`: tokens that
+    sources learn from beforehand. `plain`: tokens to decode before the first draft. `newline`: the token that stands
+    for nothing between rows of `width` codes.
     """
 
     def __init__(
@@ -59,14 +59,14 @@ class Drafter:
         self._last: int | None = None
         self._ids = list(prompt)  # right tokens without newlines
         self._place = 0  # of the next token among all new ones
-        # The last guess at each place and its source, until it is known what stands there.
+        # The last guess at each place, with its source, until the token there is known.
         self._guesses: dict[int, tuple[str, int]] = {}
-        # What was told and is not learnt yet: during plain passes nothing asks for it.
+        # Passes not yet learnt from: during plain passes nothing needs what they teach.
         self._told: list[tuple[Sequence[int], Sequence[int], Sequence[int], float | None]] = []
         self._told_tokens, self._plain_passes = 0, 0
 
     def draft(self, most: int) -> list[int]:
-        """Up to `most` tokens that may come next, in order; none where a plain pass pays best."""
+        """Up to `most` tokens that may come next, in order; none where a plain pass is better."""
         drafts: list[int] = []
         if self._told_tokens < self._plain:
             return drafts
@@ -100,16 +100,16 @@ class Drafter:
         return drafts if self.drafted else []
 
     def learn(self, ids: Sequence[int], drafts: Sequence[int], choices: Sequence[int], seconds: float | None) -> None:
-        """Take the new `ids` that a pass gave, which checked `drafts` in `seconds`; a prefill's time is None.
+        """Take the new `ids` of a pass that checked `drafts` in `seconds` (None for a prefill).
 
-        `choices` are what the model would put after `ids`, going by the rest of `drafts`: one for each row that is
-        left, so that `drafts` end one before them.
+        `choices` are what the remaining rows chose: what the model would put after `ids` if the rest of `drafts` were
+        right. They reach one token further than `drafts`.
         """
         self._told.append((ids, drafts, choices, seconds))
         self._told_tokens += len(ids)
 
     def catch_up(self) -> None:
-        """Learn what was told; to be called at the end, too, for what passes took outlives the request."""
+        """Learn from all passes so far. Call it at the end, too: the costs of passes outlive the request."""
         plain_seconds: list[float] = []
         for ids, drafts, choices, seconds in self._told:
             for token_id in ids:
@@ -129,7 +129,7 @@ class Drafter:
         self._told = []
 
     def _take(self, token_id: int) -> None:
-        """Learn the next token, and what it says of the guesses at it: the one followed, and the model's own."""
+        """Take the next token, and count whether the guesses at it were right: the one followed, and the model's."""
         followed = self._guesses.pop(self._place, None)
         own = self._jacobi.guess(self._place) if self._jacobi else None
         for guess in (followed, own if own != followed else None):
@@ -161,5 +161,5 @@ class Drafter:
         return guess[1]
 
     def _breaks_after(self, last: int | None) -> bool:
-        """Whether a newline is due: behind a full row, once the model wrote one there and until it leaves one out."""
+        """Whether a newline is due: behind a full row, once the model has written one and until it leaves one out."""
         return self._breaks and last != self._newline and len(self._ids) > 0 and len(self._ids) % self._width == 0

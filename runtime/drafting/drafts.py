@@ -21,17 +21,17 @@ from .words import word_sources
 
 PICTURE_DRAFTS = ("auto", "input", "jacobi", "none")
 TEXT_DRAFTS = ("auto", "lookup", "none")
-# What Pace takes for the exponent until the request has shown it.
+# The exponent that Pace expects before the request has shown one.
 _PICTURE_EXPONENT, _TEXT_EXPONENT = 0.6, 0.3
-# Most answers are shorter than what drafting takes to pay.
+# Most answers are too short for drafting to pay.
 _PLAIN_WORDS = 16
-# The share of a plain run's time that encoding the picture may take: Jacobi finds nearly as much without.
+# The share of a plain run's time that encoding the picture may take: without it Jacobi finds nearly as much.
 _ENCODER_SHARE = 0.03
 
 
 class Drafts:
-    """Makes the drafters of a session; keeps what rows cost by the kind of pass, and for each task whether they may be
-    trusted."""
+    """Makes the drafters of a session. Keeps the cost of rows for each kind of pass, and whether a task may be drafted
+    for."""
 
     def __init__(self, executor: Executor, manifest: Manifest) -> None:
         self._executor, self.manifest = executor, manifest
@@ -40,22 +40,22 @@ class Drafts:
         self._encoder_seconds = 0.0
 
     def agree(self, task: str) -> bool:
-        """Whether passes of any number of rows give a token the same bits; tried when first asked."""
+        """Whether a token gets the same bits in passes of any number of rows; tested when first asked."""
         if task not in self._agreement:
             self._agreement[task] = rows_agree(self._executor, task)
         return self._agreement[task]
 
     def for_picture(self, mode: str, kind: PassKind, image: Image.Image | None) -> Drafter | None:
-        """A drafter for a picture made from `image`, if from any; None for plain decoding.
+        """A drafter for a picture made from `image` (None: from words); None for plain decoding.
 
-        Raises GenerationError, and BundleError where the input is to be encoded by a bundle that cannot.
+        Raises GenerationError, and BundleError if `image` must be encoded and the bundle has no encoder.
         """
         check_draft(mode, PICTURE_DRAFTS)
         codes = self.manifest.codes
         if mode == "none" or codes is None:
             return None
         sources = own_sources(codes.grid)
-        lost = 0.0  # what was asked for is no loss
+        lost = 0.0  # an encoding that was asked for is no loss
         encoded = mode == "input" or (mode == "auto" and self._encoding_pays(kind, image))
         if encoded:
             if image is None:
@@ -91,7 +91,7 @@ class Drafts:
         )
 
     def _encoding_pays(self, kind: PassKind, image: Image.Image | None) -> bool:
-        """Whether there is a picture and the VQGAN's encoder, and it did not prove too slow for this model."""
+        """Whether there is a picture, the bundle has an encoder, and encoding did not prove too slow for this model."""
         codes = self.manifest.codes
         if image is None or codes is None or "draft" not in self.manifest.tasks[kind.task].graphs:
             return False

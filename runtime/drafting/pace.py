@@ -11,45 +11,47 @@ from .costs import MOST_TIMES, RowCosts
 # Beyond this a pass is arithmetic on every machine, and drafts so far ahead are rarely right.
 MAX_ROWS = 64
 _SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, MAX_ROWS)
-# The size that the expected exponent stands for before anything is measured, and the passes it counts for: Jacobi takes
-# several to settle the first codes, while those behind them settle, too.
+# Before anything is measured the expected exponent stands for passes of this size, and counts as so many of them:
+# Jacobi takes several to settle the first codes, and those behind them settle meanwhile.
 _FIRST_ROWS, _FIRST_PASSES = 8, 10
-# Plain passes at the start of a request: what they cost must be known, as it is now, and the first is not typical, for
-# the prefill left nothing in the processor's caches.
+# Plain passes at the start of a request, to know what they cost now. The first is not typical: the prefill left nothing
+# in the processor's caches.
 _PLAIN_PASSES = 2
-# Before the model was asked, how many drafts it is taken to agree with, of how many.
+# How many drafts the model is assumed to agree with, of how many, before any pass has shown it.
 _FIRST_AGREED = 4, 8
-# The least weight of the newest pass in what is expected of the next.
+# The least weight that the newest pass has in the running averages.
 _NEWEST = 0.05
-# Drafting has work beside its passes, and its gain is an estimate: it must promise this much to be worth leaving.
+# How much faster than plain decoding drafts must promise to be: the gain is an estimate, and drafting costs work, too.
 _LEAST_GAIN = 1.1
-# Where drafts do not pay, plain passes before they are tried anew; twice as many every time.
+# Plain passes before drafts are tried again where they did not pay; twice as many every time.
 _FIRST_WAIT = 128
-# Of the time of plain decoding, what passes with drafts may have taken more than plain ones for the same tokens.
+# How much longer than plain decoding passes with drafts may take for the same tokens, as a share.
 _MAY_LOSE = 0.05
-# Plain passes before it is asked anew what the request can afford: asking takes a tenth of a phantom's pass.
+# Plain passes before asking again what the request can afford: asking takes a tenth of a phantom's pass.
 _LOOK_AGAIN = 16
-# Sizes so near the best count as good as it, and the largest of them is taken: it teaches Jacobi the most.
+# Sizes so near to the best count as equally good, and the largest of them is taken: it teaches Jacobi the most.
 _NEARLY = 0.95
 
 
 class Pace:
     """Chooses the rows of a pass that give the most tokens per second.
 
-    Tokens per pass are taken as rows ** exponent, the law that drafts of 4 to 32 rows follow on the trained phantom
+    Tokens per pass are modelled as rows ** exponent, the law that drafts of 4 to 32 rows follow on the trained phantom
     (docs/drafting.md). The exponent is measured in the request, the cost of rows on the machine. At exponent 0 drafts
-    are never right and a pass has one row: plain decoding. The drafts that the model chooses, be it behind a wrong one,
-    are the most that may be accepted. A pass tells of each of its drafts whether it is one of them, so where they are
-    few two or three passes show it.
+    are never right, and plain decoding is best.
 
-    The estimate may be wrong, so a pass is made only if the request could afford that all of its drafts are:
-    `_MAY_LOSE` of what plain decoding takes for the tokens so far, or for all of the `expected` ones where their number
-    is known. What drafts gained before adds as much again at most; what they cost before the first pass is `lost`.
+    A pass shows for every draft whether the model chooses it, even behind a wrong one. No more drafts can be accepted
+    than are chosen, so where few are, two or three passes are enough to give up.
+
+    The estimate may be wrong, so a pass is made only if the request could afford all of its drafts to be wrong. It can
+    afford `_MAY_LOSE` of the time of plain decoding: for the tokens so far, or for the `expected` ones where their
+    number is known. Earlier gains add as much again at most. `lost` is what drafting cost before the first pass, in
+    seconds.
     """
 
     def __init__(self, costs: RowCosts, exponent: float, expected: int = 0, lost: float = 0.0) -> None:
         self._costs, self._first, self._expected = costs, exponent, expected
-        self._done, self._lost = 0, lost  # tokens, and seconds that drafts cost; below 0 they gained
+        self._done, self._lost = 0, lost  # tokens so far, and seconds that drafts cost (below 0: gained)
         self._plain_left, self._wait = _PLAIN_PASSES, _FIRST_WAIT
         self._warm = False
         self._expect(exponent)
@@ -63,7 +65,7 @@ class Pace:
         return math.log(self._tokens) / math.log(self._rows)
 
     def rows(self) -> int:
-        """Rows of the next pass, at most twice as many as it is known the cost of."""
+        """Rows of the next pass: at most twice as many as the largest size of known cost."""
         known = self._costs.most
         if self._plain_left or not known:
             self._plain_left = max(self._plain_left - 1, 0)
@@ -87,40 +89,42 @@ class Pace:
             return min(rows, _FIRST_ROWS) if first else rows
         self._plain_left, self._wait = self._wait, 2 * self._wait
         self._expect(self._first)
-        # If only what rows cost speaks against drafts, a pass tells what they cost by now: an old cost must not stand.
+        # If only the cost of rows speaks against drafts, a pass measures it anew: it may be out of date.
         return min(_FIRST_ROWS, most) if first else 1
 
     def plain_passes(self) -> int:
-        """How many passes from the next on will be plain, whatever is learnt; `rows` is not asked for them."""
+        """How many passes, from the next on, are plain whatever is learnt meanwhile; do not ask `rows` for them."""
         passes, self._plain_left = self._plain_left, 0
         return passes
 
     def _allowance(self) -> float:
-        """Seconds that drafts may lose."""
+        """Seconds that drafts may cost over the whole request."""
         return _MAY_LOSE * max(self._done, self._expected) * self._costs.plain
 
     def learn(self, rows: int, tokens: int, agreed: int, seconds: float) -> None:
-        """Note that a pass of `rows` took `seconds` and gave `tokens`; the model chose `agreed` of its drafts, all that
-        were accepted and some behind a wrong one."""
-        if self._warm and rows in _SIZES:  # other sizes end a grid, too rarely to be timed well
+        """Note that a pass of `rows` took `seconds` and gave `tokens`.
+
+        The model chose `agreed` of its drafts: the accepted ones, and some behind a wrong one.
+        """
+        if self._warm and rows in _SIZES:  # other sizes only end a grid: too rare to be timed well
             self._costs.record(rows, seconds)
         self._warm = True
         self._done += tokens
         if rows > 1:
-            # What such passes take, not what this one did: others on the machine are no loss by drafts.
+            # What such passes cost at their best, not what this one took: other processes are no loss by drafts.
             lost = (self._costs.known(rows) or seconds) - tokens * self._costs.plain
             self._lost = max(self._lost + lost, -self._allowance())
             self._passes += 1
             newest = max(_NEWEST, 1 / self._passes)
             self._rows += newest * (rows - self._rows)
             self._tokens += newest * (tokens - self._tokens)
-            if self._passes > _FIRST_PASSES + 1:  # a first pass has drafts that the model had not seen
+            if self._passes > _FIRST_PASSES + 1:  # the model had not seen the drafts of a first pass
                 self._agreed += agreed
                 self._drafts += rows - 1
 
     def learn_plain(self, seconds: Sequence[float]) -> None:
-        """Note what passes of one row took, of which each gave a token."""
-        told = seconds[-1 - MOST_TIMES :]  # the first one of a session does not count, and of the others no more
+        """Note the `seconds` of passes of one row, each of which gave one token."""
+        told = seconds[-1 - MOST_TIMES :]  # the first of a session does not count, and of the others only the last ones
         self._done += len(seconds) - len(told)
         self._warm |= len(seconds) > len(told)
         for one in told:

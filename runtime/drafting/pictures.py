@@ -1,4 +1,4 @@
-"""Sources for pictures: the codes of the picture that goes in, and the rows that came out so far."""
+"""Sources for pictures: the codes of the input picture, and the rows made so far."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from .sources import Rule, Source, Table
 
 
 def input_sources(grid: np.ndarray, first: int) -> list[Source]:
-    """Sources that start from `grid`, int64 [h, w]: the codes that the VQGAN's encoder gives of the picture.
+    """Sources that start from `grid`, int64 [h, w]: the input picture's codes by the VQGAN's encoder.
 
-    The code itself is a guess where the task keeps the picture; where it changes what things look like, a table
-    learns what each code turns into, also by the codes that came out to the left of it and above. `first` is the id
-    of code 0.
+    Where the task keeps the picture, the input's code is itself a guess. Where it changes how things look, tables learn
+    what each code turns into, alone or with the new codes to the left and above. `first` is the id of code 0.
     """
     codes = [first + int(code) for code in grid.ravel()]
     width = grid.shape[1]
@@ -25,7 +24,7 @@ def input_sources(grid: np.ndarray, first: int) -> list[Source]:
 
 
 def own_sources(width: int) -> list[Source]:
-    """Sources that know nothing but the tokens so far, in rows of `width`."""
+    """Sources that know only the tokens so far, in rows of `width`."""
     return [
         Table("left and above", (1, width)),
         Table("two to the left", (1, 2)),

@@ -1,4 +1,4 @@
-"""Where guesses at the next token come from: rules that are fixed, and tables that learn."""
+"""Where guesses at the next token come from: fixed rules, and tables that learn."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Protocol
 
 
 class Source(Protocol):
-    """Guesses one token at a time; `name` is what its acceptance is measured under."""
+    """Guesses one token at a time. Its acceptance is counted under `name`."""
 
     name: str
 
     def guess(self, ids: Sequence[int]) -> int | None:
-        """The token that may follow `ids`, all tokens so far, right or drafted; of pictures without newlines."""
+        """The token that may follow `ids`: all tokens so far, right or drafted; of pictures without newlines."""
         ...
 
     def learn(self, ids: Sequence[int]) -> None:
@@ -22,7 +22,7 @@ class Source(Protocol):
 
 
 class Rule:
-    """Guesses what a function of the tokens so far says."""
+    """Guesses by a fixed function of the tokens so far."""
 
     def __init__(self, name: str, rule: Callable[[Sequence[int]], int | None]) -> None:
         self.name, self.guess = name, rule
@@ -32,8 +32,11 @@ class Rule:
 
 
 class Table:
-    """Guesses what came last in the same surroundings: the tokens at the distances `back`, and what was `drawn` at the
-    place itself, where the input has a code for it; None stands for what is not there."""
+    """Guesses what came last in the same surroundings.
+
+    Surroundings are the tokens at the distances `back`, and the input's code at the place itself, of `drawn`, if that
+    is given. None stands for what is not there.
+    """
 
     def __init__(self, name: str, back: Sequence[int] = (), drawn: Sequence[int] = ()) -> None:
         self.name, self._back, self._drawn = name, back, drawn

@@ -1,4 +1,4 @@
-"""Sources for text: what followed the same words before, in the question or in the answer."""
+"""Sources for text: what followed the same tokens before, in the prompt or in the answer."""
 
 from __future__ import annotations
 
