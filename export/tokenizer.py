@@ -26,6 +26,7 @@ from healthgpt_edge.prompt import BYTE_OF, SPACE_SYMBOL, START_TEXT, Options, To
 
 from .checkpoint.fields import Fields
 from .checkpoint.files import MAX_TEXT_BYTES, label, one_line, read_json, read_text, require_file
+from .checkpoint.vocabulary import token_id_of
 
 # The special tokens of each slow class where its configuration names none.
 SLOW_CLASSES = {
@@ -208,10 +209,7 @@ class _AddedTokens:
 
     def _keys(self) -> list[str]:
         decoder = self._config.section("added_tokens_decoder")
-        wrong = next((key for key in decoder.values if not (key.isascii() and key.isdecimal() and len(key) < 10)), None)
-        if wrong is not None:
-            raise decoder.error(wrong, "a token id", wrong)
-        return sorted(decoder.values, key=int)
+        return sorted(decoder.values, key=lambda key: token_id_of(decoder, key))
 
     def begin(self, slow_class: str) -> list[int]:
         """The ids that open a prompt: Llama's class adds its BOS by default, GPT-2's on request, Qwen's never."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,6 +12,19 @@ from healthgpt_edge.errors import CheckpointError
 from .files import label
 
 REQUIRED: Any = object()
+# A key is part of the file: it may be of any length.
+MAX_NAME_LETTERS = 200
+
+
+class _Repr(reprlib.Repr):
+    """Values cut short: a YAML file of aliases can be a billion values long when written out."""
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Python refuses to write very long integers in decimal; YAML takes them in hexadecimal.
+        return super().repr_int(x, level) if x.bit_length() < 10_000 else f"an integer of {x.bit_length()} bits"
+
+
+_repr = _Repr().repr
 
 
 class Fields:
@@ -25,9 +37,8 @@ class Fields:
         self.values: Mapping[str, Any] = values
 
     def error(self, key: str, expected: str, found: object) -> CheckpointError:
-        name = (self.prefix + key).rstrip(".")
-        # Not repr: written out, a YAML file of aliases can be a billion values long.
-        return CheckpointError(f"{label(self.path)}: {name}: expected {expected}, found {reprlib.repr(found)}")
+        name = (self.prefix + key).rstrip(".")[:MAX_NAME_LETTERS]
+        return CheckpointError(f"{label(self.path)}: {name}: expected {expected}, found {_repr(found)}")
 
     def section(self, key: str) -> Fields:
         """The nested object `key`."""
@@ -41,16 +52,15 @@ class Fields:
 
     def number(self, key: str, low: float, high: float, default: float = REQUIRED) -> float:
         value = self._get(key, default)
-        if type(value) not in (int, float) or not math.isfinite(value) or not low <= value <= high:
+        if not _is_number(value, low, high):
             raise self.error(key, f"a number from {low} to {high}", value)
         return float(value)
 
-    def numbers(self, key: str, count: int) -> tuple[float, ...]:
+    def numbers(self, key: str, count: int, low: float, high: float) -> tuple[float, ...]:
+        """A list of exactly `count` numbers."""
         value = self._get(key, REQUIRED)
-        if not isinstance(value, list) or len(value) != count:
-            raise self.error(key, f"{count} numbers", value)
-        if not all(type(item) in (int, float) and math.isfinite(item) for item in value):
-            raise self.error(key, f"{count} numbers", value)
+        if not isinstance(value, list) or len(value) != count or not all(_is_number(item, low, high) for item in value):
+            raise self.error(key, f"{count} numbers from {low} to {high}", value)
         return tuple(float(item) for item in value)
 
     def integers(self, key: str, low: int, high: int, most: int) -> tuple[int, ...]:
@@ -80,3 +90,8 @@ class Fields:
         if default is REQUIRED:
             raise self.error(key, "a value", None)
         return default
+
+
+def _is_number(value: object, low: float, high: float) -> bool:
+    """Whether a value is a number within finite bounds: neither NaN, nor an integer that no float holds."""
+    return type(value) in (int, float) and low <= value <= high

@@ -66,9 +66,6 @@ def read_vision(folder: Path) -> VisionConfig:
         ("crop_size", (image_size, {"height": image_size, "width": image_size})),
     ):
         picture.require(key, *allowed)
-    std = picture.numbers("image_std", 3)
-    if min(std) <= 0:
-        raise picture.error("image_std", "3 numbers above 0", list(std))
     return VisionConfig(
         hidden=hidden,
         layers=layers,
@@ -77,8 +74,8 @@ def read_vision(folder: Path) -> VisionConfig:
         image_size=image_size,
         patch_size=patch_size,
         epsilon=fields.number("layer_norm_eps", 1e-12, 1e-2, default=1e-5),
-        mean=picture.numbers("image_mean", 3),
-        std=std,
+        mean=picture.numbers("image_mean", 3, 0, 1),
+        std=picture.numbers("image_std", 3, 0.001, 1),
         activation=fields.require("hidden_act", "quick_gelu", default="quick_gelu"),
     )
 

@@ -74,6 +74,13 @@ def tokenizer_size(base: Path) -> int:
     return size + len(new)
 
 
+def token_id_of(decoder: Fields, key: str) -> int:
+    """The id that a key of added_tokens_decoder stands for."""
+    if not (key.isascii() and key.isdecimal() and len(key) < 10 and int(key) < MAX_VOCABULARY):
+        raise decoder.error(key, "a token id", key)
+    return int(key)
+
+
 def _sentencepiece_size(path: Path) -> int:
     if require_file(path).stat().st_size > MAX_TEXT_BYTES:
         raise CheckpointError(f"{label(path)}: expected at most {MAX_TEXT_BYTES} bytes, found more")
@@ -93,12 +100,10 @@ def _added_tokens(base: Path) -> list[tuple[Path, dict[int, str]]]:
         decoder = fields.section("added_tokens_decoder")
         listed = {}
         for key in decoder.values:
-            if not (key.isdecimal() and key.isascii() and int(key) < MAX_VOCABULARY):
-                raise decoder.error(key, "a token id", key)
             content = decoder.section(key).values.get("content")
             if not isinstance(content, str):
                 raise decoder.error(key, "an added token with its content", content)
-            listed[int(key)] = content
+            listed[token_id_of(decoder, key)] = content
         found.append((config, listed))
     extra = base / "added_tokens.json"
     if extra.is_file():

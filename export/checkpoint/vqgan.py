@@ -68,7 +68,8 @@ def read_vqgan(folder: Path) -> VqConfig:
     path = find_file(folder, "model.yaml")
     try:
         content = yaml.safe_load(read_text(path, MAX_YAML_BYTES))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        # The last ones are what PyYAML makes of a tagged scalar that its pattern does not match, such as `!!int ""`.
         raise CheckpointError(f"{label(path)}: expected YAML, found {type(error).__name__}") from error
     model = Fields(path, content).section("model")
     model.require("target", TARGET)

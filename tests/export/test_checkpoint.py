@@ -366,6 +366,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         lambda root: edit_json(root / BASE / "config.json", setting("num_key_value_heads", 3)),
         "num_key_value_heads: expected a divisor of 4, found 3",
     ),
+    "number beyond every float": (
+        lambda root: edit_json(root / BASE / "config.json", setting("rms_norm_eps", 10**400)),
+        "config.json: rms_norm_eps: expected a number from 1e-12 to 0.01, found 1000",
+    ),
     "epsilon not a number": (
         lambda root: edit_json(root / BASE / "config.json", setting("rms_norm_eps", float("nan"))),
         "rms_norm_eps: expected a number from 1e-12 to 0.01, found nan",
@@ -411,6 +415,12 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         lambda root: edit_json(root / BASE / "added_tokens.json", setting("<|new|>", 410)),
         f"{BASE}/added_tokens.json: token 410: expected '<|user|>', found '<|new|>'",
     ),
+    "added token with an id of many digits": (
+        lambda root: edit_json(
+            root / BASE / "tokenizer_config.json", setting("added_tokens_decoder/" + "9" * 5000, {"content": "<|new|>"})
+        ),
+        "added_tokens_decoder.999",
+    ),
     "more tokens than rows": (
         lambda root: edit_json(
             root / BASE / "added_tokens.json", lambda added: added.update({f"<{i}>": i for i in range(411, 420)})
@@ -442,13 +452,21 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         lambda root: edit_json(root / VISION / "preprocessor_config.json", setting("size", 64)),
         f"{VISION}/preprocessor_config.json: size: expected 56 or ",
     ),
+    "clip mean of no colour": (
+        lambda root: edit_json(root / VISION / "preprocessor_config.json", setting("image_mean", [0.5, 1e308, 0.5])),
+        "image_mean: expected 3 numbers from 0 to 1, found [0.5, 1e+308, 0.5]",
+    ),
+    "clip mean beyond every float": (
+        lambda root: edit_json(root / VISION / "preprocessor_config.json", setting("image_mean", [0.5, 10**400, 0.5])),
+        "image_mean: expected 3 numbers from 0 to 1, found [0.5, 1000",
+    ),
     "clip deviation of zero": (
         lambda root: edit_json(root / VISION / "preprocessor_config.json", setting("image_std", [0.2, 0, 0.2])),
-        "image_std: expected 3 numbers above 0, found [0.2, 0.0, 0.2]",
+        "image_std: expected 3 numbers from 0.001 to 1, found [0.2, 0, 0.2]",
     ),
     "clip mean of two": (
         lambda root: edit_json(root / VISION / "preprocessor_config.json", setting("image_mean", [0.5, 0.5])),
-        "image_mean: expected 3 numbers, found [0.5, 0.5]",
+        "image_mean: expected 3 numbers from 0 to 1, found [0.5, 0.5]",
     ),
     "clip missing": (
         lambda root: (root / CLIP).unlink(),
@@ -604,6 +622,14 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
             + "model: *i\n"
         ),
         "ckpt/model.yaml: model: expected an object, found [[[[[[[...",
+    ),
+    "vqgan description of a number without digits": (
+        lambda root: as_yaml(root, "n_embed: 64", 'n_embed: !!int ""'),
+        "ckpt/model.yaml: expected YAML, found IndexError",
+    ),
+    "vqgan description of a number too long to be written out": (
+        lambda root: as_yaml(root, "n_embed: 64", f"n_embed: 0x{'f' * 5000}"),
+        "model.params.n_embed: expected an integer from 1 to 1048576, found an integer of 20000 bits",
     ),
     "vqgan description too long": (
         lambda root: (root / VQGAN / "model.yaml").write_text("#" * (1 << 20) + "\n"),
