@@ -147,8 +147,10 @@ def _byte_level(folder: Path, config: Fields, slow_class: str) -> tuple[tokenize
     config.require("add_prefix_space", False, default=False)
     vocab_path, merges_path = folder / "vocab.json", folder / "merges.txt"
     vocabulary = read_json(vocab_path)
-    if any(type(value) is not int for value in vocabulary.values()) or len(set(vocabulary.values())) < len(vocabulary):
-        raise CheckpointError(f"{label(vocab_path)}: expected one id per token, found otherwise")
+    ids = vocabulary.values()
+    # Of every id that is left out the library says so on stdout, where results go.
+    if any(type(value) is not int for value in ids) or sorted(ids) != list(range(len(ids))):
+        raise CheckpointError(f"{label(vocab_path)}: expected one id per token, from 0 without a gap, found otherwise")
     if not vocabulary.keys() >= BYTE_OF.keys() or not all(BYTE_OF.keys() >= set(token) for token in vocabulary):
         raise CheckpointError(f"{label(vocab_path)}: expected tokens of bytes, each byte among them, found otherwise")
     lines = read_text(merges_path).split("\n")
@@ -252,12 +254,17 @@ def _entry(decoder: Fields, key: str, special: set[str]) -> dict[str, Any]:
     """One entry of added_tokens from one of added_tokens_decoder."""
     token = decoder.section(key)
     content = token.values.get("content")
-    if not isinstance(content, str) or not content or content != content.strip():
+    if not isinstance(content, str) or not content or content != content.strip() or not _is_unicode(content):
         raise token.error("content", "text without white space around it", content)
     token.require("single_word", False, default=False)
     strips = {side: token.require(side, True, False, default=False) for side in ("lstrip", "rstrip")}
     flags = {"single_word": False, **strips, "normalized": False, "special": content in special}
     return {"id": int(key), "content": content, **flags}
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it is free of lone surrogates, which JSON can spell and no tokenizer takes."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _assemble(config: Fields, model: tokenizers.Tokenizer, added: _AddedTokens, options: dict[str, Any]) -> Tokenizer:

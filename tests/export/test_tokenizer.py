@@ -236,6 +236,7 @@ def token(config, content):
         ("m3", lambda c: c["added_tokens_decoder"].update(x={}), "added_tokens_decoder.x: expected a token id"),
         ("m3", lambda c: c.pop("added_tokens_decoder"), "added_tokens_decoder: expected an object, found None"),
         ("m3", lambda c: token(c, "<|end|>").update(content=""), "407.content: expected text without white space"),
+        ("m3", lambda c: token(c, "<|end|>").update(content="\ud800"), "407.content: expected text without white space"),
         (
             "m3",
             lambda c: token(c, "<|end|>").update(content="<|e<d|>"),
@@ -321,8 +322,9 @@ def test_refused_sentencepiece_models(tmp_path, edit, message):
         ("merges.txt", "#version: 0.2\nh e\nre s t\n", "expected two tokens a line, found 're s t'"),
         ("merges.txt", "#version: 0.2\nQ Q\n", "expected merges of vocab.json, found "),
         ("vocab.json", '{"a": 0}', "expected tokens of bytes, each byte among them, found otherwise"),
-        ("vocab.json", '{"a": 0, "b": 0}', "expected one id per token, found otherwise"),
-        ("vocab.json", '{"a": "0"}', "expected one id per token, found otherwise"),
+        ("vocab.json", '{"a": 0, "b": 0}', "expected one id per token, from 0 without a gap, found otherwise"),
+        ("vocab.json", '{"a": 0, "b": 3000000}', "expected one id per token, from 0 without a gap, found otherwise"),
+        ("vocab.json", '{"a": "0"}', "expected one id per token, from 0 without a gap, found otherwise"),
         ("vocab.json", '{"a": 0', "expected JSON, found "),
     ],
 )
