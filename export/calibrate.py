@@ -15,6 +15,7 @@ import torch
 from onnx import TensorProto
 from torch import Tensor, nn
 
+from healthgpt_edge.errors import BundleError
 from healthgpt_edge.images import prepare, read_image
 from healthgpt_edge.prompt import Tokenizer, prompt_ids
 
@@ -24,7 +25,7 @@ from .gptq import quantise_for
 from .quantize import Storage
 from .reference.language import DecoderLayer, rotary_tables, visible
 from .reference.model import HealthGPT
-from .weights import WeightFile
+from .weights import WeightFile, require_finite
 
 # In turn, one of each picture: what is asked matters little beside the picture's own tokens.
 QUESTIONS = ("What is in the image?", "What modality is used to take this image?", "Is there a lesion in the image?")
@@ -59,12 +60,17 @@ def calibrate(
 ) -> None:
     """Write the matrices of all decoder layers, rounded for `pictures` (as `read_image` takes them).
 
-    Base matrices go to `base`, the adapters of each task to its `own`. Raises ImageError.
+    Base matrices go to `base`, the adapters of each task to its `own`. Raises ImageError, and BundleError where a
+    matrix or what it is multiplied with is not finite.
     """
 
     def write(file: WeightFile, key: str, data_type: int, weight: np.ndarray, moments: list[Moments]) -> None:
         mean = sum(one.total for one in moments) / sum(one.rows for one in moments)
-        values, scales = quantise_for(weight, mean, data_type, block_size)
+        if not torch.isfinite(mean.diagonal()).all():
+            raise BundleError(
+                f"{key} cannot be calibrated: what it is multiplied with must be finite, found NaN or infinity"
+            )
+        values, scales = quantise_for(require_finite(key, weight), mean, data_type, block_size)
         file.put(key, data_type, lambda: values)
         file.put(f"{key}_scale", TensorProto.FLOAT, lambda: scales)
 

@@ -69,10 +69,14 @@ class WeightFile:
         self._file = path.open("wb")
 
     def put(self, key: str, data_type: int, produce: Callable[[], np.ndarray]) -> StoredTensor:
-        """Store `produce()` as `data_type` (an onnx.TensorProto type; INT4 takes int8 values) under `key`."""
+        """Store `produce()` as `data_type` (an onnx.TensorProto type; INT4 takes int8 values) under `key`.
+
+        Raises BundleError for values that are not finite, or that 16 bits cannot hold.
+        """
         if key in self.stored:
             return self.stored[key]
-        values = produce()
+        with np.errstate(over="ignore", invalid="ignore"):  # an error, with the key, in place of numpy's warning
+            values = require_finite(key, produce())
         shape = tuple(values.shape)
         self._append(b"\0" * (-self.size_bytes % ALIGNMENT_BYTES))
         offset = self.size_bytes
@@ -100,11 +104,18 @@ class WeightFile:
         return self._sha256.hexdigest()
 
 
+def require_finite(key: str, values: np.ndarray) -> np.ndarray:
+    """`values` if every one is finite. The extremes decide: a NaN spreads to both, and no copy is made."""
+    if values.size and not (np.isfinite(values.min()) and np.isfinite(values.max())):
+        raise BundleError(f"tensor {key} must be finite, found NaN or infinity")
+    return values
+
+
 def _payload(key: str, data_type: int, values: np.ndarray) -> np.ndarray:
     """Values [N] as they are stored; raises BundleError for what 16 bits cannot hold."""
     if data_type == TensorProto.INT4:
         return pack_int4(values)
-    with np.errstate(over="ignore"):  # an error below, with its key
+    with np.errstate(over="ignore"):  # an error below
         payload = values.astype(helper.tensor_dtype_to_np_dtype(data_type), copy=False)
     if data_type in (TensorProto.FLOAT16, TensorProto.BFLOAT16) and not np.isfinite(payload).all():
         most, largest = float(ml_dtypes.finfo(payload.dtype).max), float(np.abs(values).max())

@@ -8,7 +8,7 @@ import numpy as np
 from onnx import TensorProto
 
 from ..quantize import is_quantised, quantise, transpose
-from ..weights import WeightFile
+from ..weights import WeightFile, require_finite
 from .builder import GraphBuilder
 from .functions import linear
 
@@ -28,7 +28,7 @@ def stored_matrix(
 
     def part(index: int) -> np.ndarray:
         if not parts:
-            parts.extend(quantise(produce(), data_type, block_size))
+            parts.extend(quantise(require_finite(key, produce()), data_type, block_size))
         return parts[index]
 
     values = graph.weight(file, key, data_type, lambda: part(0))

@@ -73,6 +73,18 @@ def test_the_same_checkpoint_gives_the_same_bytes(exported, precision, tmp_path)
     assert tree(tmp_path / "again") == tree(path)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int4"])
+def test_weights_that_folding_makes_infinite_are_refused(tmp_path, precision):
+    out = tmp_path / "out"
+    with Checkpoint.open(**arguments("m3"), hlora_alpha=1e300) as checkpoint, pytest.raises(BundleError) as caught:
+        export_bundle(checkpoint, out, precision=precision)
+    assert str(caught.value) == (
+        "tensor layers.0.self_attn.qkv_proj.adapter_out must be finite, found NaN or infinity"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_summary_counts_every_byte(exported):
     path, summary = exported("int4")
     listed = Bundle.open(path).manifest.files

@@ -18,6 +18,8 @@ from PIL import Image
 
 from healthgpt_edge import phantoms
 from healthgpt_edge.bundle import Bundle
+from healthgpt_edge.errors import BundleError
+from healthgpt_edge.export import calibrate
 from healthgpt_edge.export.bundle import export_bundle
 from healthgpt_edge.export.calibrate import INSTRUCTION, QUESTIONS, Moments, _embeddings, _layer, _pass
 from healthgpt_edge.export.checkpoint import Checkpoint
@@ -133,6 +135,18 @@ def test_moments_add_up():
     moments.add(torch.nn.Identity(), (rows[4:],))
     assert moments.rows == 7
     torch.testing.assert_close(moments.total, rows.T @ rows)
+
+
+@pytest.mark.filterwarnings("error")
+def test_inputs_that_are_not_finite_are_refused(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibrate, "_embeddings", lambda *_: iter([torch.full((1, 3, 128), torch.inf)]))
+    with pytest.raises(BundleError) as caught:
+        export_bundle(checkpoint, tmp_path / "out", precision="int4", block_size=BLOCK_SIZE, pictures=SEEN[:1])
+    assert str(caught.value) == (
+        "layers.0.self_attn.qkv_proj.adapter_in cannot be calibrated: what it is multiplied with must be finite, "
+        "found NaN or infinity"
+    )
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_matrices_of_the_layers_and_no_others_change(exported):

@@ -46,6 +46,14 @@ def test_a_value_beyond_its_type_is_refused(tmp_path, data_type, value, message)
         file.put("big", data_type, lambda: np.array([1, -value], np.float32))
 
 
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("data_type", [TensorProto.FLOAT, TensorProto.FLOAT16])
+def test_a_value_that_is_not_finite_is_refused(tmp_path, data_type, value):
+    file = WeightFile(tmp_path / "w.bin", "w.bin")
+    with pytest.raises(BundleError, match="^tensor odd must be finite, found NaN or infinity$"):
+        file.put("odd", data_type, lambda: np.array([1, value], np.float32))
+
+
 def test_bfloat16_holds_what_float16_does_not(tmp_path):
     """Bit for bit the upper half of a float32 that has zeros in its lower one."""
     values = np.array([480_000, -1e-30, 0.15625], np.float32).view(np.uint32) & 0xFFFF0000
