@@ -79,9 +79,7 @@ def test_weights_that_folding_makes_infinite_are_refused(tmp_path, precision):
     out = tmp_path / "out"
     with Checkpoint.open(**arguments("m3"), hlora_alpha=1e300) as checkpoint, pytest.raises(BundleError) as caught:
         export_bundle(checkpoint, out, precision=precision)
-    assert str(caught.value) == (
-        "tensor layers.0.self_attn.qkv_proj.adapter_out must be finite, found NaN or infinity"
-    )
+    assert str(caught.value) == "tensor layers.0.self_attn.qkv_proj.adapter_out must be finite, found NaN or infinity"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -236,7 +236,11 @@ def token(config, content):
         ("m3", lambda c: c["added_tokens_decoder"].update(x={}), "added_tokens_decoder.x: expected a token id"),
         ("m3", lambda c: c.pop("added_tokens_decoder"), "added_tokens_decoder: expected an object, found None"),
         ("m3", lambda c: token(c, "<|end|>").update(content=""), "407.content: expected text without white space"),
-        ("m3", lambda c: token(c, "<|end|>").update(content="\ud800"), "407.content: expected text without white space"),
+        (
+            "m3",
+            lambda c: token(c, "<|end|>").update(content="\ud800"),
+            "407.content: expected text without white space",
+        ),
         (
             "m3",
             lambda c: token(c, "<|end|>").update(content="<|e<d|>"),

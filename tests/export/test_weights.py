@@ -50,7 +50,7 @@ def test_a_value_beyond_its_type_is_refused(tmp_path, data_type, value, message)
 @pytest.mark.parametrize("data_type", [TensorProto.FLOAT, TensorProto.FLOAT16])
 def test_a_value_that_is_not_finite_is_refused(tmp_path, data_type, value):
     file = WeightFile(tmp_path / "w.bin", "w.bin")
-    with pytest.raises(BundleError, match="^tensor odd must be finite, found NaN or infinity$"):
+    with pytest.raises(BundleError, match="tensor odd must be finite, found NaN or infinity"):
         file.put("odd", data_type, lambda: np.array([1, value], np.float32))
 
 
