@@ -447,10 +447,12 @@ def load(
     verify: bool = True,
     kernels: bool = True,
     prefix_cache_bytes: int = 0,
+    on_verified: Callable[[int, int], None] = lambda read, total: None,
 ) -> Session:
     """Open the bundle at `path` for `tasks` (all of them by default).
 
-    `verify=False` skips the hashes of the weight files, which take most of the time of a cold start.
+    `verify=False` skips the hashes of the weight files, which take most of the time of a cold start; `on_verified` gets
+    how many bytes have been hashed, of how many.
     `executor` is onnx, on the `device` cpu or cuda, or tensorrt, on the engines that `healthgpt-edge build` made.
     `kernels=False` computes everything by ONNX Runtime's own nodes. With `prefix_cache_bytes` the session keeps the
     caches of pictures it was asked about, the last ones in so many bytes, and a request with the very same picture
@@ -470,6 +472,6 @@ def load(
             raise BundleError(f"the bundle has no {task} plugin, only {', '.join(sorted(manifest.tasks))}")
     tokenizer = Tokenizer.load(bundle.file(manifest.tokenizer.file), manifest.tokenizer.options)
     if verify:  # after all that takes no time, for this reads gigabytes
-        bundle.verify()
+        bundle.verify(on_bytes=on_verified)
     engine = open_executor(bundle, wanted, executor, device, threads, kernels)
     return Session(bundle, engine, tokenizer, prefix_cache_bytes=prefix_cache_bytes)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -29,10 +31,25 @@ def note_uncertified(result: Answer | Picture) -> None:
         note("not certified: this executor's passes round by their size, so drafts may have changed a token")
 
 
-def progress_bar() -> Progress:
+def progress_bar(*, of_bytes: bool = False) -> Progress:
     """Progress on a terminal; nothing elsewhere."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    count = DownloadColumn() if of_bytes else MofNCompleteColumn()
+    columns = (TextColumn("{task.description}"), BarColumn(), count, TimeElapsedColumn())
     return Progress(*columns, console=_notes, transient=True, disable=not _notes.is_terminal)
+
+
+@contextmanager
+def prompt_progress() -> Iterator[Callable[[int, int], None]]:
+    """Gives the `on_prompt` of a request; its bar is gone when the prompt is read, for then the text begins."""
+    with progress_bar() as progress:
+        bar = progress.add_task("prompt", total=None)
+
+        def on_prompt(read: int, total: int) -> None:
+            progress.update(bar, completed=read, total=total)
+            if read == total:
+                progress.stop()
+
+        yield on_prompt
 
 
 def print_json(value: dict[str, Any]) -> None:

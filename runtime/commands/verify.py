@@ -34,10 +34,9 @@ def verify(
             raise HealthGPTError(f"{name} needs --executor, which says what is to be compared")
     against = "onnx" if against is None else against
     opened = Bundle.open(bundle, verify=False)
-    total = sum(entry.size for entry in opened.manifest.files.values())
-    with progress_bar() as progress:
-        bar = progress.add_task("verify", total=total)
-        checked = opened.verify(on_bytes=lambda count: progress.advance(bar, count))
+    with progress_bar(of_bytes=True) as progress:
+        bar = progress.add_task("verify", total=None)
+        checked = opened.verify(on_bytes=lambda read, total: progress.update(bar, completed=read, total=total))
     result: dict[str, Any] = {"ok": True, "files": len(opened.manifest.files), "bytes": checked}
     if executor is not None:
         from ..acceptance import compare
