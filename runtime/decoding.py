@@ -306,7 +306,7 @@ def decoding(
             chosen, drafts = map(selector.accept, ids), ids[:-1]
             continue
         ids = np.array([new_ids[-1], *drafts], np.int64)
-        rows, passes = (yield Step(sequence, ids, full_vocabulary, group)), 1
+        rows, passes = (yield Step(sequence, ids, len(ids), full_vocabulary, group)), 1
         chosen = choices = Choices(selector, rows, grammar)
         seconds = time.perf_counter() - begin
 

@@ -26,7 +26,7 @@ from .prefixes import Prefix, Prefixes
 from .previews import Previews
 from .prompt import IMAGE, TEMPLATES, Tokenizer, prompt_ids, with_patches
 from .results import Answer, Clock, Picture
-from .steps import Steps, finish
+from .steps import Step, Steps, finish
 
 if TYPE_CHECKING:
     from .together import Together
@@ -57,12 +57,17 @@ class Request:
     draft: str = "auto"
     certify: bool = False
     stop: Callable[[], bool] | None = None
+    on_prompt: Callable[[int, int], None] | None = None
     faithful: bool = False
     groups: Callable[[str], Group | None] | None = None
 
+    def is_unwanted(self) -> bool:
+        """Whether who asked has given it up."""
+        return bool(self.stop and self.stop())
+
     def check_wanted(self) -> None:
         """Raise Cancelled if who asked has given it up."""
-        if self.stop and self.stop():
+        if self.is_unwanted():
             raise Cancelled
 
 
@@ -110,6 +115,7 @@ class Session:
         window: tuple[float, float] | None = None,
         draft: str = "auto",
         certify: bool = False,
+        on_prompt: Callable[[int, int], None] | None = None,
         on_text: Callable[[str], None] | None = None,
         stop: Callable[[], bool] | None = None,
     ) -> Answer:
@@ -118,11 +124,13 @@ class Session:
         `on_text` gets the answer in pieces as it is written. Greedy unless `sampling` says otherwise. `frame` and
         `window` (centre, width) choose what of a DICOM file is looked at. `draft` is auto, lookup or none: where
         guesses at the next tokens come from, which change the time that the answer takes, not the answer. `certify`
-        decodes again without them and raises GenerationError where the ids differ; `on_text` waits for it. `stop` is
-        asked before each forward pass after the prefill, and before other stages, whether to give the answer up, which
-        raises Cancelled. Raises HealthGPTError.
+        decodes again without them and raises GenerationError where the ids differ; `on_text` waits for it. `on_prompt`
+        gets how many tokens of the prompt have been read, of how many. `stop` is asked before each forward pass, and
+        before other stages, whether to give the answer up, which raises Cancelled. Raises HealthGPTError.
         """
-        request = Request(COMPREHENSION, image, question, max_new_tokens, sampling, frame, window, draft, certify, stop)
+        request = Request(
+            COMPREHENSION, image, question, max_new_tokens, sampling, frame, window, draft, certify, stop, on_prompt
+        )
         return finish(self.answering(request, on_text))
 
     def answering(self, request: Request, on_text: Callable[[str], None] | None = None) -> Steps[Answer]:
@@ -156,6 +164,7 @@ class Session:
         window: tuple[float, float] | None = None,
         draft: str = "auto",
         certify: bool = False,
+        on_prompt: Callable[[int, int], None] | None = None,
         on_code: Callable[[int], None] | None = None,
         on_preview: Callable[[np.ndarray, int], None] | None = None,
         stop: Callable[[], bool] | None = None,
@@ -163,12 +172,23 @@ class Session:
         """Make a picture from `image` (or None) by `instruction`.
 
         The codes are locked to a full grid; with `faithful` the model runs free as in the original, and the result
-        is an error unless it is exactly one grid of codes. `draft` is auto, input, jacobi or none, `certify` and `stop`
-        as for `answer`. `on_code` gets the number of tokens so far, `on_preview` now and then the picture so far, uint8
-        [H, W, 3], and how many rows of its codes are final. Raises HealthGPTError.
+        is an error unless it is exactly one grid of codes. `draft` is auto, input, jacobi or none; `certify`,
+        `on_prompt` and `stop` are as for `answer`. `on_code` gets the number of tokens so far, `on_preview` now and
+        then the picture so far, uint8 [H, W, 3], and how many rows of its codes are final. Raises HealthGPTError.
         """
         request = Request(
-            GENERATION, image, instruction, max_new_tokens, sampling, frame, window, draft, certify, stop, faithful
+            GENERATION,
+            image,
+            instruction,
+            max_new_tokens,
+            sampling,
+            frame,
+            window,
+            draft,
+            certify,
+            stop,
+            on_prompt,
+            faithful,
         )
         return finish(self.generating(request, on_code, on_preview))
 
@@ -251,7 +271,7 @@ class Session:
         pixels = prepare(picture, manifest.vision.image_size, manifest.vision.background) if picture else None
         prefix = self._prefix(task, spliced, pixels)
         request.check_wanted()
-        context, logits, reused_tokens = self._prefilled(request, spliced, pixels, prefix, clock)
+        context, logits, reused_tokens = yield from self._prefilled(request, spliced, pixels, prefix, clock)
         rest = _Rest(logits, max_new_tokens, grammar, drafter, clock, on_token)
         if group:
             with group.join(context) as sequence:
@@ -276,7 +296,7 @@ class Session:
 
     def _prefilled(
         self, request: Request, spliced: np.ndarray, pixels: np.ndarray | None, prefix: Prefix | None, clock: Clock
-    ) -> tuple[Context, np.ndarray, int]:
+    ) -> Steps[tuple[Context, np.ndarray, int]]:
         """A sequence of the whole prompt, the logits [1, rows] of its last token, and how many tokens were kept."""
         context = self._prefixes.take(prefix) if prefix else None
         reused_tokens = context.length if context else 0
@@ -285,14 +305,26 @@ class Session:
             if pixels is not None:
                 with clock.stage("vision"):
                     features = self.executor.features(request.task, pixels)
-                request.check_wanted()
             context = self.executor.context(request.task, features)
         with clock.stage("prefill"):
-            if prefix and not reused_tokens:
-                # In two passes for the first question, too: so no answer depends on what was asked before.
-                context.forward(spliced[: prefix.length])
-            logits = context.forward(spliced[context.length :], full_vocabulary=request.faithful)
+            # The first question is cut behind its picture, too: so no answer depends on what was asked before.
+            cut = prefix.length if prefix else 0
+            for piece in [*self._pieces(spliced[context.length : cut]), *self._pieces(spliced[cut:])]:
+                if request.is_unwanted():
+                    if prefix and context.length >= cut:  # the picture is read all the same
+                        self._prefixes.keep(prefix, context)
+                    raise Cancelled
+                logits = yield Step(context, piece, 1, request.faithful, None)
+                if request.on_prompt:
+                    request.on_prompt(context.length, len(spliced))
         return context, logits, reused_tokens
+
+    def _pieces(self, ids: np.ndarray) -> list[np.ndarray]:
+        """The tokens of a prompt as passes take them, about as many each."""
+        if not len(ids):
+            return []
+        most = self.executor.prompt_tokens or len(ids)
+        return np.array_split(ids, -(-len(ids) // most))
 
     def _decoded(
         self,

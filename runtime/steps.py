@@ -18,16 +18,17 @@ T = TypeVar("T")
 class Step(NamedTuple):
     """A pass that appends token_ids int64 [S] to a sequence, one where it goes on with others in a group.
 
-    What it gives are logits [S, rows], as Sequence.forward.
+    What it gives are logits [last_positions, rows], as Sequence.forward.
     """
 
     sequence: Sequence
     token_ids: np.ndarray
+    last_positions: int
     full_vocabulary: bool
     group: Group | None
 
     def alone(self) -> np.ndarray:
-        return self.sequence.forward(self.token_ids, len(self.token_ids), self.full_vocabulary)
+        return self.sequence.forward(self.token_ids, self.last_positions, self.full_vocabulary)
 
 
 Steps = Generator[Step, np.ndarray, T]

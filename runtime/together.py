@@ -9,6 +9,7 @@ from __future__ import annotations
 import traceback
 from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,7 +51,8 @@ def _clear_frames(error: BaseException | None) -> None:
 class Together:
     """Does requests of a session, up to `limit` of them at a time. Made by Session.together; for one thread.
 
-    A prompt is read by itself, while the others wait. What no group of the executor takes is done by itself, too.
+    A prompt is read by itself, in pieces between which the others go on. What no group of the executor takes is done by
+    itself, too.
     """
 
     def __init__(self, session: Session, limit: int) -> None:
@@ -60,11 +62,16 @@ class Together:
         self._session = session
         self._groups: dict[str, Group | None] = {}  # by task
         self._waiting: deque[tuple[Hashable, Steps[Any]]] = deque()
-        self._begun: list[_Begun] = []
+        self._alone: _Begun | None = None  # one whose prompt is read, or that no group takes
+        self._grouped: dict[Group, list[_Begun]] = defaultdict(list)
 
     def __len__(self) -> int:
         """How many requests are not done."""
-        return len(self._waiting) + len(self._begun)
+        return len(self._waiting) + self._begun
+
+    @property
+    def _begun(self) -> int:
+        return sum(map(len, self._grouped.values())) + (self._alone is not None)
 
     def __iter__(self) -> Iterator[Done]:
         """Do all that was added; each as soon as it is done."""
@@ -110,18 +117,21 @@ class Together:
         self._waiting.append((name, steps))
 
     def step(self) -> list[Done]:
-        """Begin what there is a place for; if nothing is done by that, make the next pass. What is done now."""
+        """Begin a request if there is a place for one; if nothing is done by that, make the next passes.
+
+        These are one of the request that is alone, and one of each group. What is done now.
+        """
         done: list[Done] = []
-        while self._waiting and len(self._begun) < self.limit:
-            done += self._go_on(*self._waiting.popleft(), None)
+        while self._waiting and self._alone is None and self._begun < self.limit:
+            name, steps = self._waiting.popleft()
+            done += self._go_on(name, steps, partial(next, steps))
         if done:
             return done
-        by_group: dict[Group, list[_Begun]] = defaultdict(list)
-        for one in self._begun:
-            if one.step.group:
-                by_group[one.step.group].append(one)
-        self._begun = []
-        for group, some in by_group.items():
+        if self._alone:
+            (name, steps, step), self._alone = self._alone, None
+            done += self._go_on(name, steps, lambda: steps.send(step.alone()))
+        grouped, self._grouped = self._grouped, defaultdict(list)
+        for group, some in grouped.items():
             tokens = {one.step.sequence: int(one.step.token_ids[0]) for one in some}
             whole = {one.step.sequence for one in some if one.step.full_vocabulary}
             try:
@@ -132,21 +142,24 @@ class Together:
                     done.append(Done(one.name, error=error))
             else:
                 for one in some:
-                    done += self._go_on(one.name, one.steps, logits[one.step.sequence])
+                    done += self._go_on(one.name, one.steps, partial(one.steps.send, logits[one.step.sequence]))
         return done
 
-    def _go_on(self, name: Hashable, steps: Steps[Any], logits: np.ndarray | None) -> list[Done]:
-        """Take a request, a new one where there are no logits, to the next pass that others may be in."""
+    def _go_on(self, name: Hashable, steps: Steps[Any], go_on: Callable[[], Step]) -> list[Done]:
+        """Take a request, by `go_on`, to the next pass that it waits for."""
         try:
-            step = steps.send(logits) if logits is not None else next(steps)
-            while step.group is None:
-                step = steps.send(step.alone())
+            step = go_on()
         except StopIteration as end:
             return [Done(name, end.value)]
         except Exception as error:
+            steps.close()
             _clear_frames(error)
             return [Done(name, error=error)]
-        self._begun.append(_Begun(name, steps, step))
+        begun = _Begun(name, steps, step)
+        if step.group:
+            self._grouped[step.group].append(begun)
+        else:
+            self._alone = begun
         return []
 
     def _group(self, task: str) -> Group | None:

@@ -92,13 +92,16 @@ def generate(
         with progress_bar() as progress:
             codes = session.bundle.manifest.codes
             total = codes.grid**2 if codes else 0
-            bar = progress.add_task("codes", total=total)
+            bar = progress.add_task("prompt", total=None)
             result = session.generate(
                 picture,
                 typed(instruction),
                 **options,
+                on_prompt=lambda read, of: progress.update(bar, completed=read, total=of),
                 # The end, and newlines between rows, are tokens and no codes.
-                on_code=lambda count: progress.update(bar, completed=min(count, total)),
+                on_code=lambda count: progress.update(
+                    bar, description="codes", completed=min(count, total), total=total
+                ),
                 on_preview=(lambda pixels, rows: write_image(partial, pixels)) if show_progress else None,
             )
     finally:

@@ -91,6 +91,8 @@ class Executor(Protocol):
     """Runs the graphs of the tasks it was opened with."""
 
     name: str
+    # A prompt is read in passes of at most so many tokens, which give its logits the same bits; None: in one pass.
+    prompt_tokens: int | None
 
     def features(self, task: str, pixels: np.ndarray) -> np.ndarray:
         """Image features float32 [P, C] of one picture, uint8 [H, W, 3]."""

@@ -40,6 +40,9 @@ class Device(NamedTuple):
     # small beside a context, and copying at each step costs a fraction of a percent of the tokens in between. On a GPU
     # the kernel reads what is filled, and growing goes through the host and ends the CUDA graphs.
     step_tokens: int
+    # The most tokens of a prompt in one pass of our kernels. All of M3's would take a CPU many seconds, in which it is
+    # deaf and others wait; and more rows than about 200 gain nothing, but take more memory.
+    prompt_tokens: int | None
     is_gpu: bool  # where decode steps can be CUDA graphs, and float32 is multiplied as TF32 unless told
 
     def kernels(self, manifest: Manifest) -> Path | None:
@@ -50,7 +53,7 @@ class Device(NamedTuple):
 
 _CPU = "CPUExecutionProvider"
 DEVICES = {
-    "cpu": Device(_CPU, "cpu", _PACKAGE / "healthgpt_onnxruntime.so", PRECISIONS, tuple(CACHE_TYPES), 256, False),
+    "cpu": Device(_CPU, "cpu", _PACKAGE / "healthgpt_onnxruntime.so", PRECISIONS, tuple(CACHE_TYPES), 256, 256, False),
     "cuda": Device(
         "CUDAExecutionProvider",
         "cuda",
@@ -58,6 +61,7 @@ DEVICES = {
         ("fp16", "bf16", "int8", "int4"),
         ("fp16", "int8"),
         1024,
+        None,
         True,
     ),
 }
@@ -89,6 +93,7 @@ class OnnxExecutor:
             _load_cuda()
         self._kernels = self._device.kernels(bundle.manifest) if kernels else None
         self._has_graphs = self._device.is_gpu and self._kernels is not None
+        self.prompt_tokens = self._device.prompt_tokens if self._kernels else None
         self.bundle = bundle
         self._threads, self._tasks = threads, tasks
         # On a GPU, sessions have one stream each, whose working memory passes share.

@@ -42,6 +42,8 @@ class TensorRtExecutor:
     open_engine gives an engine by its name in the record; raises ExecutorError where one is not what the manifest says.
     """
 
+    prompt_tokens: int | None = None
+
     def __init__(
         self,
         bundle: Bundle,

@@ -129,7 +129,9 @@ class Server:
         picture, study, options = checked_request(ANSWER, *_taken(fields), out, **fields)
         on_text = (lambda piece: say("text", text=piece)) if say else None
         stop = partial(self._is_unwanted, line)
-        result = yield from self._together.answering(picture, question, **options, on_text=on_text, stop=stop)
+        result = yield from self._together.answering(
+            picture, question, **options, on_prompt=_on_prompt(say), on_text=on_text, stop=stop
+        )
         self._check_wanted(line)
         if out is None or study is None:
             return result_fields(result)
@@ -151,9 +153,8 @@ class Server:
         on_code = (lambda count: say("progress", tokens=count, codes=total)) if say else None
         on_preview = (lambda pixels, rows: say("preview", rows=rows, **_inline(pixels))) if say and previews else None
         stop = partial(self._is_unwanted, line)
-        result = yield from self._together.generating(
-            picture, instruction, **options, on_code=on_code, on_preview=on_preview, stop=stop
-        )
+        listeners = {"on_prompt": _on_prompt(say), "on_code": on_code, "on_preview": on_preview}
+        result = yield from self._together.generating(picture, instruction, **options, **listeners, stop=stop)
         self._check_wanted(line)
         if out is None:
             return result_fields(result) | _inline(result.pixels)
@@ -172,6 +173,10 @@ class Server:
 
     def _write_event(self, event: str, **fields: Any) -> None:
         self._channel.send(json.dumps({"event": event, **fields}, allow_nan=False))
+
+
+def _on_prompt(say: Say | None) -> Callable[[int, int], None] | None:
+    return (lambda read, of: say("prompt", tokens=read, of=of)) if say else None
 
 
 def _taken(fields: dict[str, Any]) -> tuple[str | bytes | None, int | None, tuple[float, float] | None]:

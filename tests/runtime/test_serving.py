@@ -145,7 +145,9 @@ def test_an_answer_may_go_to_a_report_of_its_study(session, tmp_path):
 
 def test_pieces_come_before_the_result_and_are_its_text(session):
     asked = {"task": "answer", "question": COM.question, "image": str(COM.image), "max_new_tokens": 40}
-    *pieces, last = events(session, {**asked, "id": 5, "stream": True})
+    prompt, *pieces, last = events(session, {**asked, "id": 5, "stream": True})
+    read = prompt["tokens"]
+    assert prompt == {"event": "prompt", "id": 5, "tokens": read, "of": read} and read > len(last["prompt_ids"])
     assert len(pieces) > 5
     assert all(set(piece) == {"event", "id", "text"} for piece in pieces)
     assert {(piece["event"], piece["id"]) for piece in pieces} == {("text", 5)}
@@ -154,7 +156,7 @@ def test_pieces_come_before_the_result_and_are_its_text(session):
 
 
 def test_progress_of_a_picture(session):
-    *steps, last = events(session, {"task": "generate", "instruction": GEN.question, "stream": True, "seed": 1})
+    _, *steps, last = events(session, {"task": "generate", "instruction": GEN.question, "stream": True, "seed": 1})
     assert [step["tokens"] for step in steps] == list(range(1, len(last["token_ids"]) + 1))
     assert {(step["event"], step["id"], step["codes"]) for step in steps} == {("progress", None, 1024)}
 
@@ -186,7 +188,7 @@ def test_previews_are_those_of_the_session(session, monkeypatch):
     shown: dict[int, np.ndarray] = {}
     made = session.generate(GEN.image, GEN.question, on_preview=lambda pixels, rows: shown.update({rows: pixels}))
     asked = {"task": "generate", "instruction": GEN.question, "image": str(GEN.image), "stream": True}
-    *steps, last = events(session, {**asked, "id": 1, "previews": True})
+    _, *steps, last = events(session, {**asked, "id": 1, "previews": True})
     previews = [step for step in steps if step["event"] == "preview"]
     assert all(set(step) == {"event", "id", "rows", "image_base64"} and step["id"] == 1 for step in previews)
     assert [step["rows"] for step in previews] == list(shown) == list(range(1, 32))
