@@ -128,9 +128,13 @@ class Server:
     ) -> Steps[dict[str, Any]]:
         picture, study, options = checked_request(ANSWER, *_taken(fields), out, **fields)
         on_text = (lambda piece: say("text", text=piece)) if say else None
-        stop = partial(self._is_unwanted, line)
         result = yield from self._together.answering(
-            picture, question, **options, on_prompt=_on_prompt(say), on_text=on_text, stop=stop
+            picture,
+            question,
+            **options,
+            on_prompt=_on_prompt(say),
+            on_text=on_text,
+            stop=partial(self._is_unwanted, line),
         )
         self._check_wanted(line)
         if out is None or study is None:
@@ -152,9 +156,15 @@ class Server:
         total = codes.grid**2 if codes else None
         on_code = (lambda count: say("progress", tokens=count, codes=total)) if say else None
         on_preview = (lambda pixels, rows: say("preview", rows=rows, **_inline(pixels))) if say and previews else None
-        stop = partial(self._is_unwanted, line)
-        listeners = {"on_prompt": _on_prompt(say), "on_code": on_code, "on_preview": on_preview}
-        result = yield from self._together.generating(picture, instruction, **options, **listeners, stop=stop)
+        result = yield from self._together.generating(
+            picture,
+            instruction,
+            **options,
+            on_prompt=_on_prompt(say),
+            on_code=on_code,
+            on_preview=on_preview,
+            stop=partial(self._is_unwanted, line),
+        )
         self._check_wanted(line)
         if out is None:
             return result_fields(result) | _inline(result.pixels)
