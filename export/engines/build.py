@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import onnx
 from onnx import ModelProto, TensorProto
 
 from healthgpt_edge.bundle import ENGINES, Bundle
@@ -40,6 +39,7 @@ from healthgpt_edge.files import flush_folder
 from healthgpt_edge.manifest import Manifest
 
 from ..weights import WeightFile
+from .graphs import read_graph
 from .lower import CACHES, lower
 from .merge import Padding, merge
 from .plugin import KERNEL, use_plugin
@@ -123,8 +123,11 @@ def build_engines(
 def engine_model(
     bundle: Bundle, name: str, files: tuple[str, ...], settings: Settings, stacked: WeightFile
 ) -> ModelProto:
-    """The graph that TensorRT gets for engine `name`, its weights those of the bundle and `stacked`."""
-    models = [onnx.load(bundle.file(file), load_external_data=False) for file in files]
+    """The graph that TensorRT gets for engine `name`, its weights those of the bundle and `stacked`.
+
+    Raises ExecutorError for a graph that is damaged, or whose weights lie elsewhere.
+    """
+    models = [read_graph(bundle, file) for file in files]
     if name != LANGUAGE:
         return lower(models[0], TYPES[settings.compute])
     tasks = dict(zip(sorted(bundle.manifest.tasks), models, strict=True))

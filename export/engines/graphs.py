@@ -2,14 +2,78 @@
 
 from __future__ import annotations
 
+import math
+import reprlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from onnx import NodeProto, TensorProto, helper, numpy_helper
+import onnx
+from google.protobuf.message import DecodeError, Message
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from healthgpt_edge.bundle import Bundle
 from healthgpt_edge.errors import ExecutorError
 
 from ..graph.builder import DOMAIN
+
+# What weight files hold: the bits of a value by its type.
+_BITS = {
+    TensorProto.FLOAT: 32,
+    TensorProto.FLOAT16: 16,
+    TensorProto.BFLOAT16: 16,
+    TensorProto.INT8: 8,
+    TensorProto.INT4: 4,
+}
+_PLACE = ["length", "location", "offset"]
+
+
+def read_graph(bundle: Bundle, file: str) -> ModelProto:
+    """A graph of the bundle, whose external data lies in files of the bundle: neither we nor a parser check it again.
+
+    Raises ExecutorError.
+    """
+    try:
+        model = onnx.load(bundle.file(file), load_external_data=False)
+    except (DecodeError, OSError) as error:
+        raise ExecutorError(f"{file} must be an ONNX graph, found {type(error).__name__}") from error
+    if not model.graph.node:
+        raise ExecutorError(f"{file} must be an ONNX graph, found one without nodes")
+    for tensor in _tensors_in(model):
+        if tensor.data_location == TensorProto.EXTERNAL:
+            _check_place(tensor, bundle, file)
+    return model
+
+
+def _tensors_in(message: Message) -> Iterator[TensorProto]:
+    """Initializers, constants and whatever else holds a tensor, in all functions and subgraphs."""
+    if isinstance(message, TensorProto):
+        yield message
+        return
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for one in [value] if isinstance(value, Message) else value:
+                yield from _tensors_in(one)
+
+
+def _check_place(tensor: TensorProto, bundle: Bundle, file: str) -> None:
+    place, name = location_of(tensor), f"{file}: {tensor.name[:100]}"
+    location, offset, length = (place.get(key, "") for key in ("location", "offset", "length"))
+    if location not in bundle.manifest.files:
+        raise ExecutorError(f"{name} must lie in a file of the bundle, found {reprlib.repr(location)}")
+    if sorted(entry.key for entry in tensor.external_data) != _PLACE or not (_is_count(offset) and _is_count(length)):
+        found = f"{reprlib.repr(offset)} and {reprlib.repr(length)}"
+        raise ExecutorError(f"{name} must have its offset and length, once each, found {found}")
+    first, end, size = int(offset), int(offset) + int(length), bundle.manifest.files[location].size
+    if end > size:
+        raise ExecutorError(f"{name} must lie in the {size} bytes of {location}, found {first} to {end}")
+    expected = -(-math.prod(tensor.dims) * _BITS.get(tensor.data_type, 0) // 8)
+    if int(length) != expected:
+        raise ExecutorError(f"{name} must be {expected} bytes, found {length}")
+
+
+def _is_count(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) < 20
 
 
 def is_named(node: NodeProto, name: str) -> bool:
@@ -36,7 +100,7 @@ def location_of(tensor: TensorProto) -> dict[str, str]:
 
 
 def values_of(tensor: TensorProto, folder: Path) -> np.ndarray:
-    """The values of an initializer of a bundle in `folder`; int4 as int8."""
+    """The values of an initializer of a graph that `read_graph` has checked; int4 as int8."""
     if tensor.data_location != TensorProto.EXTERNAL:
         return numpy_helper.to_array(tensor)
     place = location_of(tensor)

@@ -22,6 +22,8 @@ from pathlib import Path
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from healthgpt_edge.errors import ExecutorError
+
 from ..graph.builder import DOMAIN
 from ..weights import WeightFile
 from .graphs import attribute, input_at, is_named, location_of, values_of
@@ -60,16 +62,13 @@ class _Plugin:
     """The adapters of one task at one linear."""
 
     def __init__(self, node: NodeProto, initializers: dict[str, TensorProto], folder: Path, rank_multiple: int) -> None:
-        def read(index: int) -> np.ndarray | None:
-            name = input_at(node, index)
-            return values_of(initializers[name], folder) if name else None
-
-        self.experts = attribute(node, "experts")
-        self.block_size = attribute(node, "block_size")
-        self.types = tuple(initializers[node.input[index]].data_type for index in (_ADAPTER_IN, _ADAPTER_OUT))
-        adapter_in, self.in_scale = read(_ADAPTER_IN), read(_ADAPTER_IN + 1)
-        adapter_out, self.out_scale = read(_ADAPTER_OUT), read(_ADAPTER_OUT + 1)
-        assert adapter_in is not None and adapter_out is not None  # the contract of the node
+        given = [initializers.get(input_at(node, index)) for index in range(_ADAPTER_IN, _ADAPTER_OUT + 2)]
+        self.experts, self.block_size = attribute(node, "experts"), attribute(node, "block_size")
+        self.types = tuple(tensor and tensor.data_type for tensor in given)
+        arrays = [tensor and values_of(tensor, folder) for tensor in given]
+        if not _are_adapters(arrays, self.experts, self.block_size):
+            raise ExecutorError(f"node {node.name} must have the matrices of an H-LoRA linear, found others")
+        adapter_in, self.in_scale, adapter_out, self.out_scale = arrays
         self.own_rank = adapter_out.shape[0]
         self._more = ((0, 0), (0, -self.own_rank % rank_multiple))
         self.rank = self.own_rank + self._more[1][1]
@@ -78,17 +77,32 @@ class _Plugin:
 
     def scales_in(self) -> tuple[np.ndarray, np.ndarray]:
         """Scales of `reduce` and of `router`."""
-        assert self.in_scale is not None
         return np.pad(self.in_scale[:, : self.own_rank], self._more), self.in_scale[:, self.own_rank :]
 
     def scales_out(self, block_size: int) -> np.ndarray:
         """Scales of `expand` in blocks of a size that divides its rank and the size it is stored in."""
-        assert self.out_scale is not None
         return np.repeat(self.out_scale, self.block_size // block_size, axis=0)[: self.rank // block_size]
 
     def expert_of(self, first: int) -> np.ndarray:
         """The expert of each column of `reduce`, counted from `first`."""
         return first + np.minimum(np.arange(self.rank) // (self.own_rank // self.experts), self.experts - 1)
+
+
+def _are_adapters(arrays: list[np.ndarray | None], experts: int, block_size: int) -> bool:
+    """Whether [A; router] [C, R + E] and B [R, O] fit together, each with its scales or both without."""
+    adapter_in, in_scale, adapter_out, out_scale = arrays
+    if adapter_in is None or adapter_out is None or adapter_in.ndim != 2 or adapter_out.ndim != 2:
+        return False
+    (channels, columns), (rank, outputs) = adapter_in.shape, adapter_out.shape
+    if columns != rank + experts or not 0 < experts <= rank or rank % experts:
+        return False
+    if in_scale is None or out_scale is None:
+        return in_scale is None and out_scale is None
+    if block_size < 1:
+        return False
+    return in_scale.shape == (-(-channels // block_size), columns) and (
+        out_scale.shape == (-(-rank // block_size), outputs)
+    )
 
 
 class _Merged:
@@ -243,7 +257,9 @@ class _Merged:
 
     def _stack(self, node: NodeProto, plugins: list[_Plugin], several: bool) -> list[NodeProto]:
         """The linear with its plugins side by side."""
-        name, (in_type, out_type) = node.output[0], plugins[0].types
+        name, (in_type, _, out_type, _) = node.output[0], plugins[0].types
+        if any((plugin.types, plugin.block_size) != (plugins[0].types, plugins[0].block_size) for plugin in plugins):
+            raise ExecutorError(f"the adapters of all tasks at {name} must be stored alike, found several types")
         adapter_in = np.concatenate([*(p.reduce for p in plugins), *(p.router for p in plugins)], axis=1)
         adapter_in = np.pad(adapter_in, ((0, 0), (0, -adapter_in.shape[1] % self.padding.columns)))
         adapter_out = np.concatenate([p.expand for p in plugins])

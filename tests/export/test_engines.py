@@ -302,6 +302,89 @@ def test_an_int4_matrix_is_int4_in_the_engine(tmp_path):
     assert channels * outputs // 2 < plan.nbytes < channels * outputs * 0.6
 
 
+# --- graphs that are not what they should be -------------------------------------------------------------------------
+
+
+def edited(plain: Path, folder: Path, file: str, data: bytes) -> Bundle:
+    """The bundle with another graph in the place of `file`, as whoever makes a bundle can make it."""
+    shutil.copytree(plain, folder / "bundle")
+    (folder / "bundle" / file).write_bytes(data)
+    return Bundle(folder / "bundle", Bundle.open(plain).manifest)
+
+
+def model_of(bundle: Bundle, name: str, folder: Path) -> onnx.ModelProto:
+    settings = default_settings(bundle.manifest, max_context=MAX_CONTEXT)
+    with WeightFile(folder / "stacked.bin", "stacked.bin") as stacked:
+        return engine_model(bundle, name, engine_graphs(bundle.manifest)[name], settings, stacked)
+
+
+@pytest.mark.parametrize("file, name", [("generation.language.onnx", LANGUAGE), ("generation.codes.onnx", None)])
+@pytest.mark.parametrize(
+    "place, message",
+    [
+        ({"location": "../secret.bin"}, "lie in a file of the bundle, found '../secret.bin'"),
+        ({"location": "{folder}/secret.bin"}, "lie in a file of the bundle, found '/"),
+        ({"location": ""}, "lie in a file of the bundle, found ''"),
+        ({"location": "bundle.json"}, "lie in a file of the bundle, found 'bundle.json'"),
+        ({"offset": str(1 << 40)}, " bytes of weights/generation.bin, found 1099511627776 to 1099511"),
+        ({"offset": "-1"}, "have its offset and length, once each, found '-1' and '"),
+        ({"length": "9" * 5000}, "have its offset and length, once each, found '"),
+        ({"length": "1"}, " bytes, found 1"),
+        ({"length": None}, "have its offset and length, once each, found '"),
+    ],
+)
+def test_weights_that_do_not_lie_in_the_bundle_are_refused(plain, tmp_path, file, name, place, message):
+    """Neither we nor TensorRT's parser may read them: it follows the same paths."""
+    (tmp_path / "secret.bin").write_bytes(bytes(1 << 20))
+    model = onnx.load(plain / file, load_external_data=False)
+    tensor = next(one for one in model.graph.initializer if location_of(one)["location"] == "weights/generation.bin")
+    changed = location_of(tensor) | {key: value and value.format(folder=tmp_path) for key, value in place.items()}
+    del tensor.external_data[:]
+    for key, value in changed.items():
+        if value is not None:
+            tensor.external_data.add(key=key, value=value)
+    bundle = edited(plain, tmp_path, file, model.SerializeToString())
+    with pytest.raises(ExecutorError) as caught:
+        model_of(bundle, name or "generation.codes", tmp_path)
+    assert f"{file}: {tensor.name} must " in str(caught.value) and message in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+def test_weights_of_a_constant_that_do_not_lie_in_the_bundle_are_refused(plain, tmp_path):
+    file = "generation.codes.onnx"
+    model = onnx.load(plain / file, load_external_data=False)
+    tensor = TensorProto(name="hidden", data_type=TensorProto.UINT8, dims=[4], data_location=TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value="/etc/passwd")
+    constant = helper.make_node("Constant", [], ["hidden"], value=tensor)
+    branch = helper.make_graph([constant], "branch", [], [helper.make_tensor_value_info("hidden", 2, [4])])
+    for node in (constant, helper.make_node("If", ["yes"], ["out"], then_branch=branch, else_branch=branch)):
+        other = onnx.ModelProto()
+        other.CopyFrom(model)
+        other.functions[0].node.append(node)
+        shutil.rmtree(tmp_path / "bundle", ignore_errors=True)
+        bundle = edited(plain, tmp_path, file, other.SerializeToString())
+        with pytest.raises(ExecutorError, match="hidden must lie in a file of the bundle, found '/etc/passwd'"):
+            model_of(bundle, "generation.codes", tmp_path)
+
+
+@pytest.mark.parametrize("data", [b"", b"nothing that onnx knows"])
+def test_a_file_that_is_no_graph_is_refused(plain, tmp_path, data):
+    bundle = edited(plain, tmp_path, "generation.codes.onnx", data)
+    with pytest.raises(ExecutorError, match=r"^generation\.codes\.onnx must be an ONNX graph, found "):
+        model_of(bundle, "generation.codes", tmp_path)
+
+
+@pytest.mark.parametrize("inputs", [3, 7])
+def test_a_linear_without_its_matrices_is_refused(plain, tmp_path, inputs):
+    file = "generation.language.onnx"
+    model = onnx.load(plain / file, load_external_data=False)
+    node = next(node for node in model.graph.node if node.op_type == "HLoraLinear")
+    del node.input[inputs - 1 :]
+    bundle = edited(plain, tmp_path, file, model.SerializeToString())
+    with pytest.raises(ExecutorError, match=f"node {node.name} must have the matrices of an H-LoRA linear, found"):
+        model_of(bundle, LANGUAGE, tmp_path)
+
+
 # --- one graph for both tasks ---------------------------------------------------------------------------------------
 
 
