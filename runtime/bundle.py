@@ -5,17 +5,22 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
 from .errors import BundleError
+from .machine import cores
 from .manifest import MAX_MANIFEST_BYTES, Manifest
 
 MANIFEST = "bundle.json"
 ENGINES = "engines"
 _HASH_CHUNK_BYTES = 256 << 10  # stays in a cache between reading and hashing: 1.6 times as fast as 4 MiB
+_HASH_THREADS = 4  # a gigabyte a second each, together as fast as a disk
+_TELL_SECONDS = 0.05
 
 
 class Bundle:
@@ -66,21 +71,34 @@ class Bundle:
     ) -> int:
         """Compare the SHA-256 of every file whose name does not start with one of `skip`; returns the bytes read.
 
-        `on_bytes` gets how many have been read, of how many. Raises BundleError.
+        `on_bytes` gets now and then how many have been read, of how many. Raises BundleError.
         """
-        files = {name: entry for name, entry in sorted(self.manifest.files.items()) if not name.startswith(skip)}
-        total, read = sum(entry.size for entry in files.values()), 0
-        for name, entry in files.items():
+        sizes = {name: entry.size for name, entry in self.manifest.files.items() if not name.startswith(skip)}
+        read = dict.fromkeys(sizes, 0)
+        stop = threading.Event()
+
+        def check(name: str) -> None:
             digest = hashlib.sha256()
             with _reading(self.path), self.file(name).open("rb", buffering=0) as file:
-                while chunk := file.read(_HASH_CHUNK_BYTES):
+                while (chunk := file.read(_HASH_CHUNK_BYTES)) and not stop.is_set():
                     digest.update(chunk)
-                    read += len(chunk)
-                    on_bytes(read, total)
-            if digest.hexdigest() != entry.sha256:
-                expected, actual = entry.sha256[:16], digest.hexdigest()[:16]
-                raise BundleError(f"file {name} is damaged: SHA-256 must be {expected}..., found {actual}...")
-        return read
+                    read[name] += len(chunk)
+            expected, found = self.manifest.files[name].sha256, digest.hexdigest()
+            if found != expected:
+                raise BundleError(f"file {name} is damaged: SHA-256 must be {expected[:16]}..., found {found[:16]}...")
+
+        with ThreadPoolExecutor(min(cores(), _HASH_THREADS)) as pool:
+            try:
+                # The largest first, or one thread would end with it alone.
+                pending = {pool.submit(check, name) for name in sorted(sizes, key=lambda name: -sizes[name])}
+                while pending:
+                    done, pending = wait(pending, _TELL_SECONDS, FIRST_COMPLETED)
+                    for one in done:
+                        one.result()
+                    on_bytes(sum(read.values()), sum(sizes.values()))
+            finally:
+                stop.set()
+        return sum(read.values())
 
     def _check_listing(self) -> None:
         found: set[str] = set()
