@@ -30,6 +30,9 @@ from .summary import Part, Summary, folds_of, parts_of
 from .tokenizer import write_tokenizer
 from .weights import WeightFile
 
+# A reader hashes several files at once, and a file system for sticks, FAT32, takes none of 4 GiB.
+_WEIGHT_FILE_BYTES = 1 << 30
+
 
 def export_bundle(
     checkpoint: Checkpoint,
@@ -160,11 +163,10 @@ class _Export:
 
     def _weight_file(self, name: str) -> WeightFile:
         location = f"weights/{name}.bin"
-        return WeightFile(self.folder / location, location)
+        return WeightFile(self.folder / location, location, _WEIGHT_FILE_BYTES)
 
     def _close(self, file: WeightFile) -> None:
-        digest = file.close()
-        self.files[file.location] = schema.FileEntry(file.size_bytes, digest)
+        self.files |= file.close()
         self.parts += parts_of(file)
 
     def _save(self, task: str, role: str, model: onnx.ModelProto) -> None:

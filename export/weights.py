@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import ml_dtypes
 import numpy as np
 from onnx import TensorProto, helper
 
 from healthgpt_edge.errors import BundleError
+from healthgpt_edge.manifest import FileEntry
 
 # A mapping of the file then starts every tensor on a page, which is what executors and DMA engines want.
 ALIGNMENT_BYTES = 4096
@@ -58,13 +59,18 @@ class WeightFile:
     """An append-only file of tensors, each stored once under its key.
 
     `put` returns the place of a key that is already there without producing the tensor again: this is how the
-    graphs of two tasks come to share one set of base weights.
+    graphs of two tasks come to share one set of base weights. Once `limit_bytes` are in it, w.bin goes on as w-1.bin,
+    w-2.bin and so on: several files are hashed at once, and every file system takes them.
     """
 
-    def __init__(self, path: Path, location: str) -> None:
-        self.location = location
+    def __init__(self, path: Path, location: str, limit_bytes: int | None = None) -> None:
+        self._path, self._location, self._limit_bytes = path, PurePosixPath(location), limit_bytes
         self.stored: dict[str, StoredTensor] = {}
-        self.size_bytes = 0
+        self._files: dict[str, FileEntry] = {}  # that are full
+        self._begin(path, location)
+
+    def _begin(self, path: Path, location: str) -> None:
+        self.location, self.size_bytes = location, 0
         self._sha256 = hashlib.sha256()
         self._file = path.open("wb")
 
@@ -78,6 +84,10 @@ class WeightFile:
         with np.errstate(over="ignore", invalid="ignore"):  # an error, with the key, in place of numpy's warning
             values = require_finite(key, produce())
         shape = tuple(values.shape)
+        if self._limit_bytes is not None and self.size_bytes >= self._limit_bytes:
+            count = len(self.close())
+            name = f"{self._path.stem}-{count}{self._path.suffix}"
+            self._begin(self._path.with_name(name), str(self._location.with_name(name)))
         self._append(b"\0" * (-self.size_bytes % ALIGNMENT_BYTES))
         offset = self.size_bytes
         flat = np.ascontiguousarray(values).reshape(-1)
@@ -98,10 +108,11 @@ class WeightFile:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def close(self) -> str:
-        """Flush and close; returns the SHA-256 of the file."""
+    def close(self) -> dict[str, FileEntry]:
+        """Flush and close; returns the size and the SHA-256 of each file by its location."""
         self._file.close()
-        return self._sha256.hexdigest()
+        self._files[self.location] = FileEntry(self.size_bytes, self._sha256.hexdigest())
+        return self._files
 
 
 def require_finite(key: str, values: np.ndarray) -> np.ndarray:

@@ -112,7 +112,8 @@ def engine_graphs(manifest: Manifest) -> dict[str, tuple[str, ...]]:
 def ingredients(manifest: Manifest, name: str, target: str, tensorrt: str, settings: Settings) -> dict[str, str]:
     """What engine `name` depends on, each with its hash or its value: another value of one makes the engine stale."""
     tasks = sorted(manifest.tasks) if name == LANGUAGE else [name.split(".")[0]]
-    files = [*engine_graphs(manifest)[name], "weights/base.bin", *(f"weights/{task}.bin" for task in tasks)]
+    weights = re.compile(rf"weights/({'|'.join(['base', *tasks])})(-\d+)?\.bin")
+    files = [*engine_graphs(manifest)[name], *filter(weights.fullmatch, manifest.files)]
     flags = dataclasses.asdict(settings)
     # These change the language engine alone, and only where they are asked for.
     plugin, streams = flags.pop("plugin"), flags.pop("stream_weights")
@@ -120,7 +121,7 @@ def ingredients(manifest: Manifest, name: str, target: str, tensorrt: str, setti
         flags |= {"plugin": PLUGIN_VERSION} if plugin else {}
         flags |= {"stream_weights": True} if streams else {}
     return (
-        {file: manifest.files[file].sha256 for file in files if file in manifest.files}
+        {file: manifest.files[file].sha256 for file in files}
         | {"target": target, "TensorRT": tensorrt, "lowering": str(LOWERING)}
         | {flag: str(value) for flag, value in flags.items()}
     )

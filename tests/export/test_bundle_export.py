@@ -13,6 +13,7 @@ from golden_cases import Case, arguments, open_golden
 
 from healthgpt_edge import load
 from healthgpt_edge.bundle import Bundle
+from healthgpt_edge.engines import Settings, ingredients
 from healthgpt_edge.errors import BundleError
 from healthgpt_edge.export.bundle import export_bundle
 from healthgpt_edge.export.checkpoint import Checkpoint
@@ -96,6 +97,24 @@ def test_the_summary_counts_every_byte(exported):
                 lengths.setdefault(place["location"], {})[place["offset"]] = int(place["length"])
     parts = {file: sum(part.size_bytes for part in summary.parts if part.file == file) for file in lengths}
     assert parts == {file: sum(tensors.values()) for file, tensors in lengths.items()}
+
+
+def test_weights_of_many_files_are_the_same_weights(exported, tmp_path, monkeypatch):
+    monkeypatch.setattr("healthgpt_edge.export.bundle._WEIGHT_FILE_BYTES", 100_000)
+    with open_golden("m3") as checkpoint:
+        summary = export_bundle(checkpoint, tmp_path / "out", precision="int4", block_size=32)
+    manifest, files = Bundle.open(tmp_path / "out").manifest, {part.file for part in summary.parts}
+    assert files == {name for name in manifest.files if name.startswith("weights/")}
+    assert {name.split("-")[0] for name in files if "-" in name} >= {"weights/base", "weights/generation"}
+    parts = [sorted((part.part, part.size_bytes) for part in one.parts) for one in (summary, exported("int4")[1])]
+    assert len(parts[0]) > len(parts[1]) and sum(size for _, size in parts[0]) == sum(size for _, size in parts[1])
+    # An engine is stale when one of them is another.
+    settings = Settings("fp16", ("8.9",), 2048, 8, 512)
+    assert set(ingredients(manifest, "language", "tensorrt", "11.4", settings)) >= files
+    answers = [
+        load(path, threads=1).answer(COM.image, COM.question) for path in (exported("int4")[0], tmp_path / "out")
+    ]
+    assert answers[0].token_ids == answers[1].token_ids
 
 
 @pytest.mark.parametrize("tasks", [("comprehension",), ("generation",), ("comprehension", "generation")], ids=str)

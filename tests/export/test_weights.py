@@ -9,6 +9,7 @@ from onnx import TensorProto
 from healthgpt_edge.errors import BundleError
 from healthgpt_edge.export import weights
 from healthgpt_edge.export.weights import ALIGNMENT_BYTES, WeightFile
+from healthgpt_edge.manifest import FileEntry
 
 
 def test_tensors_start_on_pages_and_the_hash_is_the_files(tmp_path):
@@ -16,13 +17,32 @@ def test_tensors_start_on_pages_and_the_hash_is_the_files(tmp_path):
     file = WeightFile(path, "weights/w.bin")
     first = file.put("a", TensorProto.FLOAT, lambda: np.arange(5, dtype=np.float32))
     second = file.put("b", TensorProto.FLOAT16, lambda: np.ones((3, 7), np.float32))
-    digest = file.close()
+    files = file.close()
     data = path.read_bytes()
     assert (first.offset, first.length, second.offset, second.length) == (0, 20, ALIGNMENT_BYTES, 42)
-    assert digest == hashlib.sha256(data).hexdigest()
-    assert file.size_bytes == len(data)
+    assert files == {"weights/w.bin": FileEntry(len(data), hashlib.sha256(data).hexdigest())}
     np.testing.assert_array_equal(np.frombuffer(data, np.float32, 5), np.arange(5))
     np.testing.assert_array_equal(np.frombuffer(data, np.float16, 21, ALIGNMENT_BYTES), np.ones(21))
+
+
+def test_a_full_file_goes_on_in_the_next(tmp_path):
+    (tmp_path / "weights").mkdir()
+    with WeightFile(tmp_path / "weights/w.bin", "weights/w.bin", 6000) as file:
+        places = [file.put(key, TensorProto.FLOAT, lambda: np.full(500, 7.0, np.float32)) for key in "abcd"]
+        assert file.put("a", TensorProto.FLOAT, lambda: pytest.fail("it is stored")) == places[0]
+        files = file.close()
+    assert [(place.location, place.offset) for place in places] == [
+        ("weights/w.bin", 0),
+        ("weights/w.bin", ALIGNMENT_BYTES),
+        ("weights/w-1.bin", 0),
+        ("weights/w-1.bin", ALIGNMENT_BYTES),
+    ]
+    assert {name: entry.size for name, entry in files.items()} == dict.fromkeys(
+        ("weights/w.bin", "weights/w-1.bin"), ALIGNMENT_BYTES + 2000
+    )
+    for name, entry in files.items():
+        assert entry.sha256 == hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+    assert sorted(path.name for path in (tmp_path / "weights").iterdir()) == ["w-1.bin", "w.bin"]
 
 
 def test_a_key_is_produced_and_stored_once(tmp_path):
