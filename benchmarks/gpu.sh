@@ -17,7 +17,12 @@ if [[ ${1:-} == --rehearse ]]; then
   rehearse=yes
   shift
 fi
-results=$(mkdir -p "${1:-benchmarks/results}" && cd "${1:-benchmarks/results}" && pwd)
+folder=${1:-benchmarks/results}
+if (($# > 1)) || [[ $folder == -* ]] || ! mkdir -p "$folder"; then
+  echo "benchmarks/gpu.sh: expected [--rehearse] [FOLDER], found $*" >&2
+  exit 2
+fi
+results=$(cd "$folder" && pwd)
 python=${PYTHON:-python3}
 begin=$SECONDS
 name=gpu

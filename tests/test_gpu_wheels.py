@@ -1,8 +1,10 @@
-"""Wheels for a machine with a GPU and no network: made slim, and unpacked."""
+"""The GPU benchmark's words, and wheels for a machine with a GPU and no network: made slim, and unpacked."""
 
 from __future__ import annotations
 
+import os
 import struct
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -10,7 +12,8 @@ from pathlib import Path
 import pytest
 import zstandard
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
 
 from benchmarks.gpu import slim
 from benchmarks.gpu.fat_binaries import MACHINE_CODE, entries, keep_only, kernels
@@ -18,6 +21,16 @@ from benchmarks.gpu.wheels import is_for, unpack
 
 PROVIDER = "onnxruntime/capi/libonnxruntime_providers_cuda.so"
 PTX = 1
+
+
+@pytest.mark.parametrize("words", [["--bundles"], ["--rehearse", "--times"], ["one", "two"], ["{file}/in-a-file"]])
+def test_words_that_the_gpu_benchmark_does_not_know_start_nothing(tmp_path, words):
+    (tmp_path / "file").touch()
+    command = ["bash", ROOT / "benchmarks" / "gpu.sh", *(word.format(file=tmp_path / "file") for word in words)]
+    environment = os.environ | {"PATH": os.defpath}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "") and "expected [--rehearse] [FOLDER], found " in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def entry(architecture: int, names: str, kind: int = MACHINE_CODE, compressed: bool = False) -> bytes:

@@ -1,4 +1,4 @@
-"""Whole bundles by ONNX Runtime's CUDA provider: checked, then timed. `benchmarks/gpu.sh --bundles` calls this.
+"""Whole bundles by ONNX Runtime's CUDA provider: checked, then timed. `benchmarks/gpu.sh` calls this.
 
     python -m benchmarks.gpu.bundles WORK --export [--rehearse LIBRARY]
     python -m benchmarks.gpu.bundles WORK --out FILE [--seconds N] [--rehearse LIBRARY]
