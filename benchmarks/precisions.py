@@ -23,15 +23,12 @@ import onnxruntime
 
 from healthgpt_edge import load, machine, phantoms
 from healthgpt_edge.evaluate import evaluate
-from healthgpt_edge.export.bundle import export_bundle
-from healthgpt_edge.export.checkpoint import Checkpoint
-from healthgpt_edge.export.phantom.release import released_files
 from healthgpt_edge.images import prepare, read_image
 from healthgpt_edge.prompt import prompt_ids, with_patches
 from healthgpt_edge.session import GENERATION, Session
 
-PHANTOM = Path(__file__).parents[1] / "phantom"
-BLOCK_SIZE = 32  # the phantom is narrow: 128 would be most of a row
+from . import phantom
+
 CALIBRATED_WITH = 6  # phantoms, a CT and an MR slice of each, behind those that are evaluated
 DRAWN_FROM = 200  # the held-out phantoms, of which the first are evaluated
 REFERENCE = "fp32"  # what the others are compared with
@@ -52,9 +49,7 @@ def export(bundle: Path, precision: str, cache: str | None = None, calibrated: b
     """Export the phantom; returns its bytes."""
     spare = phantoms.held_out(DRAWN_FROM)[-CALIBRATED_WITH:] if calibrated else []
     pictures = [picture for subject in spare for picture in (subject.ct, subject.mr)]
-    with Checkpoint.open(**released_files(PHANTOM)) as checkpoint:
-        options = {"precision": precision, "block_size": BLOCK_SIZE, "cache": cache, "pictures": pictures}
-        return export_bundle(checkpoint, bundle, **options).total_bytes
+    return phantom.export(bundle, precision, cache=cache, pictures=pictures)
 
 
 def draw(session: Session, tasks: list[phantoms.Task]) -> tuple[np.ndarray, np.ndarray, list[list[int]]]:

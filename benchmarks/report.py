@@ -16,6 +16,7 @@ from healthgpt_edge.bench import summary
 from .contenders import OURS
 from .goals import Goal, overheads
 from .pooled import Entry, Results
+from .tables import table
 
 _PANELS_ACROSS = 2
 
@@ -30,18 +31,16 @@ def markdown(settings: dict[str, Any], results: Results, goals: list[Goal]) -> s
         f"{machine['processor']}, {machine['cores']} cores, {memory} of memory, {settings['threads']} threads, "
         f"{settings['rounds']} rounds in turn. Medians. `{settings['command']}`",
         "",
-        *_table(("goal", "limit", "measured", "met"), [goal.cells() for goal in goals]),
+        *table(("goal", "limit", "measured", "met"), [goal.cells() for goal in goals]),
         "",
-        *_table(
-            ("contender", "row", "task", "p50 ms", "p90 ms", "p99 ms", "samples", "of the ceiling"), _rows(results)
-        ),
+        *table(("contender", "row", "task", "p50 ms", "p90 ms", "p99 ms", "samples", "of the ceiling"), _rows(results)),
         "",
     ]
     if added := overheads(results):
         lines += [
             "What adapters add to a decoded token:",
             "",
-            *_table(("contender", "task", "added"), [(name, task, f"{share:+.0%}") for name, task, share in added]),
+            *table(("contender", "task", "added"), [(name, task, f"{share:+.0%}") for name, task, share in added]),
             "",
         ]
     lines += [
@@ -116,10 +115,6 @@ def _rows(results: Results) -> list[tuple[str, ...]]:
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (head, ("---",) * len(head), *rows)]
 
 
 if __name__ == "__main__":

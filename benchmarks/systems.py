@@ -21,6 +21,7 @@ class System:
     vocab: int
     ranks: dict[str, int]
     experts: int = 4
+    picture_rows: int = 0  # of the head, those that a picture can hold
     splits_linears: bool = False  # q, k, v, gate and up are linears of their own, the first three with biases
 
     @property
@@ -67,6 +68,7 @@ SYSTEMS = {
         base_vocab=32064,
         vocab=40206,
         ranks={"comprehension": 64, "generation": 256},
+        picture_rows=8194,
     ),
     "l14": System(
         "HealthGPT-L14",

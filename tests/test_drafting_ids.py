@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import drafting_ids
-from benchmarks.drafting_ids import compare, differing_ids, read
+from benchmarks.drafting import ids as drafting_ids
+from benchmarks.drafting.ids import compare, differing_ids, read
 from healthgpt_edge.session import GENERATION
 
 IDS = [7, 8, 9, 6, 99]

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import zstandard
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.gpu import slim
 from benchmarks.gpu.fat_binaries import MACHINE_CODE, entries, keep_only, kernels
 from benchmarks.gpu.wheels import is_for, unpack
 
+ROOT = Path(__file__).parents[1]
 PROVIDER = "onnxruntime/capi/libonnxruntime_providers_cuda.so"
 PTX = 1
 

@@ -24,15 +24,13 @@ from typing import Any, NamedTuple
 
 import torch  # before onnxruntime: it brings the CUDA libraries and cuDNN along
 
-from benchmarks import full_size
+from benchmarks import full_size, phantom
 from benchmarks.systems import SYSTEMS
 from healthgpt_edge import bench, load, phantoms
 from healthgpt_edge.executors.onnx import DEVICES
 from healthgpt_edge.export.bundle import export_bundle
 from healthgpt_edge.export.checkpoint import Checkpoint
-from healthgpt_edge.export.phantom.release import released_files
 
-PHANTOM = Path(__file__).parents[2] / "phantom"
 NEW_TOKENS = 20
 REHEARSED_TOKENS = 3
 ROWS = {"phantom": "vit,pp300,tg64@300,vq,img", "m3": "vit,pp600,tg64@700,vq,img"}
@@ -58,11 +56,11 @@ class Case(NamedTuple):
     def export(self, work: Path) -> None:
         bundle = work / self.name
         shutil.rmtree(bundle, ignore_errors=True)  # of a run before
-        files, block_size = released_files(PHANTOM), 32
-        if self.model == "m3":
-            files, block_size = full_size.released(work / "m3", SYSTEMS["m3"]), 128
-        with Checkpoint.open(**files) as checkpoint:
-            export_bundle(checkpoint, bundle, precision=self.precision, cache=self.cache, block_size=block_size)
+        if self.model == "phantom":
+            phantom.export(bundle, self.precision, cache=self.cache)
+            return
+        with Checkpoint.open(**full_size.released(work / "m3", SYSTEMS["m3"])) as checkpoint:
+            export_bundle(checkpoint, bundle, precision=self.precision, cache=self.cache)
 
 
 CASES = [

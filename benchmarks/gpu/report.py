@@ -10,12 +10,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..tables import table
+
 Results = dict[str, Any]
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+def text(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(table(head, rows)) + "\n"
 
 
 def milliseconds(result: Results, name: str) -> str:
@@ -39,7 +40,7 @@ def steps(results: Results, bandwidth: float) -> str:
         if name.startswith("m3 decode step")
         for result in part
     ]
-    return table(["M3 decode step, ms", "ours", "share", "original, eager", "original, graph"], rows)
+    return text(["M3 decode step, ms", "ours", "share", "original, eager", "original, graph"], rows)
 
 
 def linears(results: Results, bandwidth: float) -> str:
@@ -59,7 +60,7 @@ def linears(results: Results, bandwidth: float) -> str:
         for result in part
     ]
     head = ["linear, ms", "ours", "share", "over its base", "cuBLAS, base only"]
-    return table([*head, "original, eager", "original, graph", "original, compiled"], rows)
+    return text([*head, "original, eager", "original, graph", "original, compiled"], rows)
 
 
 def others(results: Results) -> str:
@@ -78,7 +79,7 @@ def others(results: Results) -> str:
         [f"{result['codes']} codes one by one, {result['storage']}", f"{result['codes_seconds'] * 1e3:.0f}", "", ""]
         for result in results["whole picture"]
     ]
-    return table(["ms", "ours", "PyTorch, eager", "PyTorch, graph"], rows)
+    return text(["ms", "ours", "PyTorch, eager", "PyTorch, graph"], rows)
 
 
 def report(results: Results) -> str:

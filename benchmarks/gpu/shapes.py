@@ -1,8 +1,10 @@
-"""Sizes of the released systems' decoders (HEALTHGPT.md), and small ones to rehearse with."""
+"""Sizes of the released systems' decoders, and small ones to rehearse with."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from ..systems import SYSTEMS
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,12 @@ class Decoder:
         }
 
 
+# Qwen's queries, keys and values are three matrices in the release: here as one, like its gate and up.
 DECODERS = {
-    "m3": Decoder(3072, 32, 32, 32, 96, 8192, 8194),
-    "l14": Decoder(5120, 40, 40, 10, 128, 17920, 100352),
-    # Qwen's queries, keys and values are three matrices in the release: here as one, like its gate and up.
-    "xl32": Decoder(5120, 64, 40, 8, 128, 27648, 152064),
+    name: Decoder(
+        *(one.hidden, one.layers, one.heads, one.kv_heads, one.hidden // one.heads, one.intermediate),
+        one.picture_rows or one.vocab,
+    )
+    for name, one in SYSTEMS.items()
 }
 TINY = Decoder(64, 2, 4, 2, 16, 96, 200)

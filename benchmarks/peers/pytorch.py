@@ -31,8 +31,7 @@ POSITIONS = 2048
 TOLERANCES = {"fp32": 1e-4, "bf16": 5e-2}
 EXPERTS, EPSILON = SYSTEMS["m3"].experts, 1e-5
 VISION_LAYERS = {"comprehension": 23, "generation": 1}
-# Of 40206 rows a picture can hold these.
-HEAD_ROWS = {"comprehension": SYSTEMS["m3"].vocab, "generation": 8194}
+HEAD_ROWS = {"comprehension": SYSTEMS["m3"].vocab, "generation": SYSTEMS["m3"].picture_rows}
 
 
 class HLoraLinear(nn.Module):

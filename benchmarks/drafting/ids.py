@@ -19,7 +19,7 @@ import numpy as np
 
 from healthgpt_edge import Picture, Session
 
-from .drafting_jobs import FreeRows, jobs
+from .jobs import FreeRows, jobs
 
 ROWS = 16
 _WRITE_EVERY = 20

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from ..tables import table
 
 # Issue 6: times fewer forward passes, times less wall clock, share of the first question's time.
 FEWER_PASSES = {
@@ -32,7 +33,7 @@ def markdown(report: dict[str, Any]) -> str:
         f"{report['machine']['processor']}, kernels: {report['versions']['kernels']}, threads: {', '.join(threads)}. "
         "`python -m benchmarks.drafting WORK`: plain decoding and drafts in turn.",
         "",
-        *_table(
+        *table(
             ("precision", "goal", "limit", "auto, rows as dear as here", "16 free rows", "64 free rows", "met"),
             [(precision, *cells) for precision, found in precisions.items() for cells in _goals(found)],
         ),
@@ -40,7 +41,7 @@ def markdown(report: dict[str, Any]) -> str:
         "Ids of plain decoding and of 16 rows in every pass. Accepted are tokens per forward pass, the prefill counted "
         "as one:",
         "",
-        *_table(
+        *table(
             ("precision", "task", "pictures", "differing ids", "passes", "fewer", "accepted"),
             [
                 (precision, task, *_counts(one))
@@ -51,7 +52,7 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         "Timed in turn. Decoding includes encoding the input:",
         "",
-        *_table(
+        *table(
             (
                 *("precision", "task", "draft", "pictures", "differing ids", "passes", "fewer", "accepted"),
                 *("decode ms", "plain", "times", "whole ms", "plain", "times"),
@@ -66,7 +67,7 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         "Time to the first piece of an answer:",
         "",
-        *_table(
+        *table(
             ("precision", "first question ms", "later ones ms", "share", "answers", "differing"),
             [
                 (
@@ -79,10 +80,6 @@ def markdown(report: dict[str, Any]) -> str:
         ),
     ]
     return "\n".join(lines) + "\n"
-
-
-def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (head, ("---",) * len(head), *rows)]
 
 
 def _goals(found: dict[str, Any]) -> list[tuple[str, ...]]:

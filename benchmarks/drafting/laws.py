@@ -1,6 +1,6 @@
 """What --draft auto would do on another machine, or with a larger model: real pictures, by a clock of given costs.
 
-    python -m benchmarks.drafting_laws BUNDLE --rows FILE [--pictures 20] [--encoder-ms 250] [--out FILE]
+    python -m benchmarks.drafting.laws BUNDLE --rows FILE [--pictures 20] [--encoder-ms 250] [--out FILE]
 
 Acceptance is that of the trained phantom BUNDLE; a pass takes the milliseconds that FILE, of benchmarks.rows, says of
 so many rows, and the VQGAN's encoder --encoder-ms, assumed: a second at M3's size, and a phantom has a quarter of its
@@ -23,8 +23,8 @@ from healthgpt_edge import Picture, Session, decoding, load
 from healthgpt_edge.drafting import drafts
 from healthgpt_edge.session import GENERATION
 
-from .drafting_ids import differing_ids
-from .drafting_jobs import Job, jobs
+from .ids import differing_ids
+from .jobs import Job, jobs
 
 
 class Clock:

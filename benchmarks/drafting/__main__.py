@@ -3,7 +3,7 @@
     python -m benchmarks.drafting WORK_DIR [--pictures 500] [--timed 12] [--questions 40] [--threads 1]
         [--only ids|times] [--minutes N] [--out DIR] [--name drafting]
 
-Two runs in one. The long one compares ids, of --pictures of each task (drafting_ids.py); it may be cut in calls of
+Two runs in one. The long one compares ids, of --pictures of each task (ids.py); it may be cut in calls of
 --minutes, and goes on where it stopped. The short one makes --timed pictures of each task plainly, as --draft auto
 makes them here, from one kind of draft alone, and with 16 and 64 rows in every pass whatever they cost; all these are
 timed in turn, so that they share what else the machine does, and their ids compared, too. One id that differs ends a
@@ -29,18 +29,14 @@ import onnxruntime
 
 from healthgpt_edge import Picture, Session, load, machine
 from healthgpt_edge.drafting.costs import PassKind, RowCosts
-from healthgpt_edge.export.bundle import export_bundle
-from healthgpt_edge.export.checkpoint import Checkpoint
-from healthgpt_edge.export.phantom.release import released_files
 from healthgpt_edge.phantoms import held_out, questions
 from healthgpt_edge.session import COMPREHENSION, GENERATION
 
-from . import drafting_ids
-from .drafting_jobs import FreeRows, Job, jobs
-from .drafting_report import differing, markdown, plot
+from ..phantom import export
+from . import ids
+from .jobs import FreeRows, Job, jobs
+from .report import differing, markdown, plot
 
-PHANTOM = Path(__file__).parents[1] / "phantom"
-BLOCK_SIZE = 32  # the phantom is narrow: 128 would be most of a row
 PRECISIONS = ("fp32", "int4")
 PLAIN, AUTO = "none", "auto"
 # auto as on a machine where rows cost nothing, up to so many.
@@ -64,7 +60,7 @@ class Tally:
         """Take a picture and its plain twin. Encoding the input is part of decoding here."""
         self.passes.append(made.forward_passes)
         self.tokens += len(made.token_ids)
-        self.differing_ids += drafting_ids.differing_ids(made, plain)
+        self.differing_ids += ids.differing_ids(made, plain)
         for stages, decode, total in (
             (made.timings_ms, self.decode_ms, self.total_ms),
             (plain.timings_ms, self.plain_decode_ms, self.plain_total_ms),
@@ -185,8 +181,7 @@ def main() -> None:
     for precision in arguments.precision or PRECISIONS:
         bundle = arguments.work / f"phantom-{precision}"
         if not bundle.exists():
-            with Checkpoint.open(**released_files(PHANTOM)) as checkpoint:
-                export_bundle(checkpoint, bundle, precision=precision, block_size=BLOCK_SIZE)
+            export(bundle, precision)
         found = report["precisions"].setdefault(precision, {})
         if arguments.only != "ids":
             session = load(bundle, tasks=(GENERATION,), threads=arguments.threads, verify=False)
@@ -197,8 +192,8 @@ def main() -> None:
         if arguments.only != "times":
             session = load(bundle, tasks=(GENERATION,), threads=arguments.threads, verify=False)
             state = arguments.work / f"ids-{precision}.json"
-            drafting_ids.compare(session, arguments.pictures, state, arguments.minutes)
-            found["compared"] = {task: one.to_json() for task, one in drafting_ids.read(state).items()}
+            ids.compare(session, arguments.pictures, state, arguments.minutes)
+            found["compared"] = {task: one.to_json() for task, one in ids.read(state).items()}
         file.write_text(json.dumps(report, indent=1) + "\n")
     page = markdown(report)
     (arguments.out / f"{arguments.name}.md").write_text(page)
