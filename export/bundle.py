@@ -60,8 +60,6 @@ def export_bundle(
         raise BundleError(f"cache must be one of {', '.join(CACHE_TYPES)}, got {cache!r}")
     if pictures and not is_quantised(Storage.of(precision).linear):
         raise BundleError(f"pictures to calibrate with need integer matrices, int8 or int4, got {precision}")
-    if not checkpoint.tasks:
-        raise BundleError("nothing to export: give at least one of --comprehension and --generation")
     with _new_directory(out) as folder:
         return _Export(checkpoint, folder, precision, block_size, cache, pictures, on_step).run()
 
@@ -186,8 +184,6 @@ class _Export:
         checkpoint, language, vision = self.checkpoint, self.checkpoint.language, self.checkpoint.vision
         count = len(self.pictures)
         tokens, vq = checkpoint.tokens, checkpoint.vq
-        # The colour the original pads with: the CLIP mean, truncated to 8 bits.
-        background = tuple(int(mean * 255) for mean in vision.mean)
         codes = None
         if tokens and vq and "generation" in checkpoint.tasks:
             codes = schema.Codes(
@@ -218,7 +214,7 @@ class _Export:
                 vocab=language.vocab,
                 max_positions=language.max_positions,
             ),
-            vision=schema.Vision(vision.image_size, (vision.image_size // vision.patch_size) ** 2, background),
+            vision=schema.Vision(vision.image_size, vision.patches, vision.background),
             tokenizer=schema.Tokenizer("tokenizer.json", dict(tokenizer_options)),
             decoding=schema.Decoding(
                 tuple(checkpoint.generation.eos_ids), float(checkpoint.generation.repetition_penalty)

@@ -93,7 +93,7 @@ def calibrate(
 def _embeddings(checkpoint: Checkpoint, task: str, tokenizer: Tokenizer, pictures: Sequence[Any]) -> Iterator[Tensor]:
     """A prompt with each picture, and for generation the picture's own codes after it: [1, T, hidden]."""
     model = HealthGPT.load(checkpoint, task, _PARTS)
-    background = tuple(int(mean * 255) for mean in checkpoint.vision.mean)
+    background = checkpoint.vision.background
     for number, source in enumerate(pictures):
         picture = read_image(source)
         generates = task == "generation"

@@ -103,7 +103,7 @@ class GenerationConfig:
     repetition_penalty: float
 
 
-def read_language(base: Path, vocab: int | None = None) -> LanguageConfig:
+def read_language(base: Path) -> LanguageConfig:
     """Read config.json of the base. Settings that would change the arithmetic and are not implemented are refused."""
     fields = Fields(base / "config.json", read_json(base / "config.json"))
     architecture: Architecture = fields.require("model_type", "phi3", "qwen2")
@@ -135,7 +135,7 @@ def read_language(base: Path, vocab: int | None = None) -> LanguageConfig:
         kv_heads=kv_heads,
         head_dim=head_dim,
         intermediate=fields.integer("intermediate_size", 1, MAX_WIDTH),
-        vocab=base_vocab if vocab is None else vocab,
+        vocab=base_vocab,
         base_vocab=base_vocab,
         rms_epsilon=fields.number("rms_norm_eps", 1e-12, 1e-2),
         rope_theta=_rope_theta(fields),

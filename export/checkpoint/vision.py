@@ -30,12 +30,16 @@ class VisionConfig:
     epsilon: float
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    activation: str = "quick_gelu"
 
     @property
     def patches(self) -> int:
         """How many features an image gives."""
         return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def background(self) -> tuple[int, ...]:
+        """The colour that the original pads a picture with: the mean, truncated to 8 bits."""
+        return tuple(int(mean * 255) for mean in self.mean)
 
 
 def read_vision(folder: Path) -> VisionConfig:
@@ -44,6 +48,7 @@ def read_vision(folder: Path) -> VisionConfig:
     if fields.require("model_type", "clip", "clip_vision_model") == "clip":
         fields = fields.section("vision_config")
     fields.require("num_channels", 3, default=3)
+    fields.require("hidden_act", "quick_gelu", default="quick_gelu")
     hidden = fields.integer("hidden_size", 1, MAX_WIDTH)
     heads = fields.integer("num_attention_heads", 1, MAX_WIDTH)
     if hidden % heads:
@@ -76,7 +81,6 @@ def read_vision(folder: Path) -> VisionConfig:
         epsilon=fields.number("layer_norm_eps", 1e-12, 1e-2, default=1e-5),
         mean=picture.numbers("image_mean", 3, 0, 1),
         std=picture.numbers("image_std", 3, 0.001, 1),
-        activation=fields.require("hidden_act", "quick_gelu", default="quick_gelu"),
     )
 
 

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from onnx import FunctionProto, TensorProto, parser
+from onnx import FunctionProto, parser
 
-from ..graph.functions import GROUP_NORM_EPSILON, ROTATED_HEADS
-
-_INTEGERS = (TensorProto.INT8, TensorProto.INT4)
-_HEADER = '<domain: "healthgpt", opset_import: ["" : 24]>'
+from ..graph.functions import GROUP_NORM_EPSILON, HEADER, ROTATED_HEADS
+from ..quantize import is_quantised
 
 
 def _matrix(name: str, stored: int, compute: int, block_size: str = "block_size") -> tuple[str, str]:
@@ -24,7 +22,7 @@ def _matrix(name: str, stored: int, compute: int, block_size: str = "block_size"
     The scales of integers are cast inside the graph: TensorRT's parser refuses constant ones that are not positive,
     and ours carry the sign of a block's largest entry.
     """
-    if stored in _INTEGERS:
+    if is_quantised(stored):
         return (
             f"{name}_factor = Cast <to = {compute}> ({name}_scale)\n"
             f"{name}_matrix = DequantizeLinear <axis = 0, block_size: int = @{block_size}> ({name}, {name}_factor)"
@@ -39,7 +37,7 @@ def linear(types: dict[str, int], compute: int) -> FunctionProto:
     to_weight, weight = _matrix("weight", types["weight"], compute)
     add = "y = Add (product, bias)" if "bias" in types else "y = Identity (product)"
     return parser.parse_function(f"""
-        {_HEADER}
+        {HEADER}
         Linear <block_size> (x, weight, weight_scale, bias) => (y) {{
             rows = Cast <to = {compute}> (x)
             {to_weight}
@@ -63,7 +61,7 @@ def hlora_linear(types: dict[str, int], compute: int) -> FunctionProto:
     routes = "routes = Add (choices, silence)" if "silence" in types else "routes = Identity (choices)"
     base, bias = ("sum", "y = Add (sum, bias)") if "bias" in types else ("y", "")
     return parser.parse_function(f"""
-        {_HEADER}
+        {HEADER}
         HLoraLinear <block_size, rank_block_size, experts> (
             x, weight, weight_scale, bias, adapter_in, adapter_in_scale, adapter_out, adapter_out_scale,
             expert_of, silence
@@ -103,7 +101,7 @@ def cached_attention(types: dict[str, int], compute: int) -> FunctionProto:
     The caches are of that type, too. The mask is added: TensorRT-RTX 1.7 cannot compile a boolean one for many layers.
     """
     return parser.parse_function(f"""
-        {_HEADER}
+        {HEADER}
         CachedAttention <heads, kv_heads, window> (
             query, key, value, cosine, sine, past_length, visible, past_key, past_value
         ) => (output, present_key, present_value) {{
@@ -142,7 +140,7 @@ def _convolution(
 
     def body(types: dict[str, int], compute: int) -> FunctionProto:
         return parser.parse_function(f"""
-            {_HEADER}
+            {HEADER}
             {signature} => (y) {{
                 {prepare}
                 narrow = Cast <to = {compute}> (picture)

@@ -11,7 +11,7 @@ from healthgpt_edge.engines import PLUGIN_VERSION
 from healthgpt_edge.errors import ExecutorError
 from healthgpt_edge.executors.hlora_plugin import MATRICES, NAME, NAMESPACE, Linear
 
-from .graphs import attribute, is_named
+from .graphs import attribute, is_named, location_of
 from .merge import Padding
 
 # Of its own, so that no function of the bundle's is taken for it.
@@ -91,8 +91,8 @@ def _add(made: dict[str, TensorProto], tensor: TensorProto) -> str:
 
 def _words(tensor: TensorProto) -> TensorProto:
     """The same bytes of a stored matrix as int32 [bytes / 4]."""
-    (length,) = (int(entry.value) for entry in tensor.external_data if entry.key == "length")
-    words = TensorProto(name=f"{tensor.name}/words", data_type=TensorProto.INT32, dims=[length // _WORD_BYTES])
+    words = TensorProto(name=f"{tensor.name}/words", data_type=TensorProto.INT32)
+    words.dims.append(int(location_of(tensor)["length"]) // _WORD_BYTES)
     words.data_location = TensorProto.EXTERNAL
     words.external_data.extend(tensor.external_data)
     return words

@@ -10,6 +10,10 @@ from __future__ import annotations
 from onnx import FunctionProto, TensorProto, parser
 
 from ..quantize import is_quantised
+from .builder import DOMAIN, OPSET
+
+# What the text of every body begins with.
+HEADER = f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>'
 
 
 def _stored(name: str, data_type: int) -> tuple[str, str]:
@@ -33,7 +37,7 @@ def linear(data_type: int, bias: bool) -> FunctionProto:
     to_weight, weight = _stored("weight", data_type)
     product = f"product = MatMul (x, {weight}) y = Add (product, bias)" if bias else f"y = MatMul (x, {weight})"
     return parser.parse_function(f"""
-        <domain: "healthgpt", opset_import: ["" : 24]>
+        {HEADER}
         Linear <block_size> (x, weight, weight_scale, bias) => (y) {{
             {to_weight}
             {product}
@@ -54,7 +58,7 @@ def hlora_linear(linear_type: int, adapter_type: int, bias: bool) -> FunctionPro
     to_out, adapter_out = _stored("adapter_out", adapter_type)
     add_bias, base = ("biased = Add (product, bias)", "biased") if bias else ("", "product")
     return parser.parse_function(f"""
-        <domain: "healthgpt", opset_import: ["" : 24]>
+        {HEADER}
         HLoraLinear <block_size, experts> (
             x, weight, weight_scale, bias, adapter_in, adapter_in_scale, adapter_out, adapter_out_scale
         ) => (y) {{
@@ -162,7 +166,7 @@ def cached_attention(cache_type: int) -> FunctionProto:
     append_values, values = _cached("value", "value_heads", cache_type)
     pasts, presents = (", ".join(f"{time}_{kind}" for kind in caches(cache_type)) for time in ("past", "present"))
     return parser.parse_function(f"""
-        <domain: "healthgpt", opset_import: ["" : 24]>
+        {HEADER}
         CachedAttention <heads, kv_heads, window> (
             query, key, value, cosine, sine, past_length, visible, {pasts}
         ) => (output, {presents}) {{
@@ -220,7 +224,7 @@ _NORM_SWISH = f"""
 def convolution(data_type: int) -> FunctionProto:
     """A 3x3 convolution with zeros around the picture: x [B, H, W, C], weight [3, 3, C, O], bias [O]."""
     return parser.parse_function(f"""
-        <domain: "healthgpt", opset_import: ["" : 24]>
+        {HEADER}
         Convolution (x, weight, bias) => (y) {{
             columns = Transpose <perm = [0, 3, 1, 2]> (x)
             {_convolve(data_type)}
@@ -232,7 +236,7 @@ def convolution(data_type: int) -> FunctionProto:
 def enlarged_convolution(data_type: int) -> FunctionProto:
     """`Convolution` on x with every pixel repeated twice in both directions: y [B, 2H, 2W, O]."""
     return parser.parse_function(f"""
-        <domain: "healthgpt", opset_import: ["" : 24]>
+        {HEADER}
         EnlargedConvolution (x, weight, bias) => (y) {{
             small = Transpose <perm = [0, 3, 1, 2]> (x)
             scales = Constant <value_floats = [1.0, 1.0, 2.0, 2.0]> ()
@@ -247,7 +251,7 @@ def enlarged_convolution(data_type: int) -> FunctionProto:
 def norm_swish_convolution(data_type: int) -> FunctionProto:
     """`Convolution` of swish(group_norm(x)); norm_weight and norm_bias [C]. Attribute: groups, which divides C."""
     return parser.parse_function(f"""
-        <domain: "healthgpt", opset_import: ["" : 24]>
+        {HEADER}
         NormSwishConvolution <groups> (x, weight, bias, norm_weight, norm_bias) => (y) {{
             {_NORM_SWISH}
             {_convolve(data_type)}
@@ -259,7 +263,7 @@ def norm_swish_convolution(data_type: int) -> FunctionProto:
 def residual_convolution(data_type: int) -> FunctionProto:
     """`NormSwishConvolution` plus residual [B, H, W, O]."""
     return parser.parse_function(f"""
-        <domain: "healthgpt", opset_import: ["" : 24]>
+        {HEADER}
         ResidualConvolution <groups> (x, weight, bias, norm_weight, norm_bias, residual) => (y) {{
             {_NORM_SWISH}
             {_convolve(data_type)}

@@ -16,6 +16,7 @@ from healthgpt_edge.errors import CheckpointError
 
 from .. import fold
 from ..checkpoint import Checkpoint
+from ..folded import to_float
 from ..weights import WeightFile
 from .builder import GraphBuilder
 from .matrices import stored_linear
@@ -121,7 +122,7 @@ class _VisionGraph:
 
     def _projector(self, name: str, x: str) -> str:
         def read(kind: str) -> np.ndarray:
-            return self.checkpoint.task_tensor(self.task, f"{name}.{kind}").float().numpy()
+            return to_float(self.checkpoint.task_tensor(self.task, f"{name}.{kind}"))
 
         return self._product(self.own, name, x, read)
 
@@ -140,4 +141,4 @@ class _VisionGraph:
         return str(self.graph.op("LayerNormalization", x, scale, bias, axis=-1, epsilon=self.config.epsilon))
 
     def _tower(self, name: str) -> np.ndarray:
-        return self.checkpoint.vision_tensor(name).float().numpy()
+        return to_float(self.checkpoint.vision_tensor(name))

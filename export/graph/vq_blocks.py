@@ -14,6 +14,7 @@ from onnx import TensorProto
 
 from .. import fold
 from ..checkpoint import Checkpoint
+from ..folded import to_float
 from ..weights import WeightFile
 from . import functions
 from .builder import GraphBuilder
@@ -32,7 +33,7 @@ class VqBlocks:
 
     def tensor(self, name: str) -> np.ndarray:
         """A tensor of the checkpoint in float32."""
-        return self.checkpoint.vq_tensor(name).float().numpy()
+        return to_float(self.checkpoint.vq_tensor(name))
 
     def weight(self, key: str, produce: Callable[[], np.ndarray], data_type: int = TensorProto.FLOAT) -> str:
         return self.graph.weight(self.file, f"vq/{key}", data_type, produce)

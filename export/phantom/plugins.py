@@ -18,6 +18,7 @@ from healthgpt_edge import phantoms
 from healthgpt_edge.phantoms import Phantom
 
 from ..checkpoint import SpecialTokens, TaskConfig
+from ..checkpoint.vocabulary import MARKERS
 from ..reference.language import rotary_tables
 from ..reference.model import HealthGPT, is_plugin
 from .base import CODES, GENERATION, IGNORED, LANGUAGE, pad
@@ -48,7 +49,7 @@ def new_plugin(task: TaskConfig, base: dict[str, Tensor], tower: dict[str, Tenso
     base, tower: state dicts by the names of HealthGPT and of VisionTower. A code's row starts as that of a byte, which
     the base can copy already; the other new rows start as the mean, as in the original.
     """
-    rows = TOKENS + NEW_TOKENS.codes + 3 if task.name == "generation" else LANGUAGE.vocab
+    rows = TOKENS + NEW_TOKENS.codes + MARKERS if task.name == "generation" else LANGUAGE.vocab
     model = HealthGPT(replace(LANGUAGE, vocab=rows), VISION, task, GENERATION)
     state = model.state_dict()
     for name, value in base.items():

@@ -18,6 +18,7 @@ import yaml
 from torch import Tensor
 
 from ..checkpoint import VqConfig
+from ..checkpoint.plugins import PREFIX
 from ..reference.model import ROWS, HealthGPT
 from ..reference.vqgan import Vqgan
 from .base import GENERATION, LANGUAGE
@@ -79,7 +80,7 @@ def write_vision(folder: Path, model: HealthGPT) -> None:
         folder / "config.json",
         {
             "architectures": ["CLIPVisionModel"],
-            "hidden_act": VISION.activation,
+            "hidden_act": "quick_gelu",
             "hidden_size": VISION.hidden,
             "image_size": VISION.image_size,
             "intermediate_size": VISION.intermediate,
@@ -114,7 +115,7 @@ def write_comprehension(folder: Path, model: HealthGPT) -> None:
 def write_generation(folder: Path, model: HealthGPT) -> None:
     """The adapters and the projector in one file, the vocabulary rows in the fusion file."""
     state = _halved(model.plugin_state(rows=True))
-    rows = {key: state.pop(key) for key in [f"base_model.model.{name}" for name in ROWS]}
+    rows = {key: state.pop(key) for key in [f"{PREFIX}{name}" for name in ROWS]}
     torch.save(state, folder / "gen_hlora_weights.bin")
     torch.save(rows, folder / "fusion_layer_weights.bin")
 

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from healthgpt_edge.errors import GenerationError, PromptError
 
 from ..checkpoint import Checkpoint, GenerationConfig, LanguageConfig, SpecialTokens, TaskConfig, VisionConfig, VqConfig
+from ..checkpoint.plugins import PREFIX as PLUGIN_PREFIX
+from ..checkpoint.vision import PREFIX as VISION_PREFIX
 from .clip import VisionTower
 from .language import Decoder, KeyValueCache
 from .vqgan import Vqgan, to_uint8
@@ -177,14 +179,14 @@ class HealthGPT(nn.Module):
     def plugin_state(self, rows: bool) -> dict[str, Tensor]:
         """The tensors of the task's plugin file, by their released keys; vocabulary rows too if `rows`."""
         return {
-            f"base_model.model.{name}": tensor
+            f"{PLUGIN_PREFIX}{name}": tensor
             for name, tensor in self.state_dict().items()
             if is_plugin(name) or (rows and name in ROWS)
         }
 
     def vision_state(self) -> dict[str, Tensor]:
         """The tensors of CLIP's file, by their released keys."""
-        return {f"vision_model.{name}": tensor for name, tensor in self.vision_tower.state_dict().items()}
+        return {f"{VISION_PREFIX}{name}": tensor for name, tensor in self.vision_tower.state_dict().items()}
 
 
 def is_plugin(name: str) -> bool:

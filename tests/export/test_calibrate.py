@@ -79,7 +79,7 @@ def hidden(checkpoint, tokenizer) -> dict[str, list[list[torch.Tensor]]]:
 
 
 def phantoms_picture(checkpoint: Checkpoint, picture: np.ndarray, size: int) -> np.ndarray:
-    return prepare(read_image(picture), size, tuple(int(mean * 255) for mean in checkpoint.vision.mean))
+    return prepare(read_image(picture), size, checkpoint.vision.background)
 
 
 def stored(bundle: Path, task: str) -> dict[str, np.ndarray]:
