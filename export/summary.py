@@ -23,7 +23,7 @@ _PARTS = (
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Bytes of one part of the model inside one weight file."""
+    """Bytes of one part of the model inside one weight file, which may go on in others."""
 
     file: str
     part: str
@@ -40,11 +40,11 @@ class Summary:
 
 
 def parts_of(file: WeightFile) -> list[Part]:
-    """The bytes of each part in a weight file and those it goes on in, largest first."""
-    sizes: Counter[tuple[str, str]] = Counter()
+    """The bytes of each part in a weight file, and those it goes on in, largest first."""
+    sizes: Counter[str] = Counter()
     for key, stored in file.stored.items():
-        sizes[stored.location, next(part for mark, part in _PARTS if mark in key)] += stored.length
-    return [Part(*place, size) for place, size in sizes.most_common()]
+        sizes[next(part for mark, part in _PARTS if mark in key)] += stored.length
+    return [Part(str(file.first_location), part, size) for part, size in sizes.most_common()]
 
 
 def folds_of(checkpoint: Checkpoint) -> list[str]:

@@ -64,7 +64,7 @@ class WeightFile:
     """
 
     def __init__(self, path: Path, location: str, limit_bytes: int | None = None) -> None:
-        self._path, self._location, self._limit_bytes = path, PurePosixPath(location), limit_bytes
+        self._path, self.first_location, self._limit_bytes = path, PurePosixPath(location), limit_bytes
         self.stored: dict[str, StoredTensor] = {}
         self._files: dict[str, FileEntry] = {}  # that are full
         self._begin(path, location)
@@ -87,7 +87,7 @@ class WeightFile:
         if self._limit_bytes is not None and self.size_bytes >= self._limit_bytes:
             count = len(self.close())
             name = f"{self._path.stem}-{count}{self._path.suffix}"
-            self._begin(self._path.with_name(name), str(self._location.with_name(name)))
+            self._begin(self._path.with_name(name), str(self.first_location.with_name(name)))
         self._append(b"\0" * (-self.size_bytes % ALIGNMENT_BYTES))
         offset = self.size_bytes
         flat = np.ascontiguousarray(values).reshape(-1)
