@@ -14,8 +14,8 @@ import numpy as np
 from .checks import is_real, is_whole
 from .drafting import Drafter
 from .errors import GenerationError
-from .executors import Choice, Group, RunAhead, Sequence
-from .steps import Step, Steps, finish
+from .executors import Choice, RunAhead, Sequence
+from .steps import Seat, Step, Steps, finish
 
 # Tokens that a device decodes before the host looks: a row of codes; of text, where what comes after the end is lost.
 _CODES_AHEAD, _WORDS_AHEAD = 32, 8
@@ -228,11 +228,11 @@ class Decoded(NamedTuple):
 
 def decode(sequence: Sequence, logits: np.ndarray, grammar: Grammar, selector: Selector, **options: Any) -> Decoded:
     """What `decoding` does, by itself."""
-    return finish(decoding(sequence, logits, grammar, selector, **options))
+    return finish(decoding(Seat(sequence), logits, grammar, selector, **options))
 
 
 def decoding(
-    sequence: Sequence,
+    seat: Seat,
     logits: np.ndarray,
     grammar: Grammar,
     selector: Selector,
@@ -242,21 +242,19 @@ def decoding(
     full_vocabulary: bool = False,
     drafter: Drafter | None = None,
     run_ahead: RunAhead | None = None,
-    group: Group | None = None,
     on_token: Callable[[int], None] = lambda token_id: None,
     on_pass: Callable[[], None] = lambda: None,
 ) -> Steps[Decoded]:
     """Decode until a stop id, a forced token, or `max_new_tokens`, from the `logits` [n, rows] of a prefill.
 
-    Yields the passes it needs, each a Step, and is sent their logits. The sequence may be one of a `group`; then there
-    is neither `drafter` nor `run_ahead`.
+    Yields the passes it needs, each a Step, and is sent their logits. `on_pass`, which is called before the host asks
+    for passes, may seat it in a group; from then on there is neither `drafter` nor `run_ahead`.
 
     With a `drafter` each pass has a row for every drafted token, too (Leviathan et al., 2023, "Fast Inference from
     Transformers via Speculative Decoding"). A row counts if all drafts before it are what was chosen there, and the
     choice is made from it as ever, by the same random number: the ids are those of decoding without drafts, if the
     executor gives a row the same bits in every pass. Without one, `run_ahead` of the sequence may choose greedily for
-    several passes. `on_token` is called with each new id, `on_pass` before the host asks for passes; what they
-    raise ends the run.
+    several passes. `on_token` is called with each new id; what it and `on_pass` raise ends the run.
     """
     new_ids: list[int] = []
     drafts: list[int] = []
@@ -280,15 +278,15 @@ def decoding(
                 ended = True
             if ended or token_id != draft:
                 break
-        if not ended:
-            on_pass()
-        begin, fresh = time.perf_counter(), new_ids[known:]
+        fresh = new_ids[known:]
         by_pass += _shared_out(len(fresh), passes)
         if ended:
             if drafter:
                 drafter.catch_up()
             return Decoded(new_ids, by_pass)
-        sequence.length -= 1 + len(drafts) - len(fresh)  # forget what the wrong drafts left in the caches
+        seat.sequence.length -= 1 + len(drafts) - len(fresh)  # forget what the wrong drafts left in the caches
+        on_pass()
+        begin, sequence = time.perf_counter(), seat.sequence
         left = min(max_new_tokens - len(new_ids), grammar.left() or max_new_tokens)
         if sequence.room is not None:
             # What looks ahead must not be what is refused: the run may end before the room does.
@@ -296,6 +294,10 @@ def decoding(
         choice = None
         if drafter:
             drafter.learn(fresh, drafts, choices.later(), seconds)
+        if drafter and seat.group:
+            drafter.catch_up()
+            drafter, drafts = None, []
+        elif drafter:
             drafts = drafter.draft(left - 1)
         elif run_ahead and not full_vocabulary:
             choice = selector.choice(grammar, vocabulary)
@@ -306,7 +308,7 @@ def decoding(
             chosen, drafts = map(selector.accept, ids), ids[:-1]
             continue
         ids = np.array([new_ids[-1], *drafts], np.int64)
-        rows, passes = (yield Step(sequence, ids, len(ids), full_vocabulary, group)), 1
+        rows, passes = (yield Step(sequence, ids, len(ids), full_vocabulary, seat.group)), 1
         chosen = choices = Choices(selector, rows, grammar)
         seconds = time.perf_counter() - begin
 

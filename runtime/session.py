@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 from PIL import Image
@@ -17,7 +18,7 @@ from .checks import is_whole
 from .decoding import CodeGrid, Decoded, FreeText, Grammar, Sampling, Selector, decoding
 from .drafting import Drafter, Drafts, PassKind
 from .errors import BundleError, Cancelled, ExecutorError, GenerationError, PromptError
-from .executors import Context, Executor, Group, RunAhead, Sequence, open_executor
+from .executors import Context, Executor, Group, RunAhead, open_executor
 from .images import prepare, read_if_any
 from .invariance import sequences_agree
 from .kept import read_kept, write_kept
@@ -26,7 +27,7 @@ from .prefixes import Prefix, Prefixes
 from .previews import Previews
 from .prompt import IMAGE, TEMPLATES, Tokenizer, prompt_ids, with_patches
 from .results import Answer, Clock, Picture
-from .steps import Step, Steps, finish
+from .steps import Seat, Step, Steps, finish
 
 if TYPE_CHECKING:
     from .together import Together
@@ -44,7 +45,8 @@ MAX_THREADS = 1024
 class Request:
     """What is asked of one task, by the names that Session.answer and Session.generate have for it.
 
-    With `groups`, which gives that of a task if there is one, it goes on among others after the prefill, undrafted.
+    With `groups`, which gives that of a task if there is one, it goes on among others after the prefill, undrafted; but
+    by itself for as long as `is_alone` says so.
     """
 
     task: str
@@ -60,6 +62,7 @@ class Request:
     on_prompt: Callable[[int, int], None] | None = None
     faithful: bool = False
     groups: Callable[[str], Group | None] | None = None
+    is_alone: Callable[[], bool] = lambda: False
 
     def is_unwanted(self) -> bool:
         """Whether who asked has given it up."""
@@ -80,6 +83,7 @@ class _Rest(NamedTuple):
     drafter: Drafter | None
     clock: Clock
     on_token: Callable[[int], None]
+    run_ahead: RunAhead | None
 
 
 class _Run(NamedTuple):
@@ -267,27 +271,36 @@ class Session:
             )
         picture = read_if_any(request.image, request.frame, request.window)
         with clock.stage("draft"):
-            drafter = None if group else self._drafter(request, ids, picture)
+            drafts = group is None or (request.is_alone() and not request.certify)
+            drafter = self._drafter(request, ids, picture) if drafts else None
         pixels = prepare(picture, manifest.vision.image_size, manifest.vision.background) if picture else None
         prefix = self._prefix(task, spliced, pixels)
         request.check_wanted()
         context, logits, reused_tokens = yield from self._prefilled(request, spliced, pixels, prefix, clock)
-        rest = _Rest(logits, max_new_tokens, grammar, drafter, clock, on_token)
-        if group:
-            with group.join(context) as sequence:
-                if prefix:  # what was read is in the group now: the next question may begin with it, too
-                    self._prefixes.keep(prefix, context)
-                del context
-                decoded = yield from self._decoded(request, sequence, rest, group=group)
-        else:
+        rest = _Rest(logits, max_new_tokens, grammar, drafter, clock, on_token, context.run_ahead)
+        seat = Seat(context)
+        del context  # the seat's alone, for in a group it is not needed
+
+        def keep() -> None:
+            """Keep what was read, once it is not needed here, so that the next question may begin with it."""
+            if prefix and not seat.group:
+                self._prefixes.keep(prefix, cast(Context, seat.sequence))
+
+        with ExitStack() as groups:
+
+            def before_pass() -> None:
+                request.check_wanted()
+                if group and not seat.group and not (drafter and request.is_alone()):
+                    member = groups.enter_context(group.join(cast(Context, seat.sequence)))
+                    keep()
+                    seat.sequence, seat.group = member, group
+
             try:
-                decoded = yield from self._decoded(request, context, rest, run_ahead=context.run_ahead)
+                decoded = yield from self._decoded(request, seat, rest, before_pass)
             except Cancelled:
-                if prefix:  # the picture is read all the same
-                    self._prefixes.keep(prefix, context)
+                keep()
                 raise
-            if prefix:
-                self._prefixes.keep(prefix, context)
+            keep()
         drafted = drafter is not None and drafter.drafted
         compared = not drafted or request.certify
         certified = (compared and not prefix) or self.drafts.agree(task)
@@ -329,20 +342,18 @@ class Session:
     def _decoded(
         self,
         request: Request,
-        sequence: Sequence,
+        seat: Seat,
         rest: _Rest,
-        *,
-        run_ahead: RunAhead | None = None,
-        group: Group | None = None,
+        before_pass: Callable[[], None],
     ) -> Steps[Decoded]:
         """Decode after a prefill, and once more without drafts where that is to be certified."""
         manifest = self.bundle.manifest
         first_logit = 0 if request.faithful else manifest.tasks[request.task].first_logit
-        prompt_tokens = sequence.length
+        prompt_tokens = seat.sequence.length
 
         def decoded(drafter: Drafter | None, on_token: Callable[[int], None]) -> Steps[Decoded]:
             return decoding(
-                sequence,
+                seat,
                 rest.logits,
                 rest.grammar(),
                 Selector(request.sampling or Sampling(), manifest.decoding.repetition_penalty, first_logit),
@@ -350,16 +361,15 @@ class Session:
                 max_new_tokens=rest.max_new_tokens,
                 full_vocabulary=request.faithful,
                 drafter=drafter,
-                run_ahead=run_ahead,
-                group=group,
+                run_ahead=rest.run_ahead,
                 on_token=on_token,
-                on_pass=request.check_wanted,
+                on_pass=before_pass,
             )
 
         with rest.clock.stage("decode"):
             made = yield from decoded(rest.drafter, rest.on_token)
         if request.certify and rest.drafter is not None and rest.drafter.drafted:
-            sequence.length = prompt_tokens
+            seat.sequence.length = prompt_tokens
             with rest.clock.stage("certify"):
                 plain = yield from decoded(None, lambda token_id: None)
             _check_equal(made.ids, plain.ids)
@@ -374,7 +384,8 @@ class Session:
             for path, picture, error in together:
                 ...
 
-        What comes of each is what it gives by itself. There are no drafts, and each takes memory for its caches.
+        What comes of each is what it gives by itself. There are drafts only for one that is alone, and each takes memory
+        for its caches.
         """
         from .together import Together
 

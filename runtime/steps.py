@@ -6,6 +6,7 @@ So whoever drives it may make the passes of several requests as one (together.py
 from __future__ import annotations
 
 from collections.abc import Generator
+from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -13,6 +14,14 @@ import numpy as np
 from .executors import Group, Sequence
 
 T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Seat:
+    """Where the tokens of a request are: in a sequence of its own, and later maybe in one of a group."""
+
+    sequence: Sequence
+    group: Group | None = None
 
 
 class Step(NamedTuple):

@@ -52,7 +52,7 @@ class Together:
     """Does requests of a session, up to `limit` of them at a time. Made by Session.together; for one thread.
 
     A prompt is read by itself, in pieces between which the others go on. What no group of the executor takes is done by
-    itself, too.
+    itself, too, and so is a request while it is the only one, with drafts.
     """
 
     def __init__(self, session: Session, limit: int) -> None:
@@ -96,7 +96,8 @@ class Together:
         **options: Any,
     ) -> Steps[Answer]:
         """A question, for something to `add` that does more than answer it."""
-        request = Request(COMPREHENSION, image, question, max_new_tokens, groups=self._group, **options)
+        options |= {"groups": self._group, "is_alone": self._is_alone}
+        request = Request(COMPREHENSION, image, question, max_new_tokens, **options)
         return self._session.answering(request, on_text)
 
     def generating(
@@ -109,7 +110,8 @@ class Together:
         **options: Any,
     ) -> Steps[Picture]:
         """A picture to make, likewise."""
-        request = Request(GENERATION, image, instruction, groups=self._group, **options)
+        options |= {"groups": self._group, "is_alone": self._is_alone}
+        request = Request(GENERATION, image, instruction, **options)
         return self._session.generating(request, on_code, on_preview)
 
     def add(self, name: Hashable, steps: Steps[Any]) -> None:
@@ -128,8 +130,7 @@ class Together:
         if done:
             return done
         if self._alone:
-            (name, steps, step), self._alone = self._alone, None
-            done += self._go_on(name, steps, lambda: steps.send(step.alone()))
+            done += self._go_on_alone(*self._alone)
         grouped, self._grouped = self._grouped, defaultdict(list)
         for group, some in grouped.items():
             tokens = {one.step.sequence: int(one.step.token_ids[0]) for one in some}
@@ -144,6 +145,10 @@ class Together:
                 for one in some:
                     done += self._go_on(one.name, one.steps, partial(one.steps.send, logits[one.step.sequence]))
         return done
+
+    def _go_on_alone(self, name: Hashable, steps: Steps[Any], step: Step) -> list[Done]:
+        self._alone = None
+        return self._go_on(name, steps, lambda: steps.send(step.alone()))
 
     def _go_on(self, name: Hashable, steps: Steps[Any], go_on: Callable[[], Step]) -> list[Done]:
         """Take a request, by `go_on`, to the next pass that it waits for."""
@@ -161,6 +166,10 @@ class Together:
         else:
             self._alone = begun
         return []
+
+    def _is_alone(self) -> bool:
+        """Whether there is no other request. For one that is being taken on, which is nowhere then."""
+        return len(self) == 0
 
     def _group(self, task: str) -> Group | None:
         if task not in self._groups:

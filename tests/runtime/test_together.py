@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections import defaultdict
 from typing import Any
 
 import numpy as np
 import pytest
+from free_rows import FreeRows
 from golden_cases import Case
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -52,6 +54,11 @@ def done(together: Together) -> dict[Any, Done]:
 def ask(together: Together, case: Case, **options: Any) -> None:
     options = {"max_new_tokens": len(case.record["output_ids"])} | options
     together.answer(case.name, case.image, case.question, **options)
+
+
+def done_one(together: Together, name: str, **options: Any) -> Any:
+    together.generate(name, GEN.image, GEN.question, **options)
+    return done(together)[name].result
 
 
 # --- the same ids ---------------------------------------------------------------------------------------------------
@@ -124,6 +131,43 @@ def test_whoever_comes_and_goes(session, limit, asked):
         expected[name] = session.answer(None, question, draft="none", **options).token_ids
         together.answer(name, None, question, **options)
     assert {name: one.result.token_ids for name, one in done(together).items()} == expected
+
+
+def test_the_only_one_is_drafted_for_until_another_comes(golden_bundle, passes):
+    """And then its drafts end: with what is right of them in its caches it goes on in the group."""
+    session = load(golden_bundle("m3"), threads=1)
+    session.drafts.costs = defaultdict(FreeRows)
+    for task in ("comprehension", "generation"):
+        session.group(task, 2)  # compares, once
+    passes.clear()
+    together = session.together()
+    alone = done_one(together, "alone")
+    assert alone.codes == GEN.record["vq_indices"] and alone.draft != "none"
+    assert alone.forward_passes < 900 and passes == []
+
+    def come(count: int) -> None:
+        if count == 200:
+            ask(together, COM)
+            together.generate("late", GEN.image, GEN.question)
+
+    together.generate("first", GEN.image, GEN.question, on_code=come)
+    found = done(together)
+    assert list(found) == [COM.name, "first", "late"]
+    assert found[COM.name].result.token_ids == COM.record["output_ids"]
+    for name in ("first", "late"):
+        assert found[name].result.codes == GEN.record["vq_indices"] and found[name].result.certified
+    first, late = found["first"].result, found["late"].result
+    assert (
+        first.draft == alone.draft and max(first.tokens_by_pass[:180]) > 1 and set(first.tokens_by_pass[-800:-1]) == {1}
+    )
+    assert late.draft == "none" and late.forward_passes == 1024
+
+
+def test_the_only_one_is_compared_where_that_is_asked_for(golden_bundle, passes):
+    session = load(golden_bundle("m3"), threads=1)
+    session.drafts.costs = defaultdict(FreeRows)
+    made = done_one(session.together(), "one", certify=True)
+    assert made.draft == "none" and made.certified and len(passes) > 1000
 
 
 def test_caches_that_grow_while_others_are_in_them(session):
