@@ -18,7 +18,7 @@ from .manifest import MAX_MANIFEST_BYTES, Manifest
 
 MANIFEST = "bundle.json"
 ENGINES = "engines"
-_HASH_CHUNK_BYTES = 256 << 10  # stays in a cache between reading and hashing: 1.6 times as fast as 4 MiB
+_HASH_CHUNK_BYTES = 256 << 10  # stays in a cache between reading and hashing
 _HASH_THREADS = 4  # a gigabyte a second each, together as fast as a disk
 _TELL_SECONDS = 0.05
 

@@ -384,8 +384,8 @@ class Session:
             for path, picture, error in together:
                 ...
 
-        What comes of each is what it gives by itself. There are drafts only for one that is alone, and each takes memory
-        for its caches.
+        What comes of each is what it gives by itself. Only one that is alone is drafted for, and each takes memory for
+        its caches.
         """
         from .together import Together
 
