@@ -17,6 +17,18 @@ using Clock = std::chrono::steady_clock;
 constexpr int kWindows = 5;
 constexpr double kWindowSeconds = 0.05;
 
+// Threads that are waited for, also where the system has no more of them and starting one throws.
+struct Team {
+  std::vector<std::thread> threads;
+  ~Team() {
+    for (auto& thread : threads) thread.join();
+  }
+  template <class Work>
+  void Start(int count, Work work) {
+    for (int thread = 0; thread < count; ++thread) threads.emplace_back([work, thread] { work(thread); });
+  }
+};
+
 // Sums what every thread does per second: unit(thread) does some work and returns how much, again and again for one
 // window. The best window counts.
 template <class Unit>
@@ -24,19 +36,16 @@ double BestRate(int threads, Unit unit) {
   double best = 0;
   for (int window = 0; window < kWindows; ++window) {
     std::vector<double> rates(static_cast<size_t>(threads));
-    std::vector<std::thread> workers;
-    for (int thread = 0; thread < threads; ++thread) {
-      workers.emplace_back([&, thread] {
-        const auto begin = Clock::now();
-        double work = 0, seconds = 0;
-        do {
-          work += unit(thread);
-          seconds = std::chrono::duration<double>(Clock::now() - begin).count();
-        } while (seconds < kWindowSeconds);
-        rates[static_cast<size_t>(thread)] = work / seconds;
-      });
-    }
-    for (auto& worker : workers) worker.join();
+    const auto measure = [&](int thread) {
+      const auto begin = Clock::now();
+      double work = 0, seconds = 0;
+      do {
+        work += unit(thread);
+        seconds = std::chrono::duration<double>(Clock::now() - begin).count();
+      } while (seconds < kWindowSeconds);
+      rates[static_cast<size_t>(thread)] = work / seconds;
+    };
+    Team().Start(threads, measure);
     double sum = 0;
     for (const double rate : rates) sum += rate;
     best = std::max(best, sum);
@@ -56,11 +65,7 @@ double ReadBandwidth(int threads, int64_t bytes) {
   // Not std::vector: pages have to be touched first by the thread that reads them.
   const std::unique_ptr<uint64_t[]> buffer(new uint64_t[share * static_cast<size_t>(threads)]);
   const auto part = [&](int thread) { return buffer.get() + share * static_cast<size_t>(thread); };
-  std::vector<std::thread> writers;
-  for (int thread = 0; thread < threads; ++thread) {
-    writers.emplace_back([&, thread] { std::memset(part(thread), 1, share * sizeof(uint64_t)); });
-  }
-  for (auto& writer : writers) writer.join();
+  Team().Start(threads, [&](int thread) { std::memset(part(thread), 1, share * sizeof(uint64_t)); });
   const CeilingLoops::Loop read = BestLoops().read;
   return BestRate(threads, [&](int thread) { return read(part(thread), share * sizeof(uint64_t)); });
 }

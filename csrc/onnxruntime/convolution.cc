@@ -80,7 +80,7 @@ class ConvolutionKernel {
     arguments.bias = bias.As<float>();
     if constexpr (kNormed) {
       const Tensor norm_weight = call.Input(3), norm_bias = call.Input(4);
-      if (arguments.channels % groups_ != 0) {
+      if (arguments.channels < groups_ || arguments.channels % groups_ != 0) {
         throw std::invalid_argument("groups must divide " + std::to_string(arguments.channels) + " channels, found " +
                                     std::to_string(groups_));
       }

@@ -24,11 +24,13 @@ struct StoredMatrix {
       throw py::value_error("a matrix must hold numbers, its stride at least its outputs");
     }
     const bool is_int4 = matrix.storage == cuda::Storage::kInt4, is_int8 = matrix.storage == cuda::Storage::kInt8;
-    const int64_t numbers = matrix.channels * matrix.stride;
-    const int64_t bytes = is_int4 ? (numbers + 1) / 2
-                                  : numbers * (is_int8                                     ? 1
-                                               : matrix.storage == cuda::Storage::kFloat32 ? 4
-                                                                                           : 2);
+    const int64_t bits = is_int4 ? 4 : is_int8 ? 8 : matrix.storage == cuda::Storage::kFloat32 ? 32 : 16;
+    int64_t numbers = 0, all_bits = 0;
+    if (__builtin_mul_overflow(matrix.channels, matrix.stride, &numbers) ||
+        __builtin_mul_overflow(numbers, bits, &all_bits)) {
+      throw py::value_error("a matrix must fit into memory, got " + Array::Brackets({matrix.channels, matrix.stride}));
+    }
+    const int64_t bytes = cuda::CeilDivide(all_bits, 8);
     const Array array = DeviceArray("values", values);
     if (array.bytes() != bytes) {
       throw py::value_error("values must have " + std::to_string(bytes) + " bytes, got " +

@@ -88,7 +88,9 @@ struct StoredMatrix {
     if (size.size() != 2 || size[0] < 0 || size[1] < 0) throw py::value_error("a matrix must have 2 dimensions");
     matrix.channels = size[0];
     matrix.outputs = size[1];
-    if (packed) CheckShape("values", values, {(size[0] * size[1] + 1) / 2});
+    int64_t numbers = 0;
+    if (__builtin_mul_overflow(size[0], size[1], &numbers)) throw py::value_error("shape is too large: " + Text(size));
+    if (packed) CheckShape("values", values, {numbers / 2 + numbers % 2});
     const bool integer = matrix.storage == Storage::kInt4 || matrix.storage == Storage::kInt8;
     if (integer != scales.has_value()) throw py::value_error("scales go with integers, and only with them");
     if (integer) {
@@ -180,7 +182,8 @@ Floats CachedAttention(const Floats& query, const Floats& key, const Floats& val
   const int64_t size = arguments.head_size;
   if (size < 2 || size % 2 != 0) throw py::value_error("head size must be even, got " + std::to_string(size));
   arguments.heads = query.shape(2) / size;
-  if (arguments.kv_heads < 1 || arguments.heads % arguments.kv_heads != 0 || window < 0) {
+  if (window < 0) throw py::value_error("window must be 0 or more, got " + std::to_string(window));
+  if (arguments.kv_heads < 1 || arguments.heads % arguments.kv_heads != 0) {
     throw py::value_error("heads must be a multiple of kv_heads, got " + std::to_string(arguments.heads) + " and " +
                           std::to_string(arguments.kv_heads));
   }
@@ -210,7 +213,7 @@ Floats CachedAttention(const Floats& query, const Floats& key, const Floats& val
   }
   for (int64_t i = 0; i < batch; ++i) {
     const int64_t past = past_length.at(i);
-    if (past < 0 || past + tokens > arguments.capacity) {
+    if (past < 0 || past > arguments.capacity - tokens) {
       throw py::value_error("past_length + tokens must be at most " + std::to_string(arguments.capacity) + ", got " +
                             std::to_string(past) + " + " + std::to_string(tokens));
     }
@@ -258,7 +261,7 @@ Floats Convolution(const Floats& x, const py::array& given, const Floats& bias,
   arguments.groups = groups;
   arguments.enlarge = enlarge;
   if (enlarge != 1 && enlarge != 2) throw py::value_error("enlarge must be 1 or 2, got " + std::to_string(enlarge));
-  if (groups < 0 || (groups > 0 && arguments.channels % groups != 0)) {
+  if (groups < 0 || groups > arguments.channels || (groups > 0 && arguments.channels % groups != 0)) {
     throw py::value_error("groups must be 0 or divide " + std::to_string(arguments.channels) + " channels, got " +
                           std::to_string(groups));
   }

@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstddef>
+#include <exception>
 #include <thread>
 #include <vector>
 
@@ -23,7 +24,10 @@ class Threads {
       for (size_t index = next++; index < count; index = next++) task(state, index);
     };
     std::vector<std::thread> others;
-    for (size_t i = 1; i < static_cast<Threads*>(pool)->count_; ++i) others.emplace_back(work);
+    try {
+      for (size_t i = 1; i < static_cast<Threads*>(pool)->count_ && i < count; ++i) others.emplace_back(work);
+    } catch (const std::exception&) {  // the system has no more threads: those that there are do the work
+    }
     work();
     for (std::thread& other : others) other.join();
   }

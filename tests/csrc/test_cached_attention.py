@@ -188,7 +188,13 @@ def test_wrong_operands_are_named():
     new, caches = operands(1, 2, 4, 2, 8, 10, [9], "float32")
     with pytest.raises(ValueError, match=r"past_length \+ tokens must be at most 10, got 9 \+ 2"):
         _kernels.cached_attention(*new, **caches)
+    for length in (2**63 - 1, -1):  # plus 2 the first is a negative number
+        new[5] = np.array([length])
+        with pytest.raises(ValueError, match=rf"past_length \+ tokens must be at most 10, got {length} \+ 2"):
+            _kernels.cached_attention(*new, **caches)
     new[5] = np.array([3])
+    with pytest.raises(ValueError, match="window must be 0 or more, got -1"):
+        _kernels.cached_attention(*new, **caches, window=-1)
     keys, values = caches.values()
     with pytest.raises(ValueError, match="both float32, both float16 or both int8"):
         _kernels.cached_attention(*new, keys, values.astype(np.float16))

@@ -146,6 +146,10 @@ def test_extremes(groups, target):
     [
         ({"enlarge": 3}, "enlarge must be 1 or 2, got 3"),
         ({"groups": 3}, "groups must be 0 or divide 8 channels, got 3"),
+        (
+            {"x": np.zeros((1, 5, 7, 0)), "weight": np.zeros((3, 3, 0, 5)), "groups": 4},
+            "groups must be 0 or divide 0 channels, got 4",
+        ),
         ({"groups": 0}, "groups, norm_weight and norm_bias go together"),
         ({"x": np.zeros((5, 7, 8))}, "x and weight must have 4 dimensions"),
         ({"weight": np.zeros((3, 3, 7, 5))}, r"weight must be \[3, 3, 8, 5\], got \[3, 3, 7, 5\]"),

@@ -217,6 +217,8 @@ def test_wrong_operands_are_named():
         _kernels.Matrix(weight.astype(ml_dtypes.bfloat16))
     with pytest.raises(ValueError, match=r"values must be \[64\], got \[63\]"):
         _kernels.Matrix(np.zeros(63, np.uint8), np.ones((1, 8), np.float32), 32, (16, 8))
+    with pytest.raises(ValueError, match=r"shape is too large: \[4294967296, 4294967296\]"):
+        _kernels.Matrix(np.zeros(0, np.uint8), np.ones((1, 8), np.float32), 32, (1 << 32, 1 << 32))
 
 
 WITHOUT_MEMORY = """
@@ -237,10 +239,28 @@ except MemoryError:
 """
 
 
-def test_memory_that_is_not_there_is_an_error_and_not_the_end():
-    """x in 8 bits takes 32 MB here, of which 16 are to be had."""
+WITHOUT_THREADS = """
+import resource
+import numpy as np
+from healthgpt_edge import _kernels
+x, weight = np.ones((1, 64), np.float32), _kernels.Matrix(np.ones((64, 65536), np.float32))
+expected = _kernels.hlora_linear(x, weight)
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + (64 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
+assert (_kernels.hlora_linear(x, weight, threads=64) == expected).all()
+try:
+    _kernels.float32_rate(64)
+except RuntimeError as error:
+    assert "temporarily unavailable" in str(error)
+    print("told")
+"""
+
+
+@pytest.mark.parametrize("program", [WITHOUT_MEMORY, WITHOUT_THREADS], ids=["memory", "threads"])
+def test_what_is_not_to_be_had_is_not_the_end(program):
+    """x in 8 bits takes 32 MB, of which 16 are to be had: an error. Of 64 stacks a few fit: others do their work."""
     # A sanitizer, where one is loaded first, could not do with so little.
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-    command = [sys.executable, "-c", WITHOUT_MEMORY]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, "told"), done.stderr

@@ -457,6 +457,12 @@ def test_a_bound_output_of_another_shape_is_onnx_runtimes_own_error():
         ("NormSwishConvolution", zeros("bias", 8), {}, "bias must be [6], found [8]"),
         ("NormSwishConvolution", zeros("norm_weight", 6), {}, "norm_weight must be [8], found [6]"),
         ("NormSwishConvolution", {}, {"groups": 3}, "groups must divide 8 channels, found 3"),
+        (
+            "NormSwishConvolution",
+            zeros("x", 2, 5, 7, 0) | zeros("weight", 3, 3, 0, 6) | zeros("norm_weight", 0) | zeros("norm_bias", 0),
+            {"groups": 4},
+            "groups must divide 0 channels, found 4",
+        ),
         ("NormSwishConvolution", {}, {"groups": 0}, "groups must be from 1 to 2147483647, found 0"),
         ("ResidualConvolution", zeros("norm_bias", 8, 1), {}, "norm_bias must be [8], found [8, 1]"),
         ("ResidualConvolution", zeros("residual", 2, 5, 7, 8), {}, "residual must be [2, 5, 7, 6], found [2, 5, 7, 8]"),

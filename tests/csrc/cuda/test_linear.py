@@ -201,3 +201,11 @@ def test_wrong_operands_are_named(device):
             more["stored"] = stored | {"adapter_out": more.pop("adapter_out")}
         with pytest.raises(ValueError, match=message):
             run(device, **more)
+
+
+def test_a_matrix_larger_than_any_memory_is_refused(device):
+    """Its numbers are as many as none, counted in 64 bits."""
+    nothing = device.put(np.zeros(0, np.uint8))
+    for channels, stride in ((1 << 10, 1 << 54), (1 << 2, 1 << 58)):
+        with pytest.raises(ValueError, match=rf"must fit into memory, got \[{channels}, {stride}\]"):
+            device.kernels.Matrix(nothing, "float16", (channels, 64), stride=stride)
