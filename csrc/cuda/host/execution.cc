@@ -27,8 +27,13 @@ constexpr unsigned char kPoison = 0xFF;  // NaN in every floating-point type
 
 enum class State { kReady, kAtBarrier, kInExchange, kDone };
 
+// Where what is left goes on. Kept by the compiler: the C library's swapcontext calls the system at every switch.
+using Place = void* [5];
+
 struct Fiber {
-  ucontext_t context;
+  ucontext_t beginning;
+  Place place;
+  bool has_begun = false;
   std::unique_ptr<char[]> stack;
   void* sanitizer_state = nullptr;
   State state = State::kDone;
@@ -61,7 +66,7 @@ std::vector<Warp> warps;
 std::vector<Slot> slots;
 size_t block_threads = 0, block_warps = 0;
 std::mt19937 random_bits;
-ucontext_t scheduler;
+Place scheduler;
 const void* scheduler_stack = nullptr;
 size_t scheduler_bytes = 0;
 const std::function<void()>* running_kernel = nullptr;
@@ -79,11 +84,22 @@ void EndSwitch([[maybe_unused]] void* kept, [[maybe_unused]] const void** from, 
 #endif
 }
 
+// Functions of their own: one that comes back keeps its caller's registers, and GCC wants the jump in another. Not
+// instrumented: at a jump the address sanitizer would forget the bounds of all that is on the stack.
+#define SWITCH __attribute__((noinline, no_sanitize("address", "undefined"))) void
+SWITCH Enter(Place& from, const ucontext_t& beginning) {
+  if (__builtin_setjmp(from) == 0) setcontext(&beginning);
+}
+SWITCH Jump(Place& to) { __builtin_longjmp(to, 1); }
+SWITCH Switch(Place& from, Place& to) {
+  if (__builtin_setjmp(from) == 0) Jump(to);
+}
+
 void Pause(State state) {
   Fiber& self = *fibers[current];
   self.state = state;
   BeginSwitch(&self.sanitizer_state, scheduler_stack, scheduler_bytes);
-  swapcontext(&self.context, &scheduler);
+  Switch(self.place, scheduler);
   EndSwitch(self.sanitizer_state, nullptr, nullptr);
 }
 
@@ -103,7 +119,11 @@ void Resume(size_t thread) {
   threadIdx.x += static_cast<unsigned>(mutation.shift_threads);
   void* kept = nullptr;
   BeginSwitch(&kept, fiber.stack.get(), kStackBytes);
-  swapcontext(&scheduler, &fiber.context);
+  if (std::exchange(fiber.has_begun, true)) {
+    Switch(scheduler, fiber.place);
+  } else {
+    Enter(scheduler, fiber.beginning);
+  }
   EndSwitch(kept, nullptr, nullptr);
 }
 
@@ -112,10 +132,10 @@ void MakeFibers(size_t count) {
     fibers.push_back(std::make_unique<Fiber>());
     Fiber& fiber = *fibers.back();
     fiber.stack = std::make_unique<char[]>(kStackBytes);
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStackBytes;
-    makecontext(&fiber.context, RunThreads, 0);
+    getcontext(&fiber.beginning);
+    fiber.beginning.uc_stack.ss_sp = fiber.stack.get();
+    fiber.beginning.uc_stack.ss_size = kStackBytes;
+    makecontext(&fiber.beginning, RunThreads, 0);
   }
 }
 
