@@ -11,7 +11,7 @@ from typing import Any
 import onnxruntime
 
 from healthgpt_edge import machine
-from healthgpt_edge.session import GENERATION
+from healthgpt_edge.manifest import GENERATION
 
 
 def options(description: str | None) -> argparse.ArgumentParser:

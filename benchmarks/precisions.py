@@ -24,8 +24,9 @@ import onnxruntime
 from healthgpt_edge import load, machine, phantoms
 from healthgpt_edge.evaluate import evaluate
 from healthgpt_edge.images import prepare, read_image
+from healthgpt_edge.manifest import GENERATION
 from healthgpt_edge.prompt import prompt_ids, with_patches
-from healthgpt_edge.session import GENERATION, Session
+from healthgpt_edge.session import Session
 
 from . import phantom
 

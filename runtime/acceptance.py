@@ -17,9 +17,10 @@ from .agreement import TOLERANCES, random_grid
 from .errors import HealthGPTError
 from .executors import Context
 from .images import prepare, read_image
+from .manifest import COMPREHENSION, GENERATION
 from .phantoms import held_out, questions
 from .prompt import prompt_ids, with_patches
-from .session import COMPREHENSION, GENERATION, Session
+from .session import Session
 
 PHANTOMS, NEW_TOKENS = 4, 16
 # The least that the cosine of two results may be, and how far their norms may be apart. The share of tokens that must

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from .errors import BenchmarkError
-from .manifest import Manifest
-from .session import GENERATION, Session
+from .manifest import GENERATION, Manifest
+from .session import Session
 
 PROMPT_TOKENS = 16
 # How far two results may be apart, as a share of their spread, for each root of a layer: roundings are independent.

@@ -23,8 +23,8 @@ from .bundle import Bundle
 from .decoding import CodeGrid, FreeText, Grammar, Sampling, Selector, decode
 from .errors import BenchmarkError
 from .executors import Context
-from .manifest import Manifest
-from .session import COMPREHENSION, GENERATION, Session, load
+from .manifest import COMPREHENSION, GENERATION, Manifest
+from .session import Session, load
 
 # A whole picture takes minutes and is a thousand tokens already: it is drawn once for so many repeats of the rest.
 REPEATS_PER_PICTURE = 5

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from .manifest import COMPREHENSION, GENERATION
 from .phantoms import AnswerScore, PictureScore, Question, Task, held_out, questions, score_answers, score_pictures
 from .phantoms import tasks as generation_tasks
-from .session import COMPREHENSION, GENERATION, Session
+from .session import Session
 
 MAX_ANSWER_TOKENS = 32
 

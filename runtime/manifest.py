@@ -25,7 +25,7 @@ MAX_LAYERS = 1 << 10
 MAX_PENALTY = 100.0
 # One level of folders, plain characters: no name can leave the bundle or hide in a terminal.
 FILE_NAME = re.compile(r"(?:[a-z0-9_-]+/)?[a-z0-9_-]+(?:\.[a-z0-9_-]+)+")
-TASKS = ("comprehension", "generation")
+COMPREHENSION, GENERATION = TASKS = ("comprehension", "generation")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
 # How keys and values are kept, with numpy's name of the type; int8 with a float32 scale per row.
 CACHE_TYPES = {"fp32": "float32", "fp16": "float16", "int8": "int8"}

@@ -17,8 +17,10 @@ import numpy as np
 from .checks import is_whole
 from .errors import GenerationError
 from .executors import Group
+from .inference import Request
+from .manifest import COMPREHENSION, GENERATION
 from .results import Answer, Picture
-from .session import COMPREHENSION, DEFAULT_ANSWER_TOKENS, GENERATION, Request, Session
+from .session import DEFAULT_ANSWER_TOKENS, Session
 from .steps import Step, Steps
 
 # As many rows as a pass of drafts has at most; and each sequence has caches.

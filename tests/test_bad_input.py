@@ -956,7 +956,7 @@ def test_a_picture_that_does_not_fit_the_memory(place, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("healthgpt_edge.images._to_rgb", exhausted)
         assert_refused(run(*words), "wide.png: there is not enough memory to read it")
-    monkeypatch.setattr("healthgpt_edge.session.prepare", exhausted)
+    monkeypatch.setattr("healthgpt_edge.inference.prepare", exhausted)
     assert_refused(run(*words), "there is not enough memory")
 
 
@@ -1008,7 +1008,7 @@ def test_who_presses_ctrl_c_twice_leaves_nothing_either(place, stop, monkeypatch
 
 
 def test_a_stopped_answer(place, stop, monkeypatch):
-    monkeypatch.setattr("healthgpt_edge.session.decoding", stop)
+    monkeypatch.setattr("healthgpt_edge.inference.decoding", stop)
     assert_stopped(run(*answer("--image", PICTURE)(place)), stop.code)
 
 
@@ -1031,7 +1031,7 @@ def test_an_interrupt_of_a_library_is_one_too(place, monkeypatch):
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("healthgpt_edge.session.decoding", interrupt)
+    monkeypatch.setattr("healthgpt_edge.inference.decoding", interrupt)
     assert_stopped(run(*generate("--image", PICTURE)(place)), 130)
     assert listing(place.folder) == {}
 

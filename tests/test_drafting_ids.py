@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.drafting import ids as drafting_ids
 from benchmarks.drafting.ids import compare, differing_ids, read
-from healthgpt_edge.session import GENERATION
+from healthgpt_edge.manifest import GENERATION
 
 IDS = [7, 8, 9, 6, 99]
 

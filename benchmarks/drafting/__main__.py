@@ -29,8 +29,8 @@ import onnxruntime
 
 from healthgpt_edge import Picture, Session, load, machine
 from healthgpt_edge.drafting.costs import PassKind, RowCosts
+from healthgpt_edge.manifest import COMPREHENSION, GENERATION
 from healthgpt_edge.phantoms import held_out, questions
-from healthgpt_edge.session import COMPREHENSION, GENERATION
 
 from ..phantom import export
 from . import ids

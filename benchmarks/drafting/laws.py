@@ -21,7 +21,7 @@ import numpy as np
 
 from healthgpt_edge import Picture, Session, decoding, load
 from healthgpt_edge.drafting import drafts
-from healthgpt_edge.session import GENERATION
+from healthgpt_edge.manifest import GENERATION
 
 from .ids import differing_ids
 from .jobs import Job, jobs

@@ -62,8 +62,8 @@ def answer(
 ) -> None:
     """Answer a question about a picture; the text appears as it is written, a line for each question."""
     from ..images import write_report
+    from ..manifest import COMPREHENSION
     from ..requests import ANSWER, check_folder, checked_request, result_fields
-    from ..session import COMPREHENSION
 
     question = [typed(one) for one in question]
     if keep and not image:

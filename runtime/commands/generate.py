@@ -57,8 +57,8 @@ def generate(
 ) -> None:
     """Make a picture from a picture, or from words alone."""
     from ..images import write_image
+    from ..manifest import GENERATION
     from ..requests import PICTURE, checked_request, refuse_the_image, result_fields
-    from ..session import GENERATION
 
     # Refused before the bundle is hashed and loaded, which takes a while.
     picture, study, options = checked_request(

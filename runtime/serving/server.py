@@ -18,8 +18,9 @@ import numpy as np
 from ..errors import Cancelled, HealthGPTError, RequestError, in_one_line
 from ..images import png_bytes, write_image, write_report
 from ..machine import version
+from ..manifest import COMPREHENSION, GENERATION
 from ..requests import ANSWER, PICTURE, checked_request, result_fields
-from ..session import COMPREHENSION, GENERATION, Session
+from ..session import Session
 from ..steps import Steps
 from .channel import Channel, Line
 from .fields import take_id, take_task

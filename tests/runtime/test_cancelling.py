@@ -127,7 +127,7 @@ def test_a_picture_that_was_read_is_kept_when_its_answer_is_cancelled(golden_bun
         left = iter(range(places - 1))
         with pytest.raises(Cancelled):
             session.answer(COM.image, COM.question, max_new_tokens=12, stop=lambda left=left: next(left, None) is None)
-        assert len(session._prefixes.kept()) == kept
+        assert len(session.prefixes.kept()) == kept
     found = session.answer(COM.image, COM.question, max_new_tokens=12)
     assert found.reused_tokens > 0 and found.token_ids == expected
 

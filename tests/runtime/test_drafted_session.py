@@ -13,7 +13,7 @@ from golden_cases import Case
 from PIL import Image
 
 from healthgpt_edge import HealthGPTError, Sampling, load
-from healthgpt_edge import session as session_module
+from healthgpt_edge import inference as inference_module
 from healthgpt_edge.drafting import PICTURE_DRAFTS, PassKind
 from healthgpt_edge.drafting import drafts as drafts_module
 from healthgpt_edge.errors import BundleError, GenerationError
@@ -44,7 +44,7 @@ def rounding(monkeypatch):
 
 def wrong_token(monkeypatch, drafted_only: bool = True):
     """Lets a drafted run change its third token, as an executor that rounds by the size of a pass might."""
-    honest = session_module.decoding
+    honest = inference_module.decoding
 
     def decoding(*arguments, drafter=None, **options):
         done = yield from honest(*arguments, drafter=drafter, **options)
@@ -52,7 +52,7 @@ def wrong_token(monkeypatch, drafted_only: bool = True):
             done.ids[2] ^= 1
         return done
 
-    monkeypatch.setattr(session_module, "decoding", decoding)
+    monkeypatch.setattr(inference_module, "decoding", decoding)
 
 
 def message(kind: type[HealthGPTError], call) -> str:
@@ -343,10 +343,10 @@ def test_kept_pictures_stay_within_their_bytes(golden_bundle):
         return keeping.answer(pictures[number], QUESTION, max_new_tokens=1).reused_tokens > 0
 
     assert not reused(0)
-    (context,) = keeping._prefixes._contexts.values()
-    keeping._prefixes.limit_bytes = 2 * context.memory_bytes
+    (context,) = keeping.prefixes._contexts.values()
+    keeping.prefixes.limit_bytes = 2 * context.memory_bytes
     assert [reused(1), reused(0), reused(2), reused(0), reused(1)] == [False, True, False, True, False]
-    keeping._prefixes.limit_bytes = context.memory_bytes - 1
+    keeping.prefixes.limit_bytes = context.memory_bytes - 1
     assert [reused(1), reused(1)] == [True, False]
 
 

@@ -49,10 +49,10 @@ def kept(session, tmp_path_factory) -> bytes:
 
 
 def refusal(session, path: Path) -> str:
-    before = session._prefixes.kept()
+    before = session.prefixes.kept()
     with pytest.raises(KeptError) as caught:
         session.restore_pictures(path)
-    assert session._prefixes.kept() == before
+    assert session.prefixes.kept() == before
     return str(caught.value)
 
 
@@ -117,7 +117,7 @@ def test_a_session_without_the_task_takes_nothing(golden_bundle, kept, tmp_path)
     other = keeping(golden_bundle, tasks=("generation",))
     with pytest.raises(ExecutorError, match="opened for generation, not for comprehension"):
         other.restore_pictures(tmp_path / "kept")
-    assert other._prefixes.kept() == []
+    assert other.prefixes.kept() == []
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------
@@ -249,7 +249,7 @@ def test_many_short_pictures_take_no_more_than_the_limit(golden_bundle, tmp_path
 
     monkeypatch.setattr(executor, "context", counted)
     session.restore_pictures(tmp_path / "kept")
-    kept = session._prefixes.kept()
+    kept = session.prefixes.kept()
     assert [prefix for prefix, _ in kept] == prefixes[-len(kept) :]
     assert sum(one.memory_bytes for _, one in kept) <= 2 << 20 and most <= len(kept) + 1 < len(prefixes)
 

@@ -194,7 +194,7 @@ def test_a_question_begins_with_a_picture_that_another_is_still_asked_about(gold
     for name in range(3):
         expected = plain.answer(COM.image, f"{COM.question} {name}", max_new_tokens=8)
         assert found[name].result.token_ids == expected.token_ids
-    assert len(session._prefixes.kept()) == 1
+    assert len(session.prefixes.kept()) == 1
 
 
 # --- what goes wrong ------------------------------------------------------------------------------------------------
