@@ -23,6 +23,7 @@ from .bundle import Bundle
 from .decoding import CodeGrid, FreeText, Grammar, Sampling, Selector, decode
 from .errors import BenchmarkError
 from .executors import Context
+from .inference import pieces
 from .manifest import COMPREHENSION, GENERATION, Manifest
 from .session import Session, load
 
@@ -196,8 +197,14 @@ class _Bench:
         timing.cost_unit = f"{kind} op"
         ids = self._ids(row.tokens)
         timing.ceiling_before = self._ceiling(machine.arithmetic_rate, kind, self.threads)
-        timing.samples_ms = _times(lambda: self.session.executor.context(timing.task, None).forward(ids), self.repeat)
+        timing.samples_ms = _times(lambda: self._read(timing.task, ids), self.repeat)
         timing.ceiling_after = self._ceiling(machine.arithmetic_rate, kind, self.threads)
+
+    def _read(self, task: str, ids: np.ndarray) -> None:
+        """Read a prompt as users' are read."""
+        context = self.session.executor.context(task, None)
+        for piece in pieces(self.session.executor, ids):
+            context.forward(piece)
 
     def _decode(self, row: Row, timing: Timing) -> None:
         # The caches grow with the context; this is the middle of the row.

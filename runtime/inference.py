@@ -14,7 +14,7 @@ from .checks import is_whole
 from .decoding import Decoded, Grammar, Sampling, Selector, decoding
 from .drafting import Drafter, PassKind
 from .errors import BundleError, Cancelled, GenerationError, PromptError
-from .executors import Context, Group
+from .executors import Context, Executor, Group
 from .images import prepare, read_if_any
 from .manifest import GENERATION
 from .prefixes import Prefix
@@ -173,19 +173,12 @@ class Inference:
         with self._clock.stage("prefill"):
             # The first question is cut behind its picture, too: so no answer depends on what was asked before.
             cut = prefix.length if prefix else 0
-            for piece in [*self._pieces(spliced[reused_tokens:cut]), *self._pieces(spliced[cut:])]:
+            for piece in [*pieces(executor, spliced[reused_tokens:cut]), *pieces(executor, spliced[cut:])]:
                 request.check_wanted()
                 logits = yield Step(context, piece, 1, request.faithful, None)
                 if request.on_prompt:
                     request.on_prompt(context.length, len(spliced))
         return logits, reused_tokens
-
-    def _pieces(self, ids: np.ndarray) -> list[np.ndarray]:
-        """The tokens of a prompt as passes take them, about as many each."""
-        if not len(ids):
-            return []
-        most = self._session.executor.prompt_tokens or len(ids)
-        return np.array_split(ids, -(-len(ids) // most))
 
     def _decode(self, logits: np.ndarray) -> Steps[Decoded]:
         """Decode after the prefill, and once more without drafts where that is to be certified."""
@@ -225,6 +218,14 @@ class Inference:
                     plain = yield from decoded(None, lambda token_id: None)
                 _check_equal(made.ids, plain.ids)
         return made
+
+
+def pieces(executor: Executor, ids: np.ndarray) -> list[np.ndarray]:
+    """The tokens int64 [S] of a prompt as passes take them, about as many each."""
+    if not len(ids):
+        return []
+    most = executor.prompt_tokens or len(ids)
+    return np.array_split(ids, -(-len(ids) // most))
 
 
 def _check_equal(drafted: list[int], plain: list[int]) -> None:
