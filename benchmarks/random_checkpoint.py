@@ -260,9 +260,13 @@ def main() -> None:
     system = SYSTEMS[arguments.system]
     if arguments.layers:
         system = replace(system, layers=arguments.layers)
+    out, partial = arguments.out, arguments.out.with_name(f".{arguments.out.name}.partial")
+    if out.exists():
+        raise SystemExit(f"{out.name} exists already; a checkpoint is written to a new folder")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was cut off
     normal = Normal(arguments.seed)
     parts = ["base", "vision", system.folder, *(["vqgan"] if "generation" in system.ranks else [])]
-    folders = {name: arguments.out / name for name in parts}
+    folders = {name: partial / name for name in parts}
     for folder in folders.values():
         folder.mkdir(parents=True)
     write_base(folders["base"], system, normal)
@@ -270,8 +274,9 @@ def main() -> None:
     write_plugins(folders[system.folder], system, normal)
     if "vqgan" in folders:
         write_vqgan(folders["vqgan"])
-    total = sum(file.stat().st_size for file in arguments.out.rglob("*") if file.is_file())
-    print(f"wrote {arguments.out}: {total:,} bytes")
+    partial.rename(out)
+    total = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    print(f"wrote {out}: {total:,} bytes")
 
 
 if __name__ == "__main__":

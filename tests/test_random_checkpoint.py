@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from golden_cases import CHECKPOINTS
 from safetensors import safe_open
 
+from benchmarks import random_checkpoint
 from benchmarks.random_checkpoint import Normal, write_base, write_plugins
 from benchmarks.systems import SYSTEMS
 
@@ -54,3 +56,24 @@ def test_keys_and_shapes_are_those_of_the_golden_checkpoint(name: str, tmp_path:
             golden.parent / system.folder / system.plugin(task)
         )
     assert json.loads((tmp_path / "config.json").read_text()) == config
+
+
+def test_a_checkpoint_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+    """Whoever finds the folder takes it for one."""
+
+    def stop(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("write_base", "write_vision", "write_plugins"):
+        monkeypatch.setattr(random_checkpoint, name, lambda folder, *_: (folder / "part").touch())
+    monkeypatch.setattr(sys, "argv", ["random_checkpoint", str(tmp_path / "m3")])
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(random_checkpoint, "write_vqgan", stop)
+        random_checkpoint.main()
+    assert not (tmp_path / "m3").exists()
+    monkeypatch.setattr(random_checkpoint, "write_vqgan", lambda folder: (folder / "part").touch())
+    random_checkpoint.main()
+    assert [path.name for path in tmp_path.iterdir()] == ["m3"]
+    assert len(list((tmp_path / "m3").rglob("part"))) == 4
+    with pytest.raises(SystemExit, match="m3 exists already"):
+        random_checkpoint.main()

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from healthgpt_edge.files import written_whole
 from healthgpt_edge.phantoms import Phantom
 
 from ..reference.model import HealthGPT
@@ -79,7 +80,8 @@ class Training:
             started, core_started = time.time(), time.process_time()
             state = train()
             spent = {"seconds": time.time() - started, "core_seconds": time.process_time() - core_started}
-            torch.save({"state": state, **spent}, path)
+            with written_whole(path) as file:
+                torch.save({"state": state, **spent}, file)
         return torch.load(path, weights_only=True)["state"]
 
     def spent(self, unit: str) -> dict[str, int]:

@@ -14,6 +14,7 @@ from healthgpt_edge import phantoms
 from healthgpt_edge.export.checkpoint import Checkpoint
 from healthgpt_edge.export.phantom import autoencoder, base, corpus, measure, pictures, plugins
 from healthgpt_edge.export.phantom.release import released_files
+from healthgpt_edge.export.phantom.train import Steps, Training
 from healthgpt_edge.export.reference.language import rotary_tables, rotate
 from healthgpt_edge.export.reference.model import HealthGPT
 from healthgpt_edge.export.tokenizer import write_tokenizer
@@ -207,3 +208,19 @@ def test_lesion_map_marks_each_centre() -> None:
         assert marked.sum() == len(subject.lesions)
         for lesion in subject.lesions:
             assert marked[int(lesion.row // 8), int(lesion.column // 8)] == 1
+
+
+def test_a_stage_that_is_cut_off_while_it_is_kept_is_trained_again(tmp_path: Path, monkeypatch) -> None:
+    training = Training(tmp_path, 0, Steps(phantoms=1))
+
+    def save_half(content, file) -> None:
+        write = file.write_bytes if isinstance(file, Path) else file.write
+        write(b"PK")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(torch, "save", save_half)
+        training.stage("vqgan", lambda: {"weight": torch.zeros(2)})
+    assert list((tmp_path / "work").iterdir()) == []
+    assert training.stage("vqgan", lambda: {"weight": torch.ones(2)})["weight"].tolist() == [1, 1]
+    assert training.spent("seconds") == {"vqgan": 0}
