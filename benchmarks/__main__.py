@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -60,8 +59,7 @@ def full_size_bundle(work: Path) -> Path:
     """The full-size int4 bundle in `work`, made first where it is not there."""
     bundle, checkpoint = work / f"bundle-{PRECISION}", work / "m3"
     if not bundle.exists():
-        if not checkpoint.exists():
-            subprocess.run([sys.executable, "-m", "benchmarks.random_checkpoint", str(checkpoint)], check=True)
+        full_size.make_checkpoint(checkpoint)
         full_size.export(checkpoint, bundle, PRECISION)
     return bundle
 

@@ -110,7 +110,35 @@ def run(bundle: Path, answer_tokens: int, threads: int | None) -> dict[str, obje
     return result
 
 
-def main() -> None:
+def make_checkpoint(folder: Path, system: str = "m3", layers: int | None = None) -> None:
+    """Write the random checkpoint unless it is there, in a process of its own, which takes its memory along."""
+    if folder.exists():
+        return
+    command = [sys.executable, "-m", "benchmarks.random_checkpoint", str(folder), "--system", system]
+    subprocess.run([*command, *(["--layers", str(layers)] if layers else [])], check=True)
+
+
+def run_apart(bundle: Path, arguments: argparse.Namespace) -> dict[str, object]:
+    """`run` in a process of its own, so that its high-water mark is its own."""
+    command = [sys.executable, "-m", "benchmarks.full_size", str(arguments.work), "--run-bundle", str(bundle)]
+    command += ["--answer-tokens", str(arguments.answer_tokens)]
+    command += ["--threads", str(arguments.threads)] if arguments.threads else []
+    result: dict[str, object] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    return result
+
+
+def settings(system: str, layers: int) -> dict[str, object]:
+    """What figures must share to stand in one file."""
+    processor = machine.description()["processor"]
+    return {
+        "system": system,
+        "layers": layers,
+        "machine": {"processor": processor, "cores": os.cpu_count(), "python": platform.python_version()},
+        "versions": {"onnxruntime": onnxruntime.__version__},
+    }
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("--system", choices=sorted(SYSTEMS), default="m3")
@@ -122,33 +150,24 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
     parser.add_argument("--run-bundle", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
     if arguments.run_bundle:
         print(json.dumps(run(arguments.run_bundle, arguments.answer_tokens, arguments.threads)))
         return
-    system = SYSTEMS[arguments.system]
-    checkpoint = arguments.work / arguments.system
-    if arguments.precision and not checkpoint.exists():
-        command = [sys.executable, "-m", "benchmarks.random_checkpoint", str(checkpoint), "--system", arguments.system]
-        command += ["--layers", str(arguments.layers)] if arguments.layers else []
-        subprocess.run(command, check=True)
+    system, checkpoint = SYSTEMS[arguments.system], arguments.work / arguments.system
     layers = arguments.layers or system.layers
     if arguments.precision:
+        make_checkpoint(checkpoint, arguments.system, arguments.layers)
         found = json.loads((checkpoint / "base" / "config.json").read_text())["num_hidden_layers"]
         if found != layers:
             raise SystemExit(f"{checkpoint.name} must have {layers} layers, found a checkpoint of {found}")
     bundles = "bundle" if arguments.system == "m3" else f"bundle-{arguments.system}"
     # What is measured now replaces what the file says of it; the rest stays, if it is of the same system and machine.
-    results: dict[str, object] = {
-        "system": arguments.system,
-        "layers": layers,
-        "machine": {
-            "processor": machine.description()["processor"],
-            "cores": os.cpu_count(),
-            "python": platform.python_version(),
-        },
-        "versions": {"onnxruntime": onnxruntime.__version__},
-    }
+    results = settings(arguments.system, layers)
     if arguments.out and arguments.out.is_file():
         kept = json.loads(arguments.out.read_text())
         if all(kept.get(name) == results[name] for name in results):
@@ -159,14 +178,8 @@ def main() -> None:
         results[f"export {name}"] = export(checkpoint, bundle, precision, arguments.cache, system)
         print(name, json.dumps(results[f"export {name}"]), flush=True)
     for precision in arguments.run:
-        # A process of its own, so that its high-water mark is its own.
-        command = [sys.executable, "-m", "benchmarks.full_size", str(arguments.work)]
-        command += ["--run-bundle", str(arguments.work / f"{bundles}-{precision}")]
-        command += ["--answer-tokens", str(arguments.answer_tokens)]
-        command += ["--threads", str(arguments.threads)] if arguments.threads else []
-        output = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
-        results[f"run {precision}"] = json.loads(output)
-        print(precision, output.decode().strip(), flush=True)
+        results[f"run {precision}"] = run_apart(arguments.work / f"{bundles}-{precision}", arguments)
+        print(precision, json.dumps(results[f"run {precision}"]), flush=True)
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(results, indent=1) + "\n")

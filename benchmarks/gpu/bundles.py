@@ -15,8 +15,6 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 import traceback
 from pathlib import Path
@@ -84,8 +82,8 @@ def check_phantom(bundle: Path, new_tokens: int) -> None:
 
 
 def export(cases: list[Case], work: Path) -> None:
-    if any(case.model == "m3" for case in cases) and not (work / "m3").exists():
-        subprocess.run([sys.executable, "-m", "benchmarks.random_checkpoint", str(work / "m3")], check=True)
+    if any(case.model == "m3" for case in cases):
+        full_size.make_checkpoint(work / "m3")
     for case in cases:
         begin = time.monotonic()
         case.export(work)
