@@ -1,8 +1,8 @@
-"""Rounding by pictures: what goes into each linear while the model looks at some, and its matrices rounded for that.
+"""Calibration: quantise the decoder's matrices for the inputs that they see on sample pictures.
 
-Layer by layer, so that no more than one is ever in memory: every task's prompts go through the layer in float32, the
-second moments of what its matrices are multiplied with add up, and the rounded matrices go into the weight files under
-the keys that the graphs, built afterwards, find them by. Of the pictures nothing else is kept.
+Works layer by layer, so that only one is in memory. The prompts of every task run through the layer in float32, the
+second moments of each matrix' inputs are accumulated, and the quantised matrices are written to the weight files under
+the keys by which the graphs, built afterwards, look them up. Nothing else of the pictures is kept.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from .reference.language import DecoderLayer, rotary_tables, visible
 from .reference.model import HealthGPT
 from .weights import WeightFile, require_finite
 
-# In turn, one of each picture: what is asked matters little beside the picture's own tokens.
+# One per picture, in turn: the question matters little beside the picture's own tokens.
 QUESTIONS = ("What is in the image?", "What modality is used to take this image?", "Is there a lesion in the image?")
 INSTRUCTION = "Reconstruct the image."
-# All that comes before the first layer, and the codes that a picture is reconstructed by.
+# Everything before the first decoder layer, and the VQGAN's encoder for the codes of a reconstruction.
 _PARTS = ("vision_tower.", "model.mm_projector.", "model.embed_tokens.")
 _PARTS += ("vqgan.encoder.", "vqgan.quant_conv.", "vqgan.quantize.")
 
 
 class Moments:
-    """The second moments of rows [..., C], summed up as they come."""
+    """Accumulates the second moments of rows [..., C]."""
 
     def __init__(self, channels: int) -> None:
         self.total, self.rows = torch.zeros(channels, channels), 0
 
     def add(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        """A forward pre-hook: what a module gets."""
+        """A forward pre-hook: adds the rows that a module is given."""
         rows = inputs[0].flatten(0, -2)
         self.total.addmm_(rows.T, rows)
         self.rows += len(rows)
@@ -58,7 +58,7 @@ def calibrate(
     block_size: int,
     on_layer: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write the matrices of all decoder layers, rounded for `pictures` (as `read_image` takes them).
+    """Write the matrices of all decoder layers, quantised for `pictures` (as `read_image` takes them).
 
     Base matrices go to `base`, the adapters of each task to its `own`. Raises ImageError, and BundleError where a
     matrix or what it is multiplied with is not finite.
@@ -84,14 +84,14 @@ def calibrate(
                     into, out_of = heard[task][linear]
                     write(own[task], f"{folded.key}.adapter_in", storage.adapter, folded.adapter_in(), [into])
                     write(own[task], f"{folded.key}.adapter_out", storage.adapter, folded.adapter_out(), [out_of])
-                # The tasks share it, so it is rounded for all of them.
+                # The tasks share the base matrix, so it is quantised for the inputs of all of them.
                 all_into = [heard[task][linear][0] for task in heard]
                 write(base, f"{folded.key}.weight", storage.linear, folded.base(), all_into)
             on_layer()
 
 
 def _embeddings(checkpoint: Checkpoint, task: str, tokenizer: Tokenizer, pictures: Sequence[Any]) -> Iterator[Tensor]:
-    """A prompt with each picture, and for generation the picture's own codes after it: [1, T, hidden]."""
+    """One prompt per picture, for generation followed by the picture's own codes: [1, T, hidden] each."""
     model = HealthGPT.load(checkpoint, task, _PARTS)
     background = checkpoint.vision.background
     for number, source in enumerate(pictures):
@@ -109,7 +109,7 @@ def _embeddings(checkpoint: Checkpoint, task: str, tokenizer: Tokenizer, picture
 
 
 def _pass(checkpoint: Checkpoint, task: str, index: int, hidden: list[Tensor]) -> dict[str, tuple[Moments, Moments]]:
-    """Take `hidden` through one layer, in place; the moments of what goes into each linear, and into its B."""
+    """Run `hidden` through one layer, in place; returns the input moments of each linear and of its B."""
     config, heard = checkpoint.language, {}
     layer = _layer(checkpoint, task, index)
     for name in config.linears:
@@ -126,7 +126,7 @@ def _pass(checkpoint: Checkpoint, task: str, index: int, hidden: list[Tensor]) -
 
 
 def _layer(checkpoint: Checkpoint, task: str, index: int) -> DecoderLayer:
-    """A decoder layer with the very matrices that the graph will have."""
+    """A decoder layer with exactly the folded matrices that the graph will hold."""
     config, plugin = checkpoint.language, checkpoint.tasks[task]
     with torch.device("meta"):
         layer = DecoderLayer(config, plugin)
@@ -143,5 +143,5 @@ def _layer(checkpoint: Checkpoint, task: str, index: int) -> DecoderLayer:
         }
         state |= {"bias": torch.from_numpy(folded.bias())} if config.has_bias(name) else {}
         linear.load_state_dict(state, assign=True)
-        linear.scaling = 1.0  # B has it
+        linear.scaling = 1.0  # folded into B
     return layer

@@ -8,17 +8,17 @@ import numpy as np
 
 
 def take_norm(weight: np.ndarray, norm: np.ndarray | None) -> np.ndarray:
-    """A linear weight [O, C] that takes in the weight [C] of the RMS norm before it: W (norm * x) = (W * norm) x."""
+    """Fold the weight [C] of the preceding RMS norm into a linear weight [O, C]: W (norm * x) = (W * norm) x."""
     return weight if norm is None else weight * norm
 
 
 def stack_router(reduce: np.ndarray, router: np.ndarray, norm: np.ndarray | None) -> np.ndarray:
-    """A [R, C] and the router [E, C] as one matrix [R + E, C]: both read the same x, so one product serves."""
+    """Stack A [R, C] and the router [E, C] into one matrix [R + E, C]: both multiply the same x."""
     return take_norm(np.concatenate([reduce, router]), norm)
 
 
 def scale_expansion(expand: np.ndarray, scaling: float) -> np.ndarray:
-    """B [O, R] that takes in the H-LoRA scaling, alpha / r * E."""
+    """Fold the H-LoRA scaling, alpha / r * E, into B [O, R]."""
     return expand * np.float32(scaling)
 
 
@@ -44,7 +44,7 @@ def patch_matrix(weight: np.ndarray, mean: tuple[float, ...], std: tuple[float, 
 
 
 def scale(values: np.ndarray, factor: float) -> np.ndarray:
-    """`factor` taken into a weight or bias, such as attention's 1/sqrt(D) into the queries': q k / c = (q / c) k."""
+    """Fold a factor into a weight or bias, such as attention's 1/sqrt(D) into the queries': q k / c = (q / c) k."""
     return (values.astype(np.float64) * factor).astype(np.float32)
 
 
@@ -57,14 +57,14 @@ def position_table(class_embedding: np.ndarray, positions: np.ndarray, patch_bia
 
 
 def convolved_codebook(codebook: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
-    """The codebook [N, D] behind a 1x1 convolution [Z, D, 1, 1], as a table [N, Z]: a lookup replaces both."""
+    """Apply a 1x1 convolution [Z, D, 1, 1] to the codebook [N, D]: one lookup in the table [N, Z] replaces both."""
     return (codebook.astype(np.float64) @ weight[:, :, 0, 0].T + bias).astype(np.float32)
 
 
 def chain_pointwise(
     first: np.ndarray, first_bias: np.ndarray, second: np.ndarray, second_bias: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Two 1x1 convolutions [M, C, 1, 1] and [O, M, 1, 1] in a row as one matrix [C, O], with its bias [O]."""
+    """Combine two consecutive 1x1 convolutions [M, C, 1, 1] and [O, M, 1, 1] into one matrix [C, O] and bias [O]."""
     outer = second[:, :, 0, 0].astype(np.float64)
     weight, bias = outer @ first[:, :, 0, 0], outer @ first_bias + second_bias
     return weight.T.astype(np.float32), bias.astype(np.float32)

@@ -1,4 +1,4 @@
-"""The matrices of one H-LoRA linear as a bundle holds them, the algebra of fold.py done, in float32."""
+"""The matrices of one H-LoRA linear as a bundle stores them, folded (fold.py), in float32."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from . import fold
 from .checkpoint import Checkpoint
 
-# The norm before a linear, whose weight its matrices take in; the others have none.
+# The norm whose weight is folded into a linear; the others follow no norm.
 _NORMS = dict.fromkeys(("qkv_proj", "q_proj", "k_proj", "v_proj"), "input_layernorm") | dict.fromkeys(
     ("gate_up_proj", "gate_proj", "up_proj"), "post_attention_layernorm"
 )
@@ -39,7 +39,7 @@ class FoldedLinear:
         return fold.stack_router(to_float(reduce), to_float(router), self._norm())
 
     def adapter_out(self) -> np.ndarray:
-        """B [O, R], the H-LoRA scaling in it."""
+        """B [O, R] with the H-LoRA scaling folded in."""
         _, expand, _ = self.checkpoint.adapter(self.task, self.layer, self.linear)
         return fold.scale_expansion(to_float(expand), self.checkpoint.tasks[self.task].scaling)
 
@@ -55,5 +55,5 @@ class FoldedLinear:
 
 
 def to_float(tensor: torch.Tensor) -> np.ndarray:
-    """The tensor as float32; the checkpoint has refused NaN and infinity when it read it."""
+    """The tensor as float32; NaN and infinity were refused when the checkpoint was read."""
     return tensor.float().numpy()

@@ -1,8 +1,8 @@
-"""Rounding that makes up for itself: GPTQ (Frantar et al., 2022, arXiv 2210.17323).
+"""Error-compensating quantisation: GPTQ (Frantar et al., 2022, arXiv 2210.17323).
 
-What one channel of a matrix loses by rounding, the channels that come after it take on, as far as they carry the same
-in the inputs seen: that is what the second moments of the inputs, X^T X / n, tell. The product with such inputs then
-changes less, in the same bytes. C channels in, O out.
+The rounding error of each channel is compensated by the channels after it, as far as they are correlated with it in the
+calibration inputs, which the second moments X^T X / n tell. The product with such inputs then changes less, at the same
+size. C channels in, O out.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from torch import Tensor
 
 from .quantize import round_to, scales_of
 
-# Added to the diagonal of the moments, as a share of its mean: inputs not seen count for something, too.
+# Added to the diagonal of the moments, as a share of its mean: inputs that calibration has not seen matter, too.
 DAMPING = 0.01
 
 
 def quantise_for(weight: np.ndarray, moments: Tensor, data_type: int, block_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Round a float32 weight [O, C] to what `quantise` returns, for inputs of second moments [C, C].
+    """Quantise a float32 weight [O, C] into the form that `quantise` returns, for inputs with second moments [C, C].
 
-    The scale of a block is set when the rounding reaches it, for what its channels have become by then.
+    The scale of a block is chosen when rounding reaches it, from its channels as compensated so far.
     """
-    rows = torch.from_numpy(np.array(weight.T, order="C"))  # [C, O]: with what the channels before have handed on
+    rows = torch.from_numpy(np.array(weight.T, order="C"))  # [C, O], compensated for the channels already rounded
     channels, outputs = rows.shape
     spread = _spread(moments)
     values = np.empty((channels, outputs), np.int8)
@@ -42,10 +42,10 @@ def quantise_for(weight: np.ndarray, moments: Tensor, data_type: int, block_size
 
 
 def _spread(moments: Tensor) -> Tensor:
-    """The upper triangle U [C, C] of U^T U = M^-1: row c says where the error of channel c goes."""
+    """The upper triangular U [C, C] with U^T U = M^-1; row c distributes the error of channel c."""
     damped = moments.clone()
     damped.diagonal().add_(DAMPING * float(moments.diagonal().mean()) + float(torch.finfo(torch.float32).tiny))
-    # The lower triangle of the moments in reverse order, inverted, is U in reverse order: no inverse is factored again.
+    # The inverse of the Cholesky factor of the reversed moments is U reversed: the inverse itself is never factored.
     lower = torch.linalg.cholesky(damped.flip(0, 1))
     identity = torch.eye(len(lower), dtype=lower.dtype)
     return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)

@@ -13,14 +13,14 @@ import numpy as np
 from onnx import TensorProto
 
 BLOCK_SIZES = (32, 64, 128)
-# By the name that a manifest has for them.
+# Types of keys and values, by their name in the manifest.
 CACHE_TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "int8": TensorProto.INT8}
 
-# Where the entry of largest magnitude in a block may map to. In 8 bits one is as good as several.
+# The levels that the entry of largest magnitude in a block may map to. With 8 bits one is as good as several.
 _LEVELS = {TensorProto.INT4: (-7.5, -8.0, -8.5, -9.0), TensorProto.INT8: (-128.0,)}
 _LEAST_PEAK = 512 * np.finfo(np.float32).tiny
 
-# Values of work at a time: few enough to stay in a core's cache through all the passes below.
+# Values per work item: few enough to stay in a core's cache through all the passes below.
 _VALUES_PER_STEP = 1 << 18
 _ROWS_PER_MOVE = 256
 
@@ -95,21 +95,21 @@ def quantise(weight: np.ndarray, data_type: int, block_size: int) -> tuple[np.nd
         values[first : first + step] = round_to(grouped, scale, data_type).reshape(len(part), -1)[:, :channels]
         scales[first : first + step] = scale
 
-    with ThreadPoolExecutor() as pool:  # numpy lets go of the interpreter while it works
+    with ThreadPoolExecutor() as pool:  # numpy releases the GIL
         list(pool.map(round_rows, range(0, outputs, step)))
     return transpose(values), transpose(scales)
 
 
 def scales_of(grouped: np.ndarray, data_type: int) -> np.ndarray:
-    """The scale of each block, float32 [..., block] -> [...], that leaves the least squared error.
+    """The scale of each block, float32 [..., block] -> [...], searched for the least squared error.
 
-    Of rounding with the greatest entry on each of a few levels, it takes the best, and then the scale that fits the
-    rounded block best, <w, q> / <q, q>. In 4 bits that leaves 0.89 to 0.92 of the squared error of one level (-8), for
-    normal weights and for such with longer tails; 20 levels would leave 0.88 to 0.91.
+    Tries a few levels for the entry of largest magnitude and refits the scale to each rounded block by least squares,
+    <w, q> / <q, q>. In 4 bits this leaves 0.89 to 0.92 of the squared error of the single level -8, for normal weights
+    as for longer tails; 20 levels would leave 0.88 to 0.91.
     """
     smallest, greatest = grouped.min(axis=-1), grouped.max(axis=-1)
     peak = np.where(greatest > -smallest, greatest, smallest)
-    # A block below 1e-37 throughout becomes zero: its scale would be subnormal, with an inverse that may be infinite.
+    # A block with all entries below 1e-37 becomes zero: its scale would be subnormal, and its inverse might overflow.
     peak[np.abs(peak) < _LEAST_PEAK] = 0
     relative = np.divide(grouped, peak[..., None], out=np.zeros_like(grouped), where=peak[..., None] != 0)
     best, scale = np.zeros_like(peak), np.zeros_like(peak)
@@ -118,7 +118,7 @@ def scales_of(grouped: np.ndarray, data_type: int) -> np.ndarray:
         product = np.einsum("...i,...i->...", relative, rounded)
         square = np.einsum("...i,...i->...", rounded, rounded)
         fitted = np.divide(product, square, out=np.zeros_like(product), where=square != 0)
-        # What the best scale takes off the block's squares.
+        # How much the fitted scale reduces the block's squared error.
         taken = product * fitted
         better = taken > best
         best[better], scale[better] = taken[better], fitted[better]
@@ -126,20 +126,20 @@ def scales_of(grouped: np.ndarray, data_type: int) -> np.ndarray:
 
 
 def round_to(grouped: np.ndarray, scale: np.ndarray, data_type: int) -> np.ndarray:
-    """Float32 blocks [..., block] to the nearest multiples of their scales [...], as float32 integers."""
+    """Round float32 blocks [..., block] to the nearest multiples of their scales [...]; returns float32 integers."""
     inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
     return _clipped(grouped * inverse[..., None], data_type)
 
 
 def _clipped(levels: np.ndarray, data_type: int) -> np.ndarray:
-    """To the integers of a type, in place."""
+    """Round and clip to the integers of a type, in place."""
     lowest = -8 if data_type == TensorProto.INT4 else -128
     np.rint(levels, out=levels)
     return np.clip(levels, lowest, -lowest - 1, out=levels)
 
 
 def transpose(matrix: np.ndarray) -> np.ndarray:
-    """[O, C] -> [C, O] in memory, on all cores."""
+    """A transposed copy [C, O] of a matrix [O, C], made on all cores."""
     result = np.empty(matrix.shape[::-1], matrix.dtype)
 
     def move_rows(first: int) -> None:

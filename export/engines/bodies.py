@@ -1,9 +1,8 @@
-"""The named nodes' bodies as TensorRT gets them: products in a GPU's type, everything between in float32.
+"""Bodies of the named nodes for TensorRT: matrix products in the GPU's type, everything between them in float32.
 
-The same inputs and the same meaning as the bodies in `graph/functions.py`, whose letters are used here: B batch, S
-sequence, C channels in, O channels out, R rank, E experts, D head size. A value keeps the type it is computed in: a
-product takes and gives `compute`, the residual stream, norms, gates and sums are float32, which costs nothing beside
-the weights and leaves no room for an overflow outside a single product.
+Inputs and meaning are those of the bodies in `graph/functions.py`, with the same letters: B batch, S sequence, C
+channels in, O channels out, R rank, E experts, D head size. Products read and write `compute`; the residual stream,
+norms, gates and sums are float32, which costs nothing beside reading the weights and confines overflow to products.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from ..quantize import is_quantised
 
 
 def _matrix(name: str, stored: int, compute: int, block_size: str = "block_size") -> tuple[str, str]:
-    """The statements that give a stored tensor in `compute`, and the name of the result.
+    """The statements that convert a stored tensor to `compute`, and the name of the result.
 
     The scales of integers are cast inside the graph: TensorRT's parser refuses constant ones that are not positive,
     and ours carry the sign of a block's largest entry.
@@ -51,9 +50,9 @@ def linear(types: dict[str, int], compute: int) -> FunctionProto:
 def hlora_linear(types: dict[str, int], compute: int) -> FunctionProto:
     """`HLoraLinear`: y = x W + b + gate(x R) * (x A) B, as one router over the experts of one or several plugins.
 
-    Behind the inputs of the bundle's node: expert_of int64 [R], the expert that column r of A belongs to, and silence
-    float [E], added to the router's choices: 0, or a large negative number for the experts of other tasks.
-    rank_block_size is the block of B, which has fewer rows than the other matrices.
+    After the inputs of the bundle's node come expert_of int64 [R], the expert that column r of A belongs to, and
+    silence float [E], added to the router's logits: 0, or a large negative number for the experts of other tasks.
+    rank_block_size is the block size of B, which has fewer rows than the other matrices.
     """
     to_weight, weight = _matrix("weight", types["weight"], compute)
     to_in, adapter_in = _matrix("adapter_in", types["adapter_in"], compute)
@@ -98,7 +97,7 @@ def hlora_linear(types: dict[str, int], compute: int) -> FunctionProto:
 def cached_attention(types: dict[str, int], compute: int) -> FunctionProto:
     """`CachedAttention`: rotary positions in float32, then cache append and masked attention in `compute`.
 
-    The caches are of that type, too. The mask is added: TensorRT-RTX 1.7 cannot compile a boolean one for many layers.
+    The caches have that type, too. The mask is additive: TensorRT-RTX 1.7 cannot compile a boolean one for many layers.
     """
     return parser.parse_function(f"""
         {HEADER}
@@ -164,7 +163,7 @@ _ENLARGE = """
         (small, , scales)
 """
 
-# By name: the types of a node's inputs and the type of its products give its body. Names that are not here keep theirs.
+# By name: body(types of the node's inputs, type of its products). Nodes of other names keep their bodies.
 BODIES: dict[str, Callable[[dict[str, int], int], FunctionProto]] = {
     "Linear": linear,
     "HLoraLinear": hlora_linear,

@@ -1,6 +1,7 @@
-"""TensorRT engines of a bundle: graphs rewritten, compiled, and written beside it with a record of what they are of.
+"""Build the TensorRT engines of a bundle: rewrite its graphs, compile them, and record what they were built from.
 
-TensorRT-RTX compiles ahead of time for GPUs that need not be there; the full TensorRT times kernels on the GPU at hand.
+TensorRT-RTX compiles ahead of time, for GPUs that need not be present; the full TensorRT times kernels on the GPU at
+hand.
 """
 
 from __future__ import annotations
@@ -45,10 +46,10 @@ from .merge import Padding, merge
 from .plugin import KERNEL, use_plugin
 
 TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
-# What the products of a precision may be in, the default first: float32 stays exact, bfloat16 keeps its range.
+# Types that products may have, by precision, the default first: float32 stays exact, bfloat16 keeps its range.
 _COMPUTE = {"fp32": ("fp32",), "bf16": ("bf16",)} | dict.fromkeys(("fp16", "int8", "int4"), ("fp16", "bf16"))
 DEFAULT_CONTEXT_TOKENS, DEFAULT_ROWS, DEFAULT_PREFILL_ROWS = 4096, 64, 1024
-# What TensorRT optimises a prefill for: a picture's features and a short question.
+# TensorRT optimises prefill for a picture's features and a question of so many tokens.
 _TYPICAL_WORDS = 48
 
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # smallest, typical, largest
@@ -63,8 +64,8 @@ def default_settings(
     plugin: bool = False,
     stream_weights: bool = False,
 ) -> Settings:
-    """The settings of a build: products in float16 but for an fp32 or bf16 bundle, the context as long as the base
-    allows, at most 4096 tokens. Raises ExecutorError."""
+    """The settings of a build. By default products are float16, except in fp32 and bf16 bundles, and the context is
+    what the base allows, up to 4096 tokens. Raises ExecutorError."""
     longest = manifest.language.max_positions
     context = min(longest, DEFAULT_CONTEXT_TOKENS) if max_context is None else max_context
     if context > longest:
@@ -90,7 +91,7 @@ def build_engines(
 ) -> EngineRecord:
     """Build every engine of `bundle` for `target` (tensorrt-rtx or tensorrt) into `engines/<target>/`.
 
-    Engines that were there are replaced when all new ones are done, and stay if one fails. `on_step(name, done, total)`
+    Existing engines are replaced once all new ones are built, and stay if one fails. `on_step(name, done, total)`
     reports progress. Raises ExecutorError.
     """
     compiler = Compiler(import_tensorrt(target), target, settings)
@@ -157,7 +158,7 @@ def new_folder(bundle: Bundle, target: str) -> Iterator[Path]:
     except OSError as error:
         raise ExecutorError(f"cannot write the engines of {target}: {error.strerror}") from error
     finally:
-        if old.exists() and not place.exists():  # it was stopped between the two
+        if old.exists() and not place.exists():  # stopped between the two renames
             old.rename(place)
         shutil.rmtree(work, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
@@ -165,7 +166,7 @@ def new_folder(bundle: Bundle, target: str) -> Iterator[Path]:
 
 @dataclass(frozen=True, slots=True)
 class _Range:
-    """What a dimension that the graph leaves open may be."""
+    """The values of a dynamic dimension."""
 
     least: int
     typical: int
@@ -192,7 +193,7 @@ class Compiler:
         trt = self.trt
         try:
             builder = trt.Builder(self.log.logger)
-        except (TypeError, RuntimeError) as error:  # what pybind11 makes of a null pointer
+        except (TypeError, RuntimeError) as error:  # pybind11's errors for a null pointer
             raise ExecutorError(f"{self.label} cannot build here: {self.log.reason}") from error
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(network, self.log.logger)
@@ -285,7 +286,7 @@ class Compiler:
 
 
 def _shapes(tensor: Any, open_dimensions: dict[str, _Range]) -> Shapes:
-    """One sequence or picture; what is open behind that is as `open_dimensions` says for the input."""
+    """The shapes of an input with batch 1; `open_dimensions` gives the range of its second dimension, by name."""
     shape = tuple(tensor.shape)
     if tensor.name.startswith(CACHES) or tensor.name not in open_dimensions:
         shape = tuple(1 if size < 0 else size for size in shape)

@@ -17,7 +17,7 @@ from healthgpt_edge.errors import ExecutorError
 
 from ..graph.builder import DOMAIN
 
-# What weight files hold: the bits of a value by its type.
+# Bits per value, by type, of what weight files hold.
 _BITS = {
     TensorProto.FLOAT: 32,
     TensorProto.FLOAT16: 16,
@@ -29,9 +29,9 @@ _PLACE = ["length", "location", "offset"]
 
 
 def read_graph(bundle: Bundle, file: str) -> ModelProto:
-    """A graph of the bundle, whose external data lies in files of the bundle: neither we nor a parser check it again.
+    """A graph of the bundle, checked to keep its external data in the bundle's own files.
 
-    Raises ExecutorError.
+    Nothing checks this later: `values_of` and TensorRT's parser follow whatever path is given. Raises ExecutorError.
     """
     try:
         model = onnx.load(bundle.file(file), load_external_data=False)
@@ -46,7 +46,7 @@ def read_graph(bundle: Bundle, file: str) -> ModelProto:
 
 
 def _tensors_in(message: Message) -> Iterator[TensorProto]:
-    """Initializers, constants and whatever else holds a tensor, in all functions and subgraphs."""
+    """Every tensor of a model: initializers and attributes, also those in functions and subgraphs."""
     if isinstance(message, TensorProto):
         yield message
         return
@@ -95,7 +95,7 @@ def attribute(node: NodeProto, name: str) -> int:
 
 
 def location_of(tensor: TensorProto) -> dict[str, str]:
-    """Where external data lies: location, offset and length."""
+    """The location, offset and length of external data."""
     return {entry.key: entry.value for entry in tensor.external_data}
 
 

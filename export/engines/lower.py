@@ -1,4 +1,4 @@
-"""A bundle's graph as TensorRT wants it: typed bodies, one flat graph, caches of a fixed capacity."""
+"""Lower a bundle's graph for TensorRT: typed bodies, one flat graph, caches of a fixed capacity."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _CACHED_INPUTS, _CACHED_OUTPUTS = 9, 3
 def lower(model: ModelProto, compute: int, capacity: int | None = None) -> ModelProto:
     """`model` with the named nodes' products in `compute` (an onnx.TensorProto type), as standard operators only.
 
-    capacity: tokens that the caches of a language graph hold, for TensorRT updates none of a length that is open. The
-    model is changed in place, up to what is returned.
+    capacity: tokens that the caches of a language graph hold, because TensorRT cannot update a cache of dynamic length.
+    `model` is changed in the process; use what is returned.
     """
     _type_caches(model.graph, compute)
     _type_bodies(model, compute)
     flat = inliner.inline_local_functions(model)
     for node in flat.graph.node:
-        # What a body is made of comes without names, and TensorRT names layers by them.
+        # Inlined nodes have no names, and TensorRT names its layers by them.
         node.name = node.output[0]
     _shorten_outputs(flat.graph)
     if capacity is not None:
@@ -34,7 +34,7 @@ def lower(model: ModelProto, compute: int, capacity: int | None = None) -> Model
 
 
 def _type_caches(graph: GraphProto, compute: int) -> None:
-    """Keep keys and values in the type of the products: TensorRT updates caches of floats alone, without scales."""
+    """Store keys and values in the type of the products: TensorRT only updates caches of floats, without scales."""
     for node in graph.node:
         if is_named(node, "CachedAttention"):
             del node.input[_CACHED_INPUTS:], node.output[_CACHED_OUTPUTS:]
@@ -48,7 +48,7 @@ def _type_caches(graph: GraphProto, compute: int) -> None:
 
 
 def _type_bodies(model: ModelProto, compute: int) -> None:
-    """Give every named node a body for the types it has here; nodes of one name and type share it."""
+    """Give every named node a body for its input types; nodes with equal name and types share one."""
     types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     types |= {entry.name: entry.type.tensor_type.elem_type for entry in model.graph.input}
     bodies = {function.name: function for function in model.functions if function.name not in BODIES}
@@ -68,7 +68,7 @@ def _type_bodies(model: ModelProto, compute: int) -> None:
 
 
 def _shorten_outputs(graph: GraphProto) -> None:
-    """Let the node that computes an output give it its name: TensorRT knows uint8 as the type of an output alone."""
+    """Drop the Identity before each output, so that its producer writes it: TensorRT allows uint8 for outputs only."""
     producer: dict[str, NodeProto] = {name: node for node in graph.node for name in node.output}
     uses: dict[str, int] = {}
     for node in graph.node:

@@ -1,14 +1,14 @@
 """One language graph for all tasks of a bundle, so that an engine holds the base matrices once.
 
-The tasks' graphs are the same up to their weights. Values that are computed from the same inputs in the same way are
-one value; where the tasks differ,
+The graphs of the tasks differ only in their weights. Values computed from the same inputs in the same way are merged;
+where the tasks differ,
 
-* `HLoraLinear` gets the plugins of all tasks side by side, as one router of all their experts. `silence` takes the
-  experts of the other tasks out of the softmax, exactly: their gates are 0. A token then reads the other plugin's
-  bytes, too, which at int4 is 3% (generation) to 11% (comprehension) of M3's token; a second engine would double the
-  memory of the base, and adapters as inputs would have to be float16, 40% more bytes for each token of a picture.
-* a gather from another embedding is made from both and one is selected;
-* the heads stay apart, and a task's positions (`last_positions.<task>`) are 0 while another task runs.
+* `HLoraLinear` gets the plugins of all tasks side by side, as one router over all their experts. `silence` removes the
+  experts of the other tasks from the softmax exactly: their gates are 0. A token then reads the other plugin's bytes,
+  too, which at int4 is 3% (generation) to 11% (comprehension) of M3's token. A second engine would double the memory of
+  the base, and adapters as inputs would have to be float16, 40% more bytes for each token of a picture;
+* where the embeddings differ, rows are gathered from each, and one is selected;
+* the heads stay separate, and a task's positions (`last_positions.<task>`) are 0 while another task runs.
 
 The input `task` int64 [1] says which task runs; a bundle of one task keeps its graph, without it.
 """
@@ -28,7 +28,7 @@ from ..graph.builder import DOMAIN
 from ..weights import WeightFile
 from .graphs import attribute, input_at, is_named, location_of, values_of
 
-# Added to the choices of silent experts: exp() of it is 0, and no sum with a choice overflows.
+# Added to the logits of silent experts: exp() of it is 0, and adding it cannot overflow.
 SILENCE = -1e30
 PER_TASK_INPUTS = ("last_positions",)
 SHARED_OUTPUTS = "present_"
@@ -38,7 +38,7 @@ _BASE, _ADAPTER_IN, _ADAPTER_OUT = slice(0, 4), 4, 6
 
 @dataclass(frozen=True, slots=True)
 class Padding:
-    """What stacked adapters have in whole multiples, filled up with zeros: each plugin's rank, and the columns of A."""
+    """Multiples to which stacked adapters are padded with zeros: each plugin's rank, and the columns of A."""
 
     rank: int = 1
     columns: int = 1
@@ -49,8 +49,8 @@ def merge(
 ) -> ModelProto:
     """The language graph of all tasks; `models` by task, from the bundle in `folder`.
 
-    Stacked adapters go to `stacked`, padded if that is asked for. Inputs and outputs are those of the tasks' graphs,
-    `last_positions`, `logits` and `hidden` with the task's name behind, and `task` where there is more than one.
+    Stacked adapters go to `stacked`, padded as `padding` says. Inputs and outputs are those of the tasks' graphs, with
+    the task's name appended to `last_positions`, `logits` and `hidden`, and `task` where there are several.
     """
     merged = _Merged(folder, stacked, padding or Padding())
     for task, model in models.items():
@@ -106,7 +106,7 @@ def _are_adapters(arrays: list[np.ndarray | None], experts: int, block_size: int
 
 
 class _Merged:
-    """The merged graph as far as it is built."""
+    """The merged graph under construction."""
 
     def __init__(self, folder: Path, stacked: WeightFile, padding: Padding) -> None:
         self.folder, self.stacked, self.padding = folder, stacked, padding
@@ -159,7 +159,7 @@ class _Merged:
         initializers: dict[str, TensorProto],
         results: dict[str, object],
     ) -> list[str]:
-        """The merged names of a node's outputs; the node is added unless its like is there."""
+        """The merged names of a node's outputs; the node is added unless an equal one exists."""
         inputs = [value[name] for name in node.input]
         attributes = tuple(sorted(entry.SerializeToString() for entry in node.attribute))
         key: object = (node.domain, node.op_type, attributes, tuple(inputs))
@@ -269,7 +269,7 @@ class _Merged:
             scales = np.concatenate([*reduces, *routers], axis=1)
             parts[1] = self._stored(f"{name}/adapter_in_scale", TensorProto.FLOAT, scales)
         parts += [self._stored(f"{name}/adapter_out", out_type, adapter_out), ""]
-        # TensorRT wants whole blocks, and each plugin's rows begin with a block of their own.
+        # TensorRT needs whole blocks, and the rows of each plugin must start a new one.
         rank_block = math.gcd(plugins[0].block_size, *(p.rank for p in plugins))
         if plugins[0].out_scale is not None:
             scales = np.concatenate([p.scales_out(rank_block) for p in plugins])

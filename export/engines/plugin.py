@@ -14,13 +14,13 @@ from healthgpt_edge.executors.hlora_plugin import MATRICES, NAME, NAMESPACE, Lin
 from .graphs import attribute, is_named, location_of
 from .merge import Padding
 
-# Of its own, so that no function of the bundle's is taken for it.
+# A domain of its own, so that it cannot be confused with the bundle's functions.
 DOMAIN = "healthgpt.plugin"
-# The kernel's blocks have 32 channels at least, and its loads, at most, 16 columns (csrc/hlora_linear/weights.cuh).
+# The kernel's blocks have at least 32 channels, and its loads at most 16 columns (csrc/hlora_linear/weights.cuh).
 KERNEL = Padding(rank=32, columns=16)
 _STORAGE = {TensorProto.FLOAT16: "float16", TensorProto.INT8: "int8", TensorProto.INT4: "int4"}
 _WORD_BYTES = 4
-# The merged node's inputs by the names of the plugin's operands.
+# The inputs of the merged node, as the plugin's operands are called.
 _OPERANDS = (
     "x",
     "weight",
@@ -36,10 +36,10 @@ _OPERANDS = (
 
 
 def use_plugin(model: ModelProto) -> None:
-    """Let the plugin compute every `HLoraLinear` of a graph that `merge` made with the padding KERNEL; in place.
+    """Replace every `HLoraLinear` of a graph merged with the padding KERNEL by a node of our plugin, in place.
 
-    Integers become words of 32 bits, the same bytes of the same files. Raises ExecutorError for matrices that the
-    kernel does not take.
+    Integer matrices are reinterpreted as 32-bit words of the same bytes. Raises ExecutorError for matrices that the
+    kernel does not support.
     """
     initializers = {tensor.name: tensor for tensor in model.graph.initializer}
     made: dict[str, TensorProto] = {}

@@ -1,7 +1,7 @@
 """The named nodes of the graphs, as ONNX functions of standard operators.
 
-Any runtime can run the bodies below; a runtime that has a kernel for a name of the domain `healthgpt` runs that on the
-same inputs instead. A body is written for the types that its graph stores. B batch, S sequence, C channels in, O
+Any runtime can run the bodies below; one that has a kernel for a name in the domain `healthgpt` runs that on the same
+inputs instead. A body is generated for the types that its graph stores. B batch, S sequence, C channels in, O
 channels out, R rank, E experts, H heads, K key/value heads, D head size, M cache capacity.
 """
 
@@ -17,7 +17,7 @@ HEADER = f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>'
 
 
 def _stored(name: str, data_type: int) -> tuple[str, str]:
-    """The statement that turns a stored tensor into float32, and the name of the result."""
+    """The statement that converts a stored tensor to float32, and the name of the result."""
     if data_type == TensorProto.FLOAT:
         return "", name
     if is_quantised(data_type):
@@ -90,7 +90,7 @@ def hlora_linear(linear_type: int, adapter_type: int, bias: bool) -> FunctionPro
     """)
 
 
-# What every body of CachedAttention begins with: heads apart, and rotary positions.
+# The start of every body of CachedAttention: split heads and apply rotary positions.
 ROTATED_HEADS = """
     heads_scalar = Constant <value_int: int = @heads> ()
     kv_heads_scalar = Constant <value_int: int = @kv_heads> ()
@@ -112,7 +112,7 @@ ROTATED_HEADS = """
 
 
 def caches(cache_type: int) -> dict[str, int]:
-    """What a layer keeps, in the order of its node's inputs, and the type of each: rows, and scales of INT8 rows."""
+    """A layer's caches and their types, in the order of its node's inputs: rows, and the scales of INT8 rows."""
     rows = dict.fromkeys(("key", "value"), cache_type)
     return rows | dict.fromkeys(("key_scale", "value_scale"), TensorProto.FLOAT) if is_quantised(cache_type) else rows
 
@@ -157,10 +157,10 @@ def cached_attention(cache_type: int) -> FunctionProto:
     int64 [B], visible bool [B, 1, S, M], past_key and past_value [B, K, M, D] of `cache_type`, of which the first
     past_length rows are filled. The new rows, rounded to that type, are written at past_length; giving the same buffer
     for past and present makes that a write in place. Attention itself is in float32.
-    INT8 caches have scales beside them, past_key_scale and past_value_scale float32 [B, K, M, 1]: a row of D numbers
-    becomes bytes in [-127, 127] and what one step of them is worth.
+    INT8 caches have scales beside them, past_key_scale and past_value_scale float32 [B, K, M, 1]: each row of D numbers
+    is stored as integers in [-127, 127] times its scale.
     Attributes: heads H, kv_heads K, window (the number of earlier positions seen, 0 for all).
-    `visible` says the same as past_length and window: the body needs it, a kernel may compute it.
+    `visible` is implied by past_length and window: the body needs it, a kernel may ignore it.
     """
     append_keys, keys = _cached("key", "key_rotated", cache_type)
     append_values, values = _cached("value", "value_heads", cache_type)
@@ -184,8 +184,8 @@ def cached_attention(cache_type: int) -> FunctionProto:
 GROUP_NORM_EPSILON = 1e-6
 
 
-# Pictures are channels-last between the nodes, as kernels want them; the standard Conv wants channels first. ONNX
-# Runtime removes the transposes of neighbouring bodies against each other.
+# Pictures are channels-last between nodes, as the kernels need them; the standard Conv needs channels first. ONNX
+# Runtime cancels the transposes of neighbouring bodies.
 def _convolve(data_type: int) -> str:
     to_weight, weight = _stored("weight", data_type)
     return f"""
@@ -196,8 +196,8 @@ def _convolve(data_type: int) -> str:
     """
 
 
-# As an instance normalisation of the groups: ONNX Runtime has no CPU kernel for GroupNormalization and takes 1.7 times
-# as long over its standard body.
+# Group normalisation as an instance normalisation of the groups: ONNX Runtime has no CPU kernel for GroupNormalization,
+# and its standard body takes 1.7 times as long.
 _NORM_SWISH = f"""
     groups_scalar = Constant <value_int: int = @groups> ()
     keep = Constant <value_ints = [0]> ()

@@ -1,7 +1,7 @@
 """The `language` graph: token ids in, logits and grown caches out, the same for prefill and decode.
 
-An image is extra vocabulary: a token id V + p stands for row p of `image_features`, so no other code knows about
-splicing. Letters: B batch, S new tokens, P patches, C hidden, V vocabulary, M cache capacity, n positions asked for.
+An image is extra vocabulary: token id V + p stands for row p of `image_features`, so no other code has to splice
+features in. Letters: B batch, S new tokens, P patches, C hidden, V vocabulary, M cache capacity, n positions asked for.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class LanguageGraph:
         self.storage, self.block_size = storage, block_size
         self.config = checkpoint.language
         self.graph = GraphBuilder(f"{task}.language")
-        # Qwen has biases on some linears: then all of them carry one, so that one function body serves the graph.
+        # Qwen has biases on some linears. All get one then, so that one function body serves the whole graph.
         self.has_bias = self.config.architecture == "qwen2"
         self.linear_function = hlora_linear(storage.linear, storage.adapter, self.has_bias)
         self.attention_function = cached_attention(storage.cache)
@@ -62,7 +62,7 @@ class LanguageGraph:
                 hidden = self._layer(layer, hidden, (cosine, sine, past_length, visible), past)
             on_layer()
         with graph.scope("head"):
-            # Counted from the front, so that 0 positions are none.
+            # An explicit start, because a slice from -0 would be all positions.
             start = graph.op("Sub", graph.op("Shape", hidden, start=1, end=2), last_positions)
             end, axis = graph.constant([np.iinfo(np.int64).max], np.int64), graph.constant([1], np.int64)
             hidden = self._norm(graph.op("Slice", hidden, start, end, axis))
@@ -126,7 +126,7 @@ class LanguageGraph:
                 query, key, value = graph.op("Split", packed, sizes, outputs=3, axis=-1)
             else:
                 query, key, value = (self._linear(layer, f"self_attn.{p}_proj", normed) for p in "qkv")
-            # Caches leave the graph straight from the node: a copy in between would touch all of them at every token.
+            # The node itself writes the graph's outputs: a copy in between would touch the whole cache for every token.
             kinds = caches(self.storage.cache)
             presents = [f"present_key_values.{layer}.{kind}" for kind in kinds]
             attended, *_ = graph.call(
@@ -151,7 +151,7 @@ class LanguageGraph:
             return str(graph.op("Add", hidden, self._linear(layer, "mlp.down_proj", activated)))
 
     def _norm(self, hidden: str) -> str:
-        """RMS normalisation without its weight, which the matrices that follow have taken in."""
+        """RMS normalisation without its weight, which is folded into the matrices that follow."""
         ones = self.graph.constant(np.ones(self.config.hidden), np.float32)
         return str(self.graph.op("RMSNormalization", hidden, ones, axis=-1, epsilon=self.config.rms_epsilon))
 

@@ -1,8 +1,8 @@
 """The blocks that the VQGAN's decoder (`codes`) and encoder (`draft`) are made of.
 
 Names are those of taming-transformers (Esser et al., 2021, arXiv 2012.09841). Letters: B batch, C channels in, O
-channels out. Values are channels-last, and all arithmetic is float32, as the original's: a wrong level in a picture is
-visible where one in a feature is not. Only the weights of the 3x3 convolutions may be kept as float16.
+channels out. Values are channels-last, and all arithmetic is float32, as in the original: a wrong pixel level is
+visible, a rounded feature is not. Only the weights of the 3x3 convolutions may be stored as float16.
 """
 
 from __future__ import annotations
