@@ -1,11 +1,11 @@
-"""A full-size M3 by this project and by what people would run instead, in turn in one run.
+"""Compare a full-size M3 in this runtime with the alternatives that people would use, in turn, in one run.
 
     python -m benchmarks WORK_DIR [--peers-python PYTHON] [--rounds 3] [--threads N] [--picture] [--out DIR]
 
-Every contender runs once per round, in a process of its own, so that only one is in memory; rounds begin with another
-one each. Samples of all rounds are pooled. WORK_DIR keeps the random checkpoint (11 GB), the bundle and the peers'
-files. The peers' interpreter has benchmarks/peers/requirements.txt installed (`make peers`); what is missing there is
-reported as absent.
+Every contender runs once per round in its own process, so that only one is in memory; each round starts with a
+different one. Samples of all rounds are pooled. WORK_DIR keeps the random checkpoint (11 GB), the bundle and the peers'
+files. The peers' interpreter has benchmarks/peers/requirements.txt installed (`make peers`); missing peers are reported
+as absent.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def main() -> None:
 
 
 def command(arguments: argparse.Namespace) -> str:
-    """What was called, with names for the paths: those are nobody else's."""
+    """The command line, with placeholders for this machine's paths."""
     names = {
         str(path): name for name in ("work", "bundle", "peers_python", "out") if (path := getattr(arguments, name))
     }
@@ -98,7 +98,7 @@ def command(arguments: argparse.Namespace) -> str:
 
 
 def write(arguments: argparse.Namespace, rounds: int, ceilings: list[dict[str, Any]], results: Results) -> None:
-    """What is known after so many rounds, as JSON, Markdown and a plot: a run that is cut off keeps what it has."""
+    """Write the results so far as JSON, Markdown and a plot, so that an interrupted run keeps its finished rounds."""
     settings = {
         "command": command(arguments),
         "bundle": arguments.bundle.name,

@@ -1,4 +1,4 @@
-"""Who is compared: a name, and the command that times it once and prints one JSON object."""
+"""The contenders: each has a name and a command that times it once and prints one JSON object."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _bundle(kernels: bool) -> Callable[[argparse.Namespace, bool], list[str]]:
 
 
 def _linears(arguments: argparse.Namespace, first: bool) -> list[str]:
-    # What is looked for is a few percent: many samples.
+    # The difference is a few percent, so it takes many samples.
     return [sys.executable, "-m", "benchmarks.linears", "--threads", str(arguments.threads), "--repeat", "10"]
 
 

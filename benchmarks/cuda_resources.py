@@ -1,4 +1,4 @@
-"""What each CUDA kernel takes of a multiprocessor, by the compiler's own report, as a table in benchmarks/results/.
+"""Registers and shared memory of each CUDA kernel, from the compiler's report, as a table in benchmarks/results/.
 
     python -m benchmarks.cuda_resources [--architecture 90 ...] [--out benchmarks/results/cuda-resources.md]
 

@@ -1,4 +1,4 @@
-"""The goals of issue 3, each with what was measured for it. A figure that lacks a part is said to be not measured."""
+"""The goals of issue 3, each with its measured value, or "not measured" where a part of it is missing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .contenders import BODIES, LINEARS, LLAMA, OURS
 from .pooled import Results
 
 COMPREHENSION, GENERATION = "comprehension", "generation"
-# What the goals were set for; other lengths say nothing about them.
+# The lengths that the goals were set for.
 PREFILL, CONTEXT = "pp600", "@700"
 
 

@@ -1,10 +1,10 @@
-"""Two builds of the kernels' library for ONNX Runtime in turn, on one bundle: prefill, tokens, drafts and vision.
+"""Compare two builds of the kernels' library for ONNX Runtime on one bundle: prefill, tokens, drafts and vision.
 
     python -m benchmarks.libraries BUNDLE BEFORE.so AFTER.so --task comprehension [--repeat 2] [--threads 2]
 
-What the machine gives drifts by more than a kernel changes, so each round runs both, with the ceilings between. The
-second of a round can take a tenth longer, so each is it every other time. The logits of both are compared: `distance`
-is the largest difference relative to the largest logit.
+The machine's speed drifts by more than a kernel changes, so each round runs both, and measures the ceilings. The second
+run of a round can take a tenth longer, so their order alternates. `distance` compares the logits of both: the largest
+difference relative to the largest logit.
 """
 
 from __future__ import annotations

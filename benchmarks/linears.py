@@ -1,9 +1,9 @@
-"""What H-LoRA adds to the base linears of a decoded token: the kernel with and without adapters, in turn.
+"""The cost of H-LoRA beside the base linears of a decoded token: the kernel with and without adapters, in turn.
 
     python -m benchmarks.linears --threads N [--repeat 5] [--layers 8]
 
-All four linears of some decoder layers at M3's sizes, int4 in blocks of 128, random and all different, together far
-larger than the cache. Each call starts its threads anew, with adapters and without.
+Times all four linears of several decoder layers at M3's sizes, int4 in blocks of 128, random and distinct, together
+much larger than the cache. Every call starts its own threads, with adapters and without.
 """
 
 from __future__ import annotations

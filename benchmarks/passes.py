@@ -1,4 +1,4 @@
-"""What the benchmarks of single passes share: their options, and the file that they write."""
+"""Options and output file shared by the benchmarks of single passes (rows, together)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all turns gave, pooled: samples of the same row and task together, percentiles and shares of them."""
+"""Results of all turns: samples pooled by row and task, their percentiles, and their share of the machine's ceiling."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Entry:
 
     @property
     def share(self) -> float | None:
-        """What a turn's median reaches of the higher ceiling just before and after it; the median over the turns.
+        """Each turn's median rate as a share of the higher ceiling measured around it; the median over the turns.
 
-        Both drift together on a shared machine, so they are compared turn by turn.
+        Rates and ceilings drift together on a shared machine, so they are compared turn by turn.
         """
         shares = []
         for turn in self.turns:
@@ -47,7 +47,7 @@ class Entry:
 
 
 class Results:
-    """Entries of every contender, and what each said of itself; absent ones with their reason."""
+    """The entries and facts of every contender, and why others are absent."""
 
     def __init__(self) -> None:
         self.entries: dict[str, dict[tuple[str, str], Entry]] = {}

@@ -1,12 +1,13 @@
-"""What each precision costs in accuracy: the phantom exported and evaluated at every one, as a Markdown table.
+"""The accuracy of each precision: exports and evaluates the phantom at every one, and prints a Markdown table.
 
     python -m benchmarks.precisions WORK_DIR [--answers 100] [--pictures 40] [--row NAME]... [--out results.json]
 
-Pictures differ far more from each other than from precision to precision, so PSNR is compared picture by picture with
-float32's: the mean difference and its standard error. Finer still is how far the model's idea of the next code is from
-float32's when both follow float32's codes: the Kullback-Leibler divergence, in nats per code, without a picture's luck.
+Pictures differ far more from each other than between precisions, so PSNR is compared with float32's picture by picture:
+the mean difference and its standard error. More sensitive is the Kullback-Leibler divergence of the next code's
+distribution from float32's, in nats per code, when both follow float32's codes: it does not depend on which code is
+drawn.
 
-With `--row` some rows are measured and the others of the file stay; float32, which all are compared with, comes first.
+With `--row` only some rows are measured and the others in the file are kept; measure fp32, the reference, first.
 """
 
 from __future__ import annotations

@@ -2,11 +2,11 @@
 
     python -m benchmarks.random_checkpoint OUT [--system m3|l14|xl32] [--layers N]
 
-The released weights cannot be shipped; time, memory and bytes do not depend on their values. They are scaled so that a
-layer refines its input, as in a trained model: with one scale for all, 32 layers make a chaos in which two correct
-roundings give unrelated logits, and nothing could be compared. The base is written tensor by tensor, so that 65 GB take
-little memory. L14 and XL32 get the small tokenizers of the tests, filled up with tokens that no text has: the released
-ones are not here.
+The released weights cannot be shipped, and time, memory and size do not depend on their values. Weights are scaled so
+that each layer refines its input, as in a trained model: with one scale for all, 32 layers are chaotic, and two correct
+roundings give unrelated logits that cannot be compared. The base is written tensor by tensor, so that 65 GB need little
+memory. L14 and XL32 get the small tokenizers of the tests, padded with tokens that occur in no text, because the
+released ones are not in this repository.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .systems import SYSTEMS, System
 TESTS = Path(__file__).parents[1] / "tests"
 PHI3_TOKENIZER = TESTS / "data" / "phi3-tokenizer"
 SHARD_BYTES = 4 << 30
-# One pool of normal values, read from a moving start: as good as fresh ones here, and a hundred times faster.
+# One pool of normal values, read from a moving offset: good enough here, and a hundred times faster than fresh ones.
 POOL_SIZE = 1 << 24
 STANDARD_DEVIATION = 0.02
 

@@ -1,10 +1,11 @@
-"""What a forward pass of 1 to 64 rows costs, and what drafts would buy at that cost.
+"""The time of forward passes of 1 to 64 rows, and the speed-up of drafts at that cost.
 
     python -m benchmarks.rows BUNDLE [--task generation] [--context 700] [--repeat 5] [--threads N] [--out FILE]
 
-Sizes are timed in turn, `repeat` rounds of them, on one context that is set back after each. Any bundle will do, such
-as a full-size one with random weights (benchmarks.full_size): the cost of rows does not depend on what they say. What
-is accepted does, so it is assumed: a power of the rows, 0.5 to 0.7 on the trained phantom (docs/drafting.md).
+All sizes are timed in turn, in `repeat` rounds, on one context that is rewound after each pass. Any bundle will do,
+such as a full-size one with random weights (benchmarks.full_size): the cost of rows does not depend on their content.
+How many drafts are accepted does, so it is assumed: a power of the rows, 0.5 to 0.7 on the trained phantom
+(docs/drafting.md).
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""What requests that are done together gain: passes over 1 to 8 or more sequences, each with a context of its own.
+"""The gain of processing requests together: passes over 1 to 8 or more sequences, each with its own context.
 
     python -m benchmarks.together BUNDLE [--task generation] [--most 8] [--repeat 5] [--threads N] [--out FILE]
 
-Numbers of sequences are timed in turn, `repeat` rounds of them, after the executor was found to give each sequence the
-bits that it gets by itself. Any bundle will do, such as a full-size one with random weights (benchmarks.full_size), for
-what a pass costs does not depend on what sequences say. Each takes memory for its caches, M3's 0.4 MB a token.
+Group sizes are timed in turn, in `repeat` rounds, once the executor was found to give each sequence the bits that it
+gets alone. Any bundle will do, such as a full-size one with random weights (benchmarks.full_size): the cost of a pass
+does not depend on its content. Each sequence takes memory for its caches, with M3 0.4 MB per token.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""What drafting gives on the trained phantom: passes, acceptance and time beside plain decoding, and equal ids.
+"""Measure drafting on the trained phantom: passes, acceptance and time compared with plain decoding, and equal ids.
 
     python -m benchmarks.drafting WORK_DIR [--pictures 500] [--timed 12] [--questions 40] [--threads 1]
         [--only ids|times] [--minutes N] [--out DIR] [--name drafting]
 
-Two runs in one. The long one compares ids, of --pictures of each task (ids.py); it may be cut in calls of
---minutes, and goes on where it stopped. The short one makes --timed pictures of each task plainly, as --draft auto
-makes them here, from one kind of draft alone, and with 16 and 64 rows in every pass whatever they cost; all these are
-timed in turn, so that they share what else the machine does, and their ids compared, too. One id that differs ends a
-run with code 1.
-Writes NAME.json, .md and .png (acceptance by the place on the grid); figures of one precision and one run replace
-those that are there. WORK_DIR keeps the exported bundles and how far the long run is.
+Two measurements in one command. The long one compares the ids of --pictures of each task (ids.py); it can be split into
+calls of --minutes, each resuming where the last one stopped. The short one generates --timed pictures of each task
+plainly, with --draft auto, with each kind of draft alone, and with 16 and 64 rows in every pass whatever they cost.
+These are timed in turn, so that other load on the machine affects all of them, and their ids are compared, too. A
+single differing id makes the exit code 1. Writes NAME.json, .md and .png (acceptance by the place on the grid); figures
+of one precision and one run replace those that are there. WORK_DIR keeps the exported bundles and how far the long run
+is.
 """
 
 from __future__ import annotations

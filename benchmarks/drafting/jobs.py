@@ -1,4 +1,4 @@
-"""The pictures that the drafting benchmark makes, and a machine on which rows cost nothing."""
+"""The pictures that the drafting benchmarks generate, and the costs of a machine on which rows are free."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What --draft auto would do on another machine, or with a larger model: real pictures, by a clock of given costs.
+"""Simulate --draft auto on another machine, or with a larger model: real pictures, timed by a clock of given costs.
 
     python -m benchmarks.drafting.laws BUNDLE --rows FILE [--pictures 20] [--encoder-ms 250] [--out FILE]
 

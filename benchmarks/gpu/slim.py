@@ -1,11 +1,11 @@
-"""Wheels without what one GPU's benchmark has no use for: they must fit through a narrow door.
+"""Shrink wheels to what the benchmark of one GPU needs, for a machine without a network.
 
     python -m benchmarks.gpu.slim WHEELS OUT --architecture 90
 
-A machine with a GPU may have no network and take only so many files. The wheel of onnxruntime-gpu has 255 MB, nearly
-all of it kernels for other GPUs, or of models that are not ours: 90 is the GPU's compute capability without its point.
-What is left runs bundles and exports them, `benchmarks.gpu.wheels` unpacks it; it is not for pip, whose list of files
-is that of the whole wheel. Needs zstandard.
+Such a machine may limit what can be copied to it. The wheel of onnxruntime-gpu has 255 MB, nearly all of it kernels for
+other GPUs or other models. The architecture is the GPU's compute capability without its point, such as 90. The result
+runs and exports bundles; `benchmarks.gpu.wheels` unpacks it. pip cannot install it, for its list of files is that of
+the whole wheel. Needs zstandard.
 """
 
 from __future__ import annotations
