@@ -11,10 +11,12 @@ NATIVE := $(shell find csrc tests/csrc -name '*.cc' -o -name '*.h' -o -name '*.c
 
 setup: .venv/installed
 
+# Built with what pyproject.toml's build-system names, but in .venv: elsewhere it would all be fetched and built each time.
 .venv/installed: pyproject.toml setup.py CMakeLists.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[bench,export,test]'
+	$(BIN)/python -m pip install --quiet --upgrade pip 'setuptools>=77' 'cmake>=3.24' ninja 'pybind11>=2.13'
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation \
+	    --editable '.[bench,export,test]'
 	touch $@
 
 demo: setup

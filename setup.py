@@ -4,6 +4,7 @@ HEALTHGPT_CUDA=1 builds the CUDA kernels as well, which takes nvcc and some minu
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from setuptools.command.build_ext import build_ext
 # The modules for Python, and the libraries that ONNX Runtime opens by their path: no modules, so without the tag in the
 # name.
 MODULES, LIBRARIES = ["_kernels"], ["healthgpt_onnxruntime"]
+ROOT = Path(__file__).resolve().parent
 CUDA = os.environ.get("HEALTHGPT_CUDA") == "1"
 if CUDA:
     MODULES.append("_cuda")
@@ -30,16 +32,18 @@ class CMakeBuild(build_ext):
         return super().get_ext_filename(name)
 
     def build_extension(self, extension: Extension) -> None:
-        build = Path(self.build_temp).resolve() / "cmake"
+        # What is built again after every change is built where it was before.
+        build = ROOT / "build" / "editable" if self.editable_mode else Path(self.build_temp).resolve() / "cmake"
         build.mkdir(parents=True, exist_ok=True)
         configure = [
             "cmake",
             "-S",
-            str(Path(__file__).resolve().parent),
+            str(ROOT),
             "-B",
             str(build),
             "-G",
             "Ninja",
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DCUDA={'ON' if CUDA else 'OFF'}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
