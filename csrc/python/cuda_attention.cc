@@ -9,8 +9,8 @@ namespace py = pybind11;
 namespace healthgpt {
 namespace {
 
-int64_t WorkspaceBytes(int64_t batch, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_size,
-                       int64_t capacity) {
+int64_t AttentionWorkspaceBytes(int64_t batch, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_size,
+                                int64_t capacity) {
   cuda::CachedAttentionArguments arguments;
   arguments.batch = batch;
   arguments.tokens = tokens;
@@ -73,8 +73,8 @@ void CachedAttention(const py::object& packed, const py::object& cosine, const p
 }  // namespace
 
 void BindAttention(py::module_& module) {
-  module.def("cached_attention_workspace_bytes", &WorkspaceBytes, py::arg("batch"), py::arg("tokens"), py::arg("heads"),
-             py::arg("kv_heads"), py::arg("head_size"), py::arg("capacity"),
+  module.def("cached_attention_workspace_bytes", &AttentionWorkspaceBytes, py::arg("batch"), py::arg("tokens"),
+             py::arg("heads"), py::arg("kv_heads"), py::arg("head_size"), py::arg("capacity"),
              "Bytes of workspace; zeros before its first use.");
   module.def("cached_attention", &CachedAttention, py::arg("packed"), py::arg("cosine"), py::arg("sine"),
              py::arg("past_length"), py::arg("keys"), py::arg("values"), py::arg("output"), py::arg("workspace"),

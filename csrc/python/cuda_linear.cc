@@ -64,8 +64,8 @@ Arguments Matrices(int64_t rows, const StoredMatrix& weight, const StoredMatrix*
   return arguments;
 }
 
-int64_t WorkspaceBytes(int64_t rows, const StoredMatrix& weight, const StoredMatrix* adapter_in,
-                       const StoredMatrix* adapter_out, int64_t experts) {
+int64_t LinearWorkspaceBytes(int64_t rows, const StoredMatrix& weight, const StoredMatrix* adapter_in,
+                             const StoredMatrix* adapter_out, int64_t experts) {
   return cuda::HLoraLinearWorkspaceBytes(
       Matrices<cuda::HLoraLinearArguments>(rows, weight, adapter_in, adapter_out, experts));
 }
@@ -149,7 +149,7 @@ void BindLinear(py::module_& module) {
                     std::optional<int64_t>>(),
            py::arg("values"), py::arg("storage"), py::arg("shape"), py::arg("scales") = py::none(),
            py::arg("block_size") = 0, py::arg("stride") = py::none());
-  module.def("hlora_linear_workspace_bytes", &WorkspaceBytes, py::arg("rows"), py::arg("weight"),
+  module.def("hlora_linear_workspace_bytes", &LinearWorkspaceBytes, py::arg("rows"), py::arg("weight"),
              py::arg("adapter_in") = py::none(), py::arg("adapter_out") = py::none(), py::arg("experts") = 0,
              "Bytes of workspace for at most so many rows; zeros before its first use.");
   module.def("hlora_linear", &HLoraLinear, py::arg("x"), py::arg("weight"), py::arg("y"), py::arg("workspace"),

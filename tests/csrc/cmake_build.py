@@ -1,7 +1,8 @@
-"""The native code as tests build it: one target, in a folder of theirs."""
+"""The native code as tests build it: in folders that the next run finds again, to build only what has changed."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -10,14 +11,19 @@ from pathlib import Path
 import pybind11
 
 ROOT = Path(__file__).parents[2]
-SANITIZED = ("-DSANITIZE=ON", "-DCMAKE_BUILD_TYPE=Debug")
 
 
-def build(folder: Path, *targets: str, options: tuple[str, ...] = ()) -> None:
-    """Configure the tree in `folder` and build targets; fails with what the compiler says."""
-    configure = ["cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", *options]
+def build(*targets: str, sanitized: bool = False) -> Path:
+    """Build targets, with sanitizers or without, and give the folder they are in; fails with what the compiler says."""
+    folder = ROOT / "build" / ("tests-sanitized" if sanitized else "tests")
+    folder.mkdir(parents=True, exist_ok=True)
+    configure = ["cmake", "-S", ROOT, "-B", folder, "-G", "Ninja"]
+    configure += ["-DSANITIZE=ON", "-DCMAKE_BUILD_TYPE=Debug"] if sanitized else []
     configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
     path = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    for command in (configure, ["cmake", "--build", folder, "--target", *targets]):
-        done = subprocess.run(command, env=path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests run in several processes
+        for command in (configure, ["cmake", "--build", folder, "--target", *targets]):
+            done = subprocess.run(command, env=path, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return folder

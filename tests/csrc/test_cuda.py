@@ -9,15 +9,13 @@ import subprocess
 import sys
 
 import pytest
-from cmake_build import ROOT, SANITIZED, build
+from cmake_build import ROOT, build
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory):
+def environment():
     """The environment of a process that can load the sanitized module, which HEALTHGPT_CUDA_MODULE names."""
-    folder = tmp_path_factory.mktemp("cuda-host")
-    build(folder, "_cuda_host", options=SANITIZED)
-    (module,) = folder.rglob("_cuda_host*.so")
+    (module,) = build("_cuda_host", sanitized=True).rglob("_cuda_host*.so")
     libraries = [
         subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
         for name in ("libasan.so", "libubsan.so", "libstdc++.so")

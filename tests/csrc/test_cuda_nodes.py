@@ -43,10 +43,8 @@ LOGITS = {"fp16": 5e-3, "bf16": 4e-2, "int4": 8e-2}
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cuda-nodes")
-    build(folder, "healthgpt_onnxruntime_cuda_host")
-    (found,) = folder.rglob("healthgpt_onnxruntime_cuda_host.so")
+def library():
+    (found,) = build("healthgpt_onnxruntime_cuda_host").rglob("healthgpt_onnxruntime_cuda_host.so")
     return found
 
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from cmake_build import ROOT, SANITIZED, build
+from cmake_build import ROOT, build
 
 TESTS = [ROOT / "tests" / "csrc" / f"test_{name}.py" for name in ("hlora_linear", "cached_attention", "convolution")]
 
@@ -25,11 +25,9 @@ sys.exit(pytest.main([*sys.argv[2:], "-x", "-p", "no:cacheprovider"]))
 
 
 @pytest.fixture(scope="module")
-def sanitized(tmp_path_factory):
+def sanitized():
     """The folder of a sanitized build."""
-    folder = tmp_path_factory.mktemp("sanitized")
-    build(folder, "_kernels", "compare_targets", options=SANITIZED)
-    return folder
+    return build("_kernels", "compare_targets", sanitized=True)
 
 
 def test_instruction_sets_agree_under_sanitizers(sanitized):

@@ -47,10 +47,8 @@ GRAPHS = {"fp16": 8e-3, "int8": 4e-2, "int4": 4e-2}
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory) -> ModuleType:
-    folder = tmp_path_factory.mktemp("plugin")
-    build(folder, "_cuda_host")
-    (path,) = folder.rglob("_cuda_host*.so")
+def kernels() -> ModuleType:
+    (path,) = build("_cuda_host").rglob("_cuda_host*.so")
     spec = importlib.util.spec_from_file_location("_cuda_host", path)
     module = sys.modules["_cuda_host"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
