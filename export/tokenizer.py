@@ -25,7 +25,7 @@ from healthgpt_edge.errors import CheckpointError
 from healthgpt_edge.prompt import BYTE_OF, SPACE_SYMBOL, START_TEXT, Options, Tokenizer
 
 from .checkpoint.fields import Fields
-from .checkpoint.files import MAX_TEXT_BYTES, label, one_line, read_json, read_text, require_file
+from .checkpoint.files import label, one_line, read_bytes, read_json, read_text
 from .checkpoint.vocabulary import token_id_of
 
 # The special tokens of each slow class where its configuration names none.
@@ -107,12 +107,9 @@ def _metaspace(folder: Path, config: Fields, _: str) -> tuple[tokenizers.Tokeniz
 
 def _read_sentencepiece(path: Path) -> Any:
     """The parsed model, with everything refused that a merge table could not reproduce."""
-    size = require_file(path).stat().st_size
-    if size > MAX_TEXT_BYTES:
-        raise CheckpointError(f"{label(path)}: expected at most {MAX_TEXT_BYTES} bytes, found {size}")
     try:
-        proto = sentencepiece_proto.ModelProto.FromString(path.read_bytes())
-    except (DecodeError, OSError) as error:
+        proto = sentencepiece_proto.ModelProto.FromString(read_bytes(path))
+    except DecodeError as error:
         raise CheckpointError(f"{label(path)}: expected a SentencePiece model, found {one_line(error)}") from error
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     normal = {piece.piece for piece in proto.pieces if piece.type == PIECE.NORMAL}

@@ -28,7 +28,8 @@ def require_file(path: Path) -> Path:
     """`path`, if it is a file that may be read. Raises CheckpointError otherwise."""
     try:
         if not path.is_file():
-            raise CheckpointError(f"{label(path)}: expected a file, found {'a folder' if path.is_dir() else 'nothing'}")
+            found = "a folder" if path.is_dir() else "something else" if path.exists() else "nothing"
+            raise CheckpointError(f"{label(path)}: expected a file, found {found}")
         with path.open("rb") as file:
             if file.read(len(LFS_POINTER)) == LFS_POINTER:
                 raise CheckpointError(f"{label(path)}: expected the file, found a Git LFS pointer to it: git lfs pull")
@@ -37,15 +38,24 @@ def require_file(path: Path) -> Path:
     return path
 
 
-def read_text(path: Path, limit_bytes: int = MAX_TEXT_BYTES) -> str:
-    """A small UTF-8 file."""
+def read_bytes(path: Path, limit_bytes: int = MAX_TEXT_BYTES) -> bytes:
+    """A small file."""
     size = require_file(path).stat().st_size
     if size > limit_bytes:
         raise CheckpointError(f"{label(path)}: expected at most {limit_bytes} bytes, found {size}")
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{label(path)}: cannot be read: {error.strerror}") from error
+
+
+def read_text(path: Path, limit_bytes: int = MAX_TEXT_BYTES) -> str:
+    """A small UTF-8 file, its lines ended by newlines alone."""
+    try:
+        text = read_bytes(path, limit_bytes).decode("utf-8")
+    except UnicodeDecodeError as error:
         raise CheckpointError(f"{label(path)}: expected readable UTF-8, found {type(error).__name__}") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:

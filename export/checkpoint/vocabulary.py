@@ -10,7 +10,7 @@ import sentencepiece
 from healthgpt_edge.errors import CheckpointError
 
 from .fields import Fields
-from .files import MAX_TEXT_BYTES, label, read_json, require_file
+from .files import label, read_bytes, read_json
 from .language import MAX_VOCABULARY, Architecture
 
 # The tokens that HealthGPT adds beside its codes: start, end, pixel newline.
@@ -82,13 +82,12 @@ def token_id_of(decoder: Fields, key: str) -> int:
 
 
 def _sentencepiece_size(path: Path) -> int:
-    if require_file(path).stat().st_size > MAX_TEXT_BYTES:
-        raise CheckpointError(f"{label(path)}: expected at most {MAX_TEXT_BYTES} bytes, found more")
+    processor = sentencepiece.SentencePieceProcessor()
     try:
-        return int(sentencepiece.SentencePieceProcessor(model_file=str(path)).get_piece_size())
-    except (RuntimeError, OSError) as error:
-        # Its message holds the whole path.
+        processor.LoadFromSerializedProto(read_bytes(path))
+    except RuntimeError as error:
         raise CheckpointError(f"{label(path)}: expected a sentencepiece model, found {type(error).__name__}") from error
+    return int(processor.get_piece_size())
 
 
 def _added_tokens(base: Path) -> list[tuple[Path, dict[int, str]]]:

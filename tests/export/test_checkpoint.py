@@ -91,6 +91,11 @@ def without(key: str) -> Callable[[dict[str, Any]], None]:
     return edit
 
 
+def replace_by_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
@@ -406,6 +411,18 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "damaged vocabulary": (
         lambda root: truncate(root / BASE / "tokenizer.model"),
         f"{BASE}/tokenizer.model: expected a sentencepiece model, found RuntimeError",
+    ),
+    "a pipe for a configuration": (
+        lambda root: replace_by_pipe(root / BASE / "generation_config.json"),
+        f"{BASE}/generation_config.json: expected a file, found something else",
+    ),
+    "vocabulary of nothing": (
+        lambda root: os.truncate(root / BASE / "tokenizer.model", 0),
+        f"{BASE}/tokenizer.model: expected a sentencepiece model, found ",
+    ),
+    "vocabulary too long": (
+        lambda root: os.truncate(root / BASE / "tokenizer.model", (32 << 20) + 1),
+        f"{BASE}/tokenizer.model: expected at most 33554432 bytes, found 33554433",
     ),
     "added token with a gap": (
         lambda root: edit_json(root / BASE / "added_tokens.json", setting("<|new|>", 412)),

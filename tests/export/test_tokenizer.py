@@ -1,6 +1,7 @@
 """write_tokenizer against the slow tokenizers of transformers, and the files that it refuses."""
 
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ from sentencepiece import sentencepiece_model_pb2 as sentencepiece_proto
 
 from healthgpt_edge.errors import CheckpointError
 from healthgpt_edge.export import tokenizer as module
+from healthgpt_edge.export.checkpoint.vocabulary import tokenizer_size
 from healthgpt_edge.export.tokenizer import PROBES, write_tokenizer
 from healthgpt_edge.prompt import Tokenizer
 
@@ -367,3 +369,10 @@ def test_other_text_than_the_slow_one_stops_the_export(monkeypatch):
     monkeypatch.setattr(module, "_byte_level", lambda *a: (real(*a)[0], real(*a)[1] | {"separator": ""}))
     with pytest.raises(CheckpointError, match=r"phi-4: expected GPT2Tokenizer's text for probe \d+, found another"):
         write_tokenizer(BASES["phi4"][0], 64)
+
+
+def test_a_base_may_lie_under_a_name_that_is_no_text(tmp_path):
+    folder = tmp_path / os.fsdecode(b"\xff")
+    shutil.copytree(BASES["m3"][0], folder)
+    assert tokenizer_size(folder) == tokenizer_size(BASES["m3"][0])
+    assert write_tokenizer(folder, 64) == write_tokenizer(BASES["m3"][0], 64)
