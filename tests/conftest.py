@@ -1,4 +1,4 @@
-"""Golden bundles, exported once a run, and one thread for whatever computes here or in a child process."""
+"""Golden bundles, exported once a process; long tests first; one thread for what computes here or in a child."""
 
 from __future__ import annotations
 
@@ -13,6 +13,14 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Before a test imports onnxruntime itself, ahead of the package that does this for its users.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+
+# What takes a minute or more begins first, in this order: at the end one process would work on it alone. Processes are
+# given files in turn, so the two that build in one folder do not wait for each other.
+LONG = ["test_sanitizers.py", "test_phantom_bundle.py", "test_cuda.py", "test_engines.py"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
 @pytest.fixture(scope="session")
