@@ -71,7 +71,7 @@ class Run(NamedTuple):
 
 
 class Inference:
-    """What a request needs of its session, until its tokens are there."""
+    """A request on a session. `steps` gives its passes, once."""
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class Inference:
         self._seat: Seat | None = None
 
     def steps(self) -> Steps[Run]:
-        """All of it; raises HealthGPTError."""
+        """Vision, prefill and decoding. Raises HealthGPTError."""
         request, manifest = self._request, self._manifest
         ids, spliced = self._prompt()
         picture = read_if_any(request.image, request.frame, request.window)
