@@ -98,8 +98,7 @@ class Together:
         **options: Any,
     ) -> Steps[Answer]:
         """A question, for something to `add` that does more than answer it."""
-        options |= {"groups": self._group, "is_alone": self._is_alone}
-        request = Request(COMPREHENSION, image, question, max_new_tokens, **options)
+        request = self._request(COMPREHENSION, image, question, max_new_tokens=max_new_tokens, **options)
         return self._session.answering(request, on_text)
 
     def generating(
@@ -112,9 +111,11 @@ class Together:
         **options: Any,
     ) -> Steps[Picture]:
         """A picture to make, likewise."""
-        options |= {"groups": self._group, "is_alone": self._is_alone}
-        request = Request(GENERATION, image, instruction, **options)
+        request = self._request(GENERATION, image, instruction, **options)
         return self._session.generating(request, on_code, on_preview)
+
+    def _request(self, task: str, image: Any, words: str, **options: Any) -> Request:
+        return Request(task, image, words, groups=self._group, is_alone=self._is_alone, **options)
 
     def add(self, name: Hashable, steps: Steps[Any]) -> None:
         """Add a request, which begins when there is a place for it."""

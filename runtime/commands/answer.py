@@ -29,7 +29,7 @@ from .options import (
     parse_window,
     typed,
 )
-from .output import note_uncertified, print_json, prompt_progress
+from .output import note_uncertified, print_json, progress_of
 
 # What several questions about one picture may keep of it: 0.7 GB for M3 after the longest answer.
 _ONE_PICTURE_BYTES = 1 << 30
@@ -105,7 +105,7 @@ def answer(
 
     results = []
     for one in question:
-        with prompt_progress() as on_prompt:
+        with progress_of("prompt") as on_prompt:
             result = session.answer(picture, one, **options, on_prompt=on_prompt, on_text=None if as_json else write)
         note_uncertified(result)
         results.append(result_fields(result))

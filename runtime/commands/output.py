@@ -39,17 +39,20 @@ def progress_bar(*, of_bytes: bool = False) -> Progress:
 
 
 @contextmanager
-def prompt_progress() -> Iterator[Callable[[int, int], None]]:
-    """Gives the `on_prompt` of a request; its bar is gone when the prompt is read, for then the text begins."""
-    with progress_bar() as progress:
-        bar = progress.add_task("prompt", total=None)
+def progress_of(description: str, *, of_bytes: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """Gives a function to tell how much is done, of how much.
 
-        def on_prompt(read: int, total: int) -> None:
-            progress.update(bar, completed=read, total=total)
-            if read == total:
+    The bar is gone with the last of it, for what follows may write to the same terminal.
+    """
+    with progress_bar(of_bytes=of_bytes) as progress:
+        bar = progress.add_task(description, total=None)
+
+        def tell(done: int, total: int) -> None:
+            progress.update(bar, completed=done, total=total)
+            if done == total:
                 progress.stop()
 
-        yield on_prompt
+        yield tell
 
 
 def print_json(value: dict[str, Any]) -> None:

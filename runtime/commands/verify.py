@@ -10,7 +10,7 @@ from rich.table import Table
 from ..errors import HealthGPTError
 from .loading import load_session
 from .options import BundlePath, Device, Json, Threads
-from .output import print_json, print_table, progress_bar
+from .output import print_json, print_table, progress_bar, progress_of
 
 
 def verify(
@@ -34,9 +34,8 @@ def verify(
             raise HealthGPTError(f"{name} needs --executor, which says what is to be compared")
     against = "onnx" if against is None else against
     opened = Bundle.open(bundle, verify=False)
-    with progress_bar(of_bytes=True) as progress:
-        bar = progress.add_task("verify", total=None)
-        checked = opened.verify(on_bytes=lambda read, total: progress.update(bar, completed=read, total=total))
+    with progress_of("verify", of_bytes=True) as on_bytes:
+        checked = opened.verify(on_bytes=on_bytes)
     result: dict[str, Any] = {"ok": True, "files": len(opened.manifest.files), "bytes": checked}
     if executor is not None:
         from ..acceptance import compare
