@@ -23,11 +23,8 @@ import numpy as np
 import onnxruntime
 
 from healthgpt_edge import load, machine, phantoms
-from healthgpt_edge.evaluate import evaluate
-from healthgpt_edge.images import prepare, read_image
-from healthgpt_edge.manifest import GENERATION
-from healthgpt_edge.prompt import prompt_ids, with_patches
-from healthgpt_edge.session import Session
+from healthgpt_edge.evaluation import Outcome, evaluate, phantom_cases
+from healthgpt_edge.manifest import COMPREHENSION
 
 from . import phantom
 
@@ -54,84 +51,47 @@ def export(bundle: Path, precision: str, cache: str | None = None, calibrated: b
     return phantom.export(bundle, precision, cache=cache, pictures=pictures)
 
 
-def draw(session: Session, tasks: list[phantoms.Task]) -> tuple[np.ndarray, np.ndarray, list[list[int]]]:
-    """PSNR, SSIM and token ids of every task's picture."""
-    made = [session.generate(task.picture, task.instruction) for task in tasks]
-    psnr, ssim = (
-        np.array([score(one.pixels, task.target) for one, task in zip(made, tasks, strict=True)])
-        for score in (phantoms.psnr, phantoms.ssim)
-    )
-    return psnr, ssim, [one.token_ids for one in made]
-
-
-def log_shares(session: Session, task: phantoms.Task, ids: list[int]) -> np.ndarray:
-    """The logarithm of the probability of each next code [codes, rows] along the given ones."""
-    manifest = session.bundle.manifest
-    picture = prepare(read_image(task.picture), manifest.vision.image_size, manifest.vision.background)
-    prompt = prompt_ids(session.tokenizer, manifest.template, task.instruction, True, True)
-    spliced = with_patches(prompt, manifest.language.vocab, manifest.vision.patches)
-    context = session.executor.context(GENERATION, session.executor.features(GENERATION, picture))
-    logits = context.forward(np.array([*spliced, *ids[:-1]], np.int64), last_positions=len(ids)).astype(np.float64)
-    logits -= logits.max(axis=-1, keepdims=True)
-    return np.asarray(logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True)))
-
-
 def mean_and_error(values: np.ndarray) -> dict[str, float]:
     return {"mean": float(values.mean()), "standard_error": float(values.std(ddof=1) / len(values) ** 0.5)}
-
-
-class Comparison:
-    """Pictures and codes of float32, and what others make of the same; kept in `work` for calls to come."""
-
-    def __init__(self, work: Path, pictures: int) -> None:
-        self.tasks = [task for subject in phantoms.held_out(pictures) for task in phantoms.tasks(subject)]
-        self._bundle, self._drawn = bundle_of(work, REFERENCE), work / f"{REFERENCE}-{pictures}.npz"
-
-    def keep(self, psnr: np.ndarray, ids: list[list[int]]) -> None:
-        np.savez(self._drawn, psnr=psnr, ids=np.array(ids))
-
-    def pictures(self, session: Session, psnr: np.ndarray, ssim: np.ndarray) -> dict[str, Any]:
-        """By kind of picture: PSNR, SSIM, and how far from float32's."""
-        if not self._drawn.is_file():
-            raise SystemExit(f"measure the row {REFERENCE} of as many pictures first, in the same WORK_DIR")
-        with np.load(self._drawn) as kept:
-            reference, ids = kept["psnr"], kept["ids"]
-        expecting, divergence = load(self._bundle), np.empty(len(self.tasks))
-        for number, (task, codes) in enumerate(zip(self.tasks, ids, strict=True)):
-            expected, found = (log_shares(one, task, codes.tolist()) for one in (expecting, session))
-            divergence[number] = (np.exp(expected) * (expected - found)).sum(axis=-1).mean()
-        kinds = {}
-        for kind in phantoms.INSTRUCTIONS:
-            rows = [number for number, task in enumerate(self.tasks) if task.kind == kind]
-            kinds[kind] = {
-                "psnr": float(psnr[rows].mean()),
-                "ssim": float(ssim[rows].mean()),
-                "psnr_from_fp32": mean_and_error((psnr - reference)[rows]),
-                "divergence_from_fp32": mean_and_error(divergence[rows]),
-            }
-        return kinds
 
 
 def bundle_of(work: Path, name: str) -> Path:
     return work / f"phantom-{name.replace(', ', '-').replace(' ', '-')}"
 
 
-def measure(name: str, work: Path, comparison: Comparison, answers: int) -> dict[str, Any]:
+def measure(name: str, work: Path, answers: int, pictures: int) -> dict[str, Any]:
     """Export a row's bundle in place of an older one, and evaluate it."""
-    bundle = bundle_of(work, name)
+    bundle, reference = bundle_of(work, name), bundle_of(work, REFERENCE)
     shutil.rmtree(bundle, ignore_errors=True)
     size = export(bundle, **EXPORTS[name])
+    if not reference.is_dir():
+        raise SystemExit(f"measure the row {REFERENCE} first, in the same WORK_DIR")
     session = load(bundle)
-    answered = evaluate(session, answer_phantoms=answers, picture_phantoms=0).to_json()["answers"]
-    psnr, ssim, ids = draw(session, comparison.tasks)
-    if name == REFERENCE:
-        comparison.keep(psnr, ids)
-    return {"bundle_bytes": size, "answers": answered, "pictures": comparison.pictures(session, psnr, ssim)}
+    answered = evaluate(session, phantom_cases(session.bundle.manifest, answers, 0)).means(COMPREHENSION)
+    drawn = evaluate(session, phantom_cases(session.bundle.manifest, 0, pictures), against=load(reference))
+    return {"bundle_bytes": size, "answers": answered, "pictures": compared(drawn.outcomes)}
+
+
+def compared(outcomes: list[Outcome]) -> dict[str, Any]:
+    """By kind of picture: PSNR, SSIM, and how far from float32's."""
+    kinds = {}
+    for kind in phantoms.INSTRUCTIONS:
+        some = [outcome.scores for outcome in outcomes if outcome.case.kind == kind]
+        psnr, ssim, reference, nats = (
+            np.array([scores[name] for scores in some]) for name in ("psnr", "ssim", "reference_psnr", "divergence")
+        )
+        kinds[kind] = {
+            "psnr": float(psnr.mean()),
+            "ssim": float(ssim.mean()),
+            "psnr_from_fp32": mean_and_error(psnr - reference),
+            "divergence_from_fp32": mean_and_error(nats),
+        }
+    return kinds
 
 
 def table_row(name: str, result: dict[str, Any]) -> str:
     cells = [name, f"{result['bundle_bytes'] / 1e6:.1f} MB"]
-    cells += [f"{one['accuracy']:.1%}" for one in result["answers"].values()]
+    cells += [f"{one['exact']:.1%}" for one in result["answers"].values()]
     for one in result["pictures"].values():
         change, apart = one["psnr_from_fp32"], one["divergence_from_fp32"]
         cells.append(
@@ -160,9 +120,8 @@ def main() -> None:
         results = json.loads(arguments.out.read_text())
         if any(results[name] != setting for name, setting in settings.items()):
             raise SystemExit(f"{arguments.out} was measured with other settings: measure all rows")
-    comparison = Comparison(arguments.work, arguments.pictures)
     for name in arguments.row or EXPORTS:
-        results[name] = measure(name, arguments.work, comparison, arguments.answers)
+        results[name] = measure(name, arguments.work, arguments.answers, arguments.pictures)
         print(table_row(name, results[name]), flush=True)
     print("columns:", ", ".join(["bytes", *phantoms.QUESTIONS, *phantoms.INSTRUCTIONS]))
     if arguments.out:

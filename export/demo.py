@@ -24,7 +24,7 @@ from rich.table import Table
 
 from healthgpt_edge import Answer, Session, load, phantoms
 from healthgpt_edge.errors import HealthGPTError
-from healthgpt_edge.evaluate import MAX_ANSWER_TOKENS
+from healthgpt_edge.evaluation.scores import is_right
 from healthgpt_edge.images import prepare, read_image, write_image
 from healthgpt_edge.prompt import prompt_ids
 
@@ -186,11 +186,11 @@ def _run(
 
 
 def _ask(session: Session, picture: Any, question: str) -> Answer:
-    return session.answer(picture, question, max_new_tokens=MAX_ANSWER_TOKENS)
+    return session.answer(picture, question, max_new_tokens=phantoms.MAX_ANSWER_TOKENS)
 
 
 def _judged(answer: str, expected: str) -> str:
-    return answer + (" (right)" if phantoms.is_right(answer, expected) else f" (is: {expected})")
+    return answer + (" (right)" if is_right(answer, expected) else f" (is: {expected})")
 
 
 def _reference(references: dict[str, HealthGPT], session: Session, job: Job) -> tuple[list[int], float]:
@@ -207,7 +207,7 @@ def _reference(references: dict[str, HealthGPT], session: Session, job: Job) -> 
         new_ids = model.generate(ids, values, manifest.codes.grid**2)
         new_ids = [token_id - manifest.codes.first for token_id in new_ids]
     else:
-        new_ids = model.generate(ids, values, MAX_ANSWER_TOKENS)
+        new_ids = model.generate(ids, values, phantoms.MAX_ANSWER_TOKENS)
     return new_ids, (time.perf_counter() - begin) * 1e3
 
 

@@ -17,9 +17,8 @@ from .agreement import TOLERANCES, random_grid
 from .errors import HealthGPTError
 from .executors import Context
 from .images import prepare, read_image
-from .manifest import COMPREHENSION, GENERATION
+from .manifest import GENERATION
 from .phantoms import held_out, questions
-from .prompt import prompt_ids, with_patches
 from .session import Session
 
 PHANTOMS, NEW_TOKENS = 4, 16
@@ -98,7 +97,7 @@ def compare(found: Session, expected: Session, on_step: Callable[[str], None] = 
             on_step(f"{task}, picture {index + 1} of {PHANTOMS}")
             asked = next(iter(questions(subject)))
             pixels = prepare(read_image(asked.picture), manifest.vision.image_size, manifest.vision.background)
-            ids = _prompt(expected, asked.text, task)
+            _, ids = expected.prompt(task, asked.text, has_image=True)
             features = [session.executor.features(task, pixels) for session in (found, expected)]
             if index == 0:
                 report.alike(f"{task} features", features[0], features[1], cosine)
@@ -123,13 +122,6 @@ def compare(found: Session, expected: Session, on_step: Callable[[str], None] = 
         on_step("pictures")
         _compare_pictures(report, found, expected)
     return report
-
-
-def _prompt(session: Session, words: str, task: str) -> np.ndarray:
-    """The ids of a prompt with a picture, as the language graph takes them."""
-    manifest = session.bundle.manifest
-    ids = prompt_ids(session.tokenizer, manifest.template, words, True, task != COMPREHENSION)
-    return with_patches(ids, manifest.language.vocab, manifest.vision.patches)
 
 
 def _compare_layers(report: Report, task: str, found: Context, expected: Context, cosine: float) -> None:

@@ -18,7 +18,7 @@ from .executors import Context, Executor, Group
 from .images import prepare, read_if_any
 from .manifest import GENERATION
 from .prefixes import Prefix
-from .prompt import IMAGE, prompt_ids, with_patches
+from .prompt import IMAGE
 from .results import Clock
 from .steps import Seat, Step, Steps
 
@@ -127,14 +127,11 @@ class Inference:
 
     def _prompt(self) -> tuple[list[int], np.ndarray]:
         """The prompt's ids, and what the language graph gets for them: with the picture's patches."""
-        request, manifest = self._request, self._manifest
-        has_image, generates = request.image is not None, request.task == GENERATION
-        ids = prompt_ids(self._session.tokenizer, manifest.template, request.words, has_image, generates)
-        spliced = with_patches(ids, manifest.language.vocab, manifest.vision.patches)
-        if len(spliced) + self._max_new_tokens > manifest.language.max_positions:
+        request, most = self._request, self._manifest.language.max_positions
+        ids, spliced = self._session.prompt(request.task, request.words, request.image is not None)
+        if len(spliced) + self._max_new_tokens > most:
             raise PromptError(
-                f"prompt and new tokens must fit {manifest.language.max_positions} positions, "
-                f"got {len(spliced)} + {self._max_new_tokens}"
+                f"prompt and new tokens must fit {most} positions, got {len(spliced)} + {self._max_new_tokens}"
             )
         return ids, spliced
 

@@ -9,7 +9,6 @@ Pictures are grey, uint8 [128, 128]; left and right are those of the picture, no
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,6 +20,7 @@ SIDE = 128
 HELD_OUT_SEEDS = 10_000
 TRAINING_SEEDS = 10_000  # the first seed that training may use
 LOW_RESOLUTION = 32  # the side of a super-resolution input
+MAX_ANSWER_TOKENS = 32  # where an answer about a phantom is cut
 
 Picture = npt.NDArray[np.uint8]
 Field = npt.NDArray[np.float64]
@@ -122,30 +122,6 @@ class Drawing:
         """What a picture that shows what was wanted is asked, with the answers it should get."""
         answers = right_answers(self.modality, self.quadrants)
         return [Question(kind, QUESTIONS[kind], picture, answer) for kind, answer in answers.items()]
-
-
-@dataclass(frozen=True, slots=True)
-class AnswerScore:
-    """Exact matches of one question kind; `chance` is the share that the most frequent answer would get."""
-
-    correct: int
-    total: int
-    chance: float
-
-    @property
-    def accuracy(self) -> float:
-        return self.correct / self.total
-
-
-@dataclass(frozen=True, slots=True)
-class PictureScore:
-    """Mean PSNR (dB) and SSIM of one task kind over `total` pictures, and of its trivial baseline."""
-
-    psnr: float
-    ssim: float
-    baseline_psnr: float
-    baseline_ssim: float
-    total: int
 
 
 class Anatomy:
@@ -299,75 +275,3 @@ def mean_picture(modality: str) -> Picture:
         _mean_pictures["ct"] = _to_picture(np.mean([one.ct for one in sample], axis=0) / 255)
         _mean_pictures["mr"] = _to_picture(np.mean([one.mr for one in sample], axis=0) / 255)
     return _mean_pictures[modality]
-
-
-def is_right(answer: str, expected: str) -> bool:
-    """Whether an answer is the expected one, spaces around and letter case aside."""
-    return answer.strip().casefold() == expected.casefold()
-
-
-def score_answers(asked: Sequence[Question], answers: Sequence[str]) -> dict[str, AnswerScore]:
-    """Exact matches (`is_right`) by question kind, beside chance."""
-    if len(asked) != len(answers):
-        raise ValueError(f"expected one answer to each of {len(asked)} questions, got {len(answers)}")
-    scores = {}
-    for kind in QUESTIONS:
-        pairs = [(q.answer, given) for q, given in zip(asked, answers, strict=True) if q.kind == kind]
-        if pairs:
-            correct = sum(is_right(given, expected) for expected, given in pairs)
-            majority = Counter(expected for expected, _ in pairs).most_common(1)[0][1]
-            scores[kind] = AnswerScore(correct, len(pairs), majority / len(pairs))
-    return scores
-
-
-def score_pictures(given: Sequence[Task], pictures: Sequence[Picture]) -> dict[str, PictureScore]:
-    """PSNR and SSIM by task kind; each picture uint8 [128, 128] or [128, 128, 3] (then its channels' mean)."""
-    if len(given) != len(pictures):
-        raise ValueError(f"expected one picture for each of {len(given)} tasks, got {len(pictures)}")
-    scores = {}
-    for kind in INSTRUCTIONS:
-        rows = [
-            (psnr(p, t.target), ssim(p, t.target), psnr(t.baseline, t.target), ssim(t.baseline, t.target))
-            for t, p in zip(given, pictures, strict=True)
-            if t.kind == kind
-        ]
-        if rows:
-            means = [float(value) for value in np.mean(rows, axis=0)]
-            scores[kind] = PictureScore(means[0], means[1], means[2], means[3], len(rows))
-    return scores
-
-
-def psnr(picture: npt.ArrayLike, target: npt.ArrayLike) -> float:
-    """Peak signal-to-noise ratio in dB for a peak of 255; infinite for equal pictures."""
-    first, second = _pair(picture, target)
-    error = float(np.mean((first - second) ** 2))
-    return float("inf") if error == 0 else float(10 * np.log10(255.0**2 / error))
-
-
-def ssim(picture: npt.ArrayLike, target: npt.ArrayLike) -> float:
-    """Mean structural similarity over 7x7 uniform windows (Wang et al., 2004, eq. 13; sample covariance)."""
-    first, second = _pair(picture, target)
-    mean_first, mean_second = _window_mean(first), _window_mean(second)
-    unbiased = 49 / 48
-    variance_first = unbiased * (_window_mean(first * first) - mean_first**2)
-    variance_second = unbiased * (_window_mean(second * second) - mean_second**2)
-    covariance = unbiased * (_window_mean(first * second) - mean_first * mean_second)
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    luminance = (2 * mean_first * mean_second + c1) / (mean_first**2 + mean_second**2 + c1)
-    structure = (2 * covariance + c2) / (variance_first + variance_second + c2)
-    return float(np.mean(luminance * structure))
-
-
-def _pair(picture: npt.ArrayLike, target: npt.ArrayLike) -> tuple[Field, Field]:
-    first, second = (np.asarray(value, dtype=np.float64) for value in (picture, target))
-    first, second = (value.mean(axis=2) if value.ndim == 3 else value for value in (first, second))
-    if first.shape != second.shape or first.ndim != 2 or min(first.shape) < 7:
-        raise ValueError(f"expected two pictures of one shape, at least 7x7, got {first.shape} and {second.shape}")
-    return first, second
-
-
-def _window_mean(values: Field) -> Field:
-    """The mean of every 7x7 window: [H, W] -> [H-6, W-6]."""
-    windows = np.lib.stride_tricks.sliding_window_view(values, (7, 7))
-    mean: Field = windows.mean(axis=(2, 3))
-    return mean

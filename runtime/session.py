@@ -22,7 +22,7 @@ from .kept import read_kept, write_kept
 from .manifest import COMPREHENSION, GENERATION, Codes
 from .prefixes import Prefixes
 from .previews import Previews
-from .prompt import TEMPLATES, Tokenizer
+from .prompt import TEMPLATES, Tokenizer, prompt_ids, with_patches
 from .results import Answer, Clock, Picture
 from .steps import Steps, finish
 
@@ -189,6 +189,15 @@ class Session:
         with clock.stage("codes"):
             pixels = self.executor.picture(np.array(values, np.int64).reshape(codes.grid, codes.grid))
         return Picture(**self._report(run, clock), pixels=pixels, codes=values)
+
+    def prompt(self, task: str, words: str, has_image: bool) -> tuple[list[int], np.ndarray]:
+        """The ids of a prompt, its picture as -200, and as the language graph takes them, int64 [S]: with its patches.
+
+        Raises PromptError, BundleError.
+        """
+        manifest = self.bundle.manifest
+        ids = prompt_ids(self.tokenizer, manifest.template, words, has_image, task == GENERATION)
+        return ids, with_patches(ids, manifest.language.vocab, manifest.vision.patches)
 
     def together(self, limit: int = DEFAULT_TOGETHER) -> Together:
         """Up to `limit` requests at a time, one pass for all of them. Raises GenerationError.

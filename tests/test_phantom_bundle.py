@@ -14,7 +14,7 @@ from free_rows import FreeRows
 
 import healthgpt_edge
 from healthgpt_edge import Sampling, phantoms
-from healthgpt_edge.evaluate import MAX_ANSWER_TOKENS, evaluate
+from healthgpt_edge.evaluation import evaluate, phantom_cases
 from healthgpt_edge.export.bundle import export_bundle
 from healthgpt_edge.export.checkpoint import Checkpoint
 from healthgpt_edge.export.demo import QUESTIONS, Job, contact_sheet, list_jobs
@@ -45,13 +45,14 @@ def session(request, checkpoint, tmp_path_factory):
 
 
 def test_answers_and_pictures_are_far_above_chance(session):
-    scores = evaluate(session, answer_phantoms=ANSWERED, picture_phantoms=DRAWN)
-    assert set(scores.answers) == set(phantoms.QUESTIONS)
+    result = evaluate(session, phantom_cases(session.bundle.manifest, ANSWERED, DRAWN), together=4)
+    answers, pictures = result.means("comprehension"), result.means("generation")
+    assert set(answers) == set(phantoms.QUESTIONS)
     for kind, margin in ABOVE_CHANCE.items():
-        assert scores.answers[kind].accuracy >= scores.answers[kind].chance + margin, (kind, scores.answers[kind])
-    assert set(scores.pictures) == set(ABOVE_BASELINE_DB)
-    for kind, score in scores.pictures.items():
-        assert score.psnr >= score.baseline_psnr + ABOVE_BASELINE_DB[kind], (kind, score)
+        assert answers[kind]["exact"] >= answers[kind]["chance"] + margin, (kind, answers[kind])
+    assert set(pictures) == set(ABOVE_BASELINE_DB)
+    for kind, score in pictures.items():
+        assert score["psnr"] >= score["baseline_psnr"] + ABOVE_BASELINE_DB[kind], (kind, score)
 
 
 def test_drafts_give_the_same_pictures_in_fewer_passes(session):
@@ -80,7 +81,7 @@ def test_the_model_recognises_what_it_drew_from_words(session):
     for modality in phantoms.MODALITIES:
         drawing = phantoms.Drawing(modality, ())
         for asked in drawing.questions(session.generate(None, drawing.instruction).pixels):
-            answer = session.answer(asked.picture, asked.text, max_new_tokens=MAX_ANSWER_TOKENS)
+            answer = session.answer(asked.picture, asked.text, max_new_tokens=phantoms.MAX_ANSWER_TOKENS)
             assert answer.text.strip() == asked.answer, (drawing, asked.kind)
 
 
@@ -89,7 +90,8 @@ def test_the_second_question_about_a_picture_is_answered_alike(session):
     asked: set[int] = set()
     for question in phantoms.questions(phantoms.held_out(1)[0]):
         plain, kept = (
-            one.answer(question.picture, question.text, max_new_tokens=MAX_ANSWER_TOKENS) for one in (session, keeping)
+            one.answer(question.picture, question.text, max_new_tokens=phantoms.MAX_ANSWER_TOKENS)
+            for one in (session, keeping)
         )
         assert kept.token_ids == plain.token_ids
         assert (kept.reused_tokens > 0) == (id(question.picture) in asked)
@@ -123,8 +125,8 @@ def test_fp32_ids_equal_the_reference_on_phantoms_and_dicom(session, checkpoint)
             result = session.generate(job.picture, job.words)
             model, ids, limit = models["generation"], result.token_ids[:-1], manifest.codes.grid**2
         else:
-            result = session.answer(job.picture, job.words, max_new_tokens=MAX_ANSWER_TOKENS)
-            model, ids, limit = models["comprehension"], result.token_ids, MAX_ANSWER_TOKENS
+            result = session.answer(job.picture, job.words, max_new_tokens=phantoms.MAX_ANSWER_TOKENS)
+            model, ids, limit = models["comprehension"], result.token_ids, phantoms.MAX_ANSWER_TOKENS
         values = None
         if job.picture is not None:
             picture = prepare(read_image(job.picture), manifest.vision.image_size, manifest.vision.background)

@@ -10,6 +10,10 @@ import torch
 from torch import Tensor
 
 from healthgpt_edge import phantoms
+from healthgpt_edge.evaluation.cases import question_case, task_case
+from healthgpt_edge.evaluation.evaluate import Evaluation, Outcome
+from healthgpt_edge.evaluation.scores import answer_scores, picture_scores
+from healthgpt_edge.manifest import COMPREHENSION, GENERATION
 from healthgpt_edge.phantoms import Drawing, Picture, Question, Task, questions
 
 from ..reference.language import KeyValueCache
@@ -62,10 +66,10 @@ def ask(model: HealthGPT, words: Words, asked: Sequence[Question]) -> dict[str, 
             for index, row in zip(some, ids.tolist(), strict=True):
                 stop = row.index(END) if END in row else len(row)
                 given[index] = words.tokenizer.decode(row[:stop])
-    scores = phantoms.score_answers(asked, [given[i] for i in range(len(asked))])
+    outcomes = [Outcome(question_case(one), scores=answer_scores(given[i], one.answer)) for i, one in enumerate(asked)]
     return {
-        kind: {"accuracy": round(s.accuracy, 4), "chance": round(s.chance, 4), "questions": s.total}
-        for kind, s in scores.items()
+        kind: {"accuracy": round(s["exact"], 4), "chance": round(s["chance"], 4), "questions": s["total"]}
+        for kind, s in Evaluation(outcomes).means(COMPREHENSION).items()
     }
 
 
@@ -108,20 +112,26 @@ def pictures(model: HealthGPT, vqgan: Vqgan, words: Words, count: int) -> dict[s
         good &= (ids[:, CODES] == NEW_TOKENS.end) & (ids[:, CODES + 1] == END)
         valid += int(good.sum())
         drawn += _decode(vqgan, codes.clamp(0, NEW_TOKENS.codes - 1))
-    ceiling = _roundtrip(vqgan, wanted)
+    best = _scores(wanted, _roundtrip(vqgan, wanted))
     result: dict[str, Any] = {}
-    best = phantoms.score_pictures(wanted, ceiling)
-    for kind, score in phantoms.score_pictures(wanted, drawn).items():
+    for kind, score in _scores(wanted, drawn).items():
         result[kind] = {
-            "psnr": round(score.psnr, 2),
-            "ssim": round(score.ssim, 4),
-            "ceiling_psnr": round(best[kind].psnr, 2),
-            "ceiling_ssim": round(best[kind].ssim, 4),
-            "baseline_psnr": round(score.baseline_psnr, 2),
-            "baseline_ssim": round(score.baseline_ssim, 4),
-            "pictures": score.total,
+            "psnr": round(score["psnr"], 2),
+            "ssim": round(score["ssim"], 4),
+            "ceiling_psnr": round(best[kind]["psnr"], 2),
+            "ceiling_ssim": round(best[kind]["ssim"], 4),
+            "baseline_psnr": round(score["baseline_psnr"], 2),
+            "baseline_ssim": round(score["baseline_ssim"], 4),
+            "pictures": score["total"],
         }
     return {**result, "valid_free_runs": round(valid / len(wanted), 4)}
+
+
+def _scores(wanted: Sequence[Task], drawn: Sequence[Picture]) -> dict[str, dict[str, float]]:
+    """The mean scores of pictures by kind."""
+    pairs = zip(wanted, drawn, strict=True)
+    outcomes = [Outcome(task_case(t), scores=picture_scores(p, t.target, t.baseline)) for t, p in pairs]
+    return Evaluation(outcomes).means(GENERATION)
 
 
 def _decode(vqgan: Vqgan, codes: Tensor) -> list[Picture]:

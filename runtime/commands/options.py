@@ -19,6 +19,9 @@ Device = Annotated[
 ]
 Kernels = Annotated[bool, typer.Option("--kernels/--no-kernels", help="Native kernels, where they are built.")]
 Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Check the hashes of the weights first.")]
+Together = Annotated[
+    int, typer.Option("--together", min=1, max=64, metavar="N", help="Do up to N at a time; each takes its own memory.")
+]
 # What is asked.
 InputImage = Annotated[Path | None, typer.Option("--image", help="PNG, JPEG or DICOM file; may be left out.")]
 Frame = Annotated[int | None, typer.Option("--frame", help="Frame of a DICOM file, from 0; else the first.")]

@@ -10,7 +10,7 @@ import typer
 
 from ..errors import HealthGPTError
 from .loading import load_session
-from .options import BundlePath, Device, ExecutorName, Kernels, Threads, Verify
+from .options import BundlePath, Device, ExecutorName, Kernels, Threads, Together, Verify
 from .output import note
 
 
@@ -19,9 +19,7 @@ def serve(
     keep_pictures: Annotated[
         int, typer.Option(min=0, metavar="MB", help="Memory to keep what was read of pictures, for requests to come.")
     ] = 0,
-    together: Annotated[
-        int, typer.Option(min=1, max=64, metavar="N", help="Do up to N requests at a time; each takes its own memory.")
-    ] = 1,
+    together: Together = 1,
     executor: ExecutorName = "onnx",
     device: Device = None,
     threads: Threads = None,

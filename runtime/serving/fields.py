@@ -10,7 +10,9 @@ from ..errors import RequestError
 from .lines import kind
 
 
-class _Type(NamedTuple):
+class Type(NamedTuple):
+    """What a field takes, and what that is called."""
+
     name: str
     holds: Callable[[Any], bool]
 
@@ -19,31 +21,32 @@ def _is_pair(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(map(is_real, value))
 
 
-_STRING = _Type("a string", lambda value: isinstance(value, str))
-_INTEGER = _Type("an integer", is_whole)
-_NUMBER = _Type("a number", is_real)
-_FLAG = _Type("true or false", lambda value: isinstance(value, bool))
-_PAIR = _Type("an array of two numbers", _is_pair)
-_NAME = _Type("a string or a number", lambda value: isinstance(value, str) or is_real(value))
+STRING = Type("a string", lambda value: isinstance(value, str))
+INTEGER = Type("an integer", is_whole)
+NUMBER = Type("a number", is_real)
+FLAG = Type("true or false", lambda value: isinstance(value, bool))
+PAIR = Type("an array of two numbers", _is_pair)
+NAME = Type("a string or a number", lambda value: isinstance(value, str) or is_real(value))
 
 _BOTH = {
-    "image": _STRING,
-    "image_base64": _STRING,
-    "frame": _INTEGER,
-    "window": _PAIR,
-    "max_new_tokens": _INTEGER,
-    "temperature": _NUMBER,
-    "top_p": _NUMBER,
-    "seed": _INTEGER,
-    "draft": _STRING,
-    "certify": _FLAG,
-    "out": _STRING,
-    "stream": _FLAG,
+    "image": STRING,
+    "image_base64": STRING,
+    "frame": INTEGER,
+    "window": PAIR,
+    "max_new_tokens": INTEGER,
+    "temperature": NUMBER,
+    "top_p": NUMBER,
+    "seed": INTEGER,
+    "draft": STRING,
+    "certify": FLAG,
+    "out": STRING,
+    "stream": FLAG,
 }
-# The first field of a task, if it has any, must be there.
-_TASKS = {
-    "answer": {"question": _STRING, **_BOTH},
-    "generate": {"instruction": _STRING, **_BOTH, "faithful": _FLAG, "previews": _FLAG},
+# The fields of each task. The first, if there is any, must be there.
+Tasks = dict[str, dict[str, Type]]
+_SERVED: Tasks = {
+    "answer": {"question": STRING, **_BOTH},
+    "generate": {"instruction": STRING, **_BOTH, "faithful": FLAG, "previews": FLAG},
     "cancel": {},
     "forget": {},
 }
@@ -53,22 +56,22 @@ def take_id(request: dict[str, Any]) -> str | float | None:
     """Take the `id` out of a request; None if it has none. Raises RequestError."""
     if "id" not in request:
         return None
-    name: str | float = _checked("id", _NAME, request.pop("id"))
+    name: str | float = _checked("id", NAME, request.pop("id"))
     return name
 
 
-def take_task(request: dict[str, Any]) -> str:
+def take_task(request: dict[str, Any], tasks: Tasks = _SERVED) -> str:
     """Take the `task` out of a request, whose other fields are then of that task, right in type and not too few.
 
     Raises RequestError.
     """
-    known = ", ".join(_TASKS)
+    known = ", ".join(tasks)
     if "task" not in request:
         raise RequestError(f"task must be one of {known}, found none")
-    task: str = _checked("task", _STRING, request.pop("task"))
-    if task not in _TASKS:
+    task: str = _checked("task", STRING, request.pop("task"))
+    if task not in tasks:
         raise RequestError(f"task must be one of {known}, found {task!r:.40}")
-    fields = _TASKS[task]
+    fields = tasks[task]
     for name, value in request.items():
         if name not in fields:
             raise RequestError(f"{task} takes {', '.join([*fields, 'id'])}, found {name!r:.40}")
@@ -83,7 +86,7 @@ def take_task(request: dict[str, Any]) -> str:
     return task
 
 
-def _checked(name: str, expected: _Type, value: Any) -> Any:
+def _checked(name: str, expected: Type, value: Any) -> Any:
     if not expected.holds(value):
         raise RequestError(f"{name} must be {expected.name}, found {kind(value)}")
     return value

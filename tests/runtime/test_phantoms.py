@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from healthgpt_edge import phantoms
-from healthgpt_edge.phantoms import SIDE, Drawing, Lesion, Question, Task
+from healthgpt_edge.evaluation.scores import psnr
+from healthgpt_edge.phantoms import SIDE, Drawing, Lesion
 
 SAMPLE = phantoms.held_out(40)
 
@@ -127,70 +128,10 @@ def test_held_out_seeds_are_not_those_of_training() -> None:
             phantoms.held_out(count)
 
 
-def test_answers_are_scored_beside_the_majority() -> None:
-    picture = SAMPLE[0].ct
-    asked = [Question("count", "?", picture, answer) for answer in ("None", "None", "None", "Two")]
-    asked.append(Question("modality", "?", picture, "CT"))
-    scores = phantoms.score_answers(asked, ["None", " none\n", "Nonesuch", "Two", "MR"])
-    assert set(scores) == {"count", "modality"}
-    assert (scores["count"].correct, scores["count"].total, scores["count"].accuracy) == (3, 4, 0.75)
-    assert scores["count"].chance == 0.75
-    assert (scores["modality"].accuracy, scores["modality"].chance) == (0.0, 1.0)
-    with pytest.raises(ValueError, match="expected one answer to each of 5 questions, got 1"):
-        phantoms.score_answers(asked, ["None"])
-
-
-def test_chance_on_the_held_out_set_is_what_the_odds_say() -> None:
-    asked = [question for subject in phantoms.held_out(100) for question in phantoms.questions(subject)]
-    scores = phantoms.score_answers(asked, [question.answer for question in asked])
-    assert all(score.accuracy == 1.0 for score in scores.values())
-    assert scores["modality"].chance == 0.5
-    assert 0.5 < scores["lesion"].chance < 0.7
-    assert 0.3 < scores["count"].chance < 0.5
-    assert 0.25 <= scores["where"].chance < 0.5
-
-
-def test_pictures_are_scored_by_kind() -> None:
-    target = SAMPLE[0].ct
-    task = Task("reconstruct", "?", target, target, np.zeros_like(target))
-    worse = np.clip(target.astype(int) + 10, 0, 255).astype(np.uint8)
-    score = phantoms.score_pictures([task], [np.repeat(worse[..., None], 3, axis=2)])["reconstruct"]
-    assert score.total == 1
-    assert score.psnr == pytest.approx(phantoms.psnr(worse, target))
-    assert score.baseline_psnr < score.psnr
-    assert score.baseline_ssim < score.ssim
-    with pytest.raises(ValueError, match="expected one picture for each of 1 tasks, got 0"):
-        phantoms.score_pictures([task], [])
-
-
-def test_psnr_of_known_errors() -> None:
-    black = np.zeros((8, 8), dtype=np.uint8)
-    assert phantoms.psnr(black, black) == float("inf")
-    assert phantoms.psnr(black, np.full((8, 8), 255, dtype=np.uint8)) == pytest.approx(0.0)
-    assert phantoms.psnr(black, np.full((8, 8), 10, dtype=np.uint8)) == pytest.approx(28.1308, abs=1e-4)
-
-
-def test_ssim_of_equal_flat_and_inverted_pictures() -> None:
-    picture = SAMPLE[0].mr
-    assert phantoms.ssim(picture, picture) == pytest.approx(1.0)
-    assert phantoms.ssim(picture, 255 - picture) < 0.1
-    # Flat pictures have no structure: only the luminance term (2ab + c1) / (a^2 + b^2 + c1) is left.
-    flat = phantoms.ssim(np.full((9, 9), 100), np.full((9, 9), 50))
-    assert flat == pytest.approx((2 * 100 * 50 + 6.5025) / (100**2 + 50**2 + 6.5025))
-
-
-@pytest.mark.parametrize("score", [phantoms.psnr, phantoms.ssim])
-def test_pictures_of_different_shapes_are_refused(score: object) -> None:
-    with pytest.raises(
-        ValueError, match=r"expected two pictures of one shape, at least 7x7, got \(8, 8\) and \(8, 9\)"
-    ):
-        score(np.zeros((8, 8)), np.zeros((8, 9)))  # type: ignore[operator]
-
-
 def test_the_mean_picture_is_no_single_phantom() -> None:
     mean = phantoms.mean_picture("ct")
     assert mean.shape == (SIDE, SIDE)
-    assert 10 < phantoms.psnr(mean, SAMPLE[0].ct) < 25
+    assert 10 < psnr(mean, SAMPLE[0].ct) < 25
     assert not np.array_equal(mean, phantoms.mean_picture("mr"))
 
 

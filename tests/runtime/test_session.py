@@ -424,7 +424,7 @@ def test_the_runtime_needs_nothing_of_the_exporter(golden_bundle, tmp_path):
 
 def test_importing_the_runtime_imports_no_heavy_module():
     program = (
-        "import json, sys, healthgpt_edge, healthgpt_edge.cli, healthgpt_edge.evaluate\n"
+        "import json, sys, healthgpt_edge, healthgpt_edge.cli, healthgpt_edge.evaluation\n"
         "print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
