@@ -1,13 +1,13 @@
 // Attention of a decode step, the context split over blocks (Dao et al., "Flash-Decoding", 2023).
 //
-// A chunk of a key/value head is 64 positions. A block takes one after another: it fetches a chunk's keys and values
-// into registers, all at once, appends those of the new tokens that fall there, and gives each row (a query head at a
-// token) the maximum, the sum and the values of its softmax over them. The last block of a head puts the parts
-// together. Chunks lie at fixed positions and every sum is made in a fixed order, so that a row's bits are alike in
-// every call.
+// A chunk is 64 positions of a key/value head. A block takes one chunk after another. It loads a chunk's keys and
+// values into registers, all at once, and appends the new tokens that belong there. For each row (a query head at a
+// token) it computes the maximum, the sum and the weighted values of the softmax over the chunk. The last block of a
+// head combines the chunks. Chunks are at fixed positions and every sum has a fixed order, so a row has the same bits
+// in every call.
 //
-// Only queries, new tokens and what each warp found go through shared memory. What a step of cached bytes is worth
-// multiplies scores and shares.
+// Only queries, new tokens and the warps' results go through shared memory. The scales of int8 caches are multiplied
+// into scores and attention weights.
 #include <algorithm>
 #include <cmath>
 
@@ -17,29 +17,30 @@
 namespace healthgpt::cuda {
 namespace {
 
-constexpr int kPartsAtOnce = 6;         // that a thread fetches
+constexpr int kPartsAtOnce = 6;         // loaded by a thread at once
 constexpr int64_t kTargetBlocks = 528;  // four for each of Hopper's 132 multiprocessors
 constexpr float kNone = -INFINITY;
+constexpr int64_t kMostCount = 1 << 25;  // positions of a cache, and heads: 32 bits also hold 32 tokens times these
 
-// kRows rows at once: one where there is but one, of one token.
+// kRows rows at a time; 1 only if there is a single row, of a single token.
 template <class Stored, int kRows>
 struct Memory {
   NewRows<Stored, kRows == 1 ? 1 : static_cast<int>(kMostDecodeTokens)> fresh;
   alignas(16) float query[kRows][kSize];
   int positions[kRows];
-  // What each warp found.
+  // The results of each warp.
   alignas(16) float values[kRows][kWarps][kSize];
   float largest[kRows][kWarps], sums[kRows][kWarps];
   int arrived;
 };
 
-// What a chunk gives a row: its values, and the largest score with the sum of the shares.
+// A chunk's results for a row: the weighted values, and the largest score with the sum of the weights.
 struct Parts {
   float* values;     // (B, K, chunks, rows, padded head size)
   float* softmaxes;  // (B, K, chunks, rows, 2)
 };
 
-// Adds each of the sums over a team: lane l gets number l % kCount of them.
+// Adds up each of kCount sums over a team. Lane l gets total number l % kCount.
 template <int kCount>
 __device__ inline float SumOverTeam(float (&sums)[kCount]) {
   const int lane = static_cast<int>(threadIdx.x);
@@ -58,7 +59,7 @@ __device__ inline float SumOverTeam(float (&sums)[kCount]) {
   return sum;
 }
 
-// The other way: lane l brings number l % kCount, and all lanes of a team get all.
+// The reverse: lane l has number l % kCount, and every lane of the team gets all kCount numbers.
 template <int kCount>
 __device__ inline void GiveToTeam(float own, float (&numbers)[kCount]) {
   const int lane = static_cast<int>(threadIdx.x);
@@ -75,14 +76,14 @@ __device__ inline void GiveToTeam(float own, float (&numbers)[kCount]) {
   }
 }
 
-// What is subtracted before the exponential; where nothing is seen, or nothing but NaN, all stays as it is.
+// Subtracted from scores before the exponential. It is 0 if no position is visible, or all scores are NaN.
 __device__ inline float Shift(float largest) { return largest == kNone ? 0.0f : largest; }
 
-// What a warp found for a row, to the others: `values` is a team's, `sum` the warp's.
+// Puts a warp's results for a row into shared memory. `values` are the team's, `sum` is the warp's.
 template <class Memory>
 __device__ inline void Give(Memory& memory, int row, float largest, float sum, const float (&values)[kVector]) {
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize, lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  // The two teams of a warp add up, each half of the numbers.
+  // The two teams of a warp add their values; each team stores one half of the numbers.
   const bool is_upper = lane >= kTeam;
   float4 both;
   float* const numbers = &both.x;
@@ -98,7 +99,7 @@ __device__ inline void Give(Memory& memory, int row, float largest, float sum, c
   }
 }
 
-// All warps' together: a number of a row.
+// One number of a row, combined over all warps.
 struct Found {
   float largest, sum, value;
 };
@@ -116,12 +117,12 @@ __device__ inline Found Join(const Memory& memory, int row, int at) {
   return found;
 }
 
-// The rows of which the queries are in shared memory, with a chunk.
+// Attention of the rows whose queries are in shared memory to one chunk.
 template <class Stored, int kRows>
 __device__ inline void Attend(const Head& head, const Chunk<Stored>& chunk, int start, Memory<Stored, kRows>& memory) {
   constexpr bool kHasScales = sizeof(Stored) == 1;
   float scores[kRows][kKeys] = {};
-  // Half of the numbers at a time, for which there are registers.
+  // Half of the numbers at a time, because of the registers.
 #pragma unroll
   for (int at = 0; at < kVector; at += kVector / 2) {
     float4 queries[kRows];
@@ -155,7 +156,7 @@ __device__ inline void Attend(const Head& head, const Chunk<Stored>& chunk, int 
     if (!is_seen) score = kNone;
     largest[row] = WarpMax(score);
     const float share = expf(score - Shift(largest[row]));
-    sums[row] = WarpSum(share) * (static_cast<float>(kKeys) / kTeam);  // so many lanes of a team have the same
+    sums[row] = WarpSum(share) * (static_cast<float>(kKeys) / kTeam);  // kTeam / kKeys lanes have the same position
     GiveToTeam(kHasScales ? share * chunk.value_scale : share, shares[row]);
   }
   float values[kRows][kVector] = {};
@@ -172,7 +173,7 @@ __device__ inline void Attend(const Head& head, const Chunk<Stored>& chunk, int 
   for (int row = 0; row < kRows; ++row) Give(memory, row, largest[row], sums[row], values[row]);
 }
 
-// Rows [begin, begin + kRows) of all chunks, each team its share of the chunks.
+// Combines the chunks' results of rows [begin, begin + kRows). Each team takes its share of the chunks.
 template <class Stored, int kRows>
 __device__ inline void Gather(const Head& head, const Parts& parts, int chunks, int begin,
                               Memory<Stored, kRows>& memory) {
@@ -192,7 +193,7 @@ __device__ inline void Gather(const Head& head, const Parts& parts, int chunks, 
   }
 #pragma unroll
   for (int row = 0; row < kRows; ++row) largest[row] = WarpMax(largest[row]);
-  // A team's chunks are the same whichever is the first.
+  // Which chunks belong to a team does not depend on the first chunk.
   for (int from = head.first_chunk / kTeams * kTeams + TeamIndex(); from < head.end_chunk; from += kTeams * kSteps) {
     float4 numbers[kSteps][kRows][2];
     float largest_of[kSteps][kRows], sum_of[kSteps][kRows];
@@ -233,7 +234,7 @@ __device__ inline void Gather(const Head& head, const Parts& parts, int chunks, 
   }
 }
 
-// Of a multiprocessor: as many as the registers of all architectures allow without spilling any.
+// Blocks per multiprocessor: as many as the registers of every architecture allow without spills.
 constexpr int LeastBlocks(int rows) { return rows == 1 ? 4 : rows == 4 ? 3 : 2; }
 
 template <Storage storage, int kRows>
@@ -263,7 +264,7 @@ __global__ void __launch_bounds__(kThreads, LeastBlocks(kRows))
       }
     }
     for (int begin = 0; begin < head.rows; begin += kRows) {
-      // Fetched before the new tokens are stored, for which no load waits.
+      // Loaded before the new tokens are stored, so that no load waits for the stores.
       constexpr int kLoads = (kRows * kPairs + kThreads - 1) / kThreads;
       Pair loaded[kLoads] = {};
 #pragma unroll
@@ -279,7 +280,7 @@ __global__ void __launch_bounds__(kThreads, LeastBlocks(kRows))
       for (int i = 0; i < kLoads; ++i) {
         const int row = i * (kThreads / kPairs) + static_cast<int>(threadIdx.x) / kPairs;
         if (row >= kRows) continue;
-        const bool is_inside = pair < head.half;  // zeros behind the head
+        const bool is_inside = pair < head.half;  // zeros past the head's end
         memory.query[row][is_inside ? pair : 2 * pair] = loaded[i].turned_first() * piece.scale;
         memory.query[row][is_inside ? head.half + pair : 2 * pair + 1] = loaded[i].turned_second() * piece.scale;
       }
@@ -287,7 +288,7 @@ __global__ void __launch_bounds__(kThreads, LeastBlocks(kRows))
       if (begin == 0) TakeNew(tokens, start, memory.fresh, chunk);
       Attend(head, chunk, start, memory);
       SyncThreads();
-      // The next queries may come meanwhile: these were read before the barrier.
+      // Meanwhile other warps may already store the next queries: these were read before the barrier.
       for (int row = static_cast<int>(threadIdx.x) / kSize; row < kRows && begin + row < head.rows;
            row += kThreads / kSize) {
         const int64_t part = (static_cast<int64_t>(head.index) * piece.chunks + c) * head.rows + begin + row;
@@ -312,7 +313,7 @@ __global__ void __launch_bounds__(kThreads, LeastBlocks(kRows))
         given.output[(token * given.heads + query) * head.size + number] = found.value / found.sum;
       }
     }
-    if (begin + kRows < head.rows) SyncThreads();  // before others' values come
+    if (begin + kRows < head.rows) SyncThreads();  // before the next rows overwrite the values
   }
 }
 
@@ -322,7 +323,7 @@ int64_t CounterBytes(const CachedAttentionArguments& given) {
   return CeilDivide(given.batch * given.kv_heads * 4, 16) * 16;
 }
 
-// The parts of as many tokens.
+// The sizes of all parts of a launch of `tokens` tokens.
 struct PartSizes {
   int64_t count, values;
 };
@@ -339,8 +340,12 @@ Status Check(const CachedAttentionArguments& given) {
   if (given.head_size < 2 || given.head_size % 2 != 0 || given.head_size > kMostHeadSize) {
     return "[cached_attention] the head size must be even and at most 128";
   }
-  if (given.capacity < 1 || given.window < 0)
+  if (given.capacity < 1 || given.window < 0) {
     return "[cached_attention] capacity must be positive, window not negative";
+  }
+  if (given.capacity > kMostCount || given.batch > kMostCount / given.heads) {
+    return "[cached_attention] the capacity, and the heads of all sequences, must be at most 2^25";
+  }
   if (given.cache != Storage::kFloat16 && given.cache != Storage::kBFloat16 && given.cache != Storage::kInt8) {
     return "[cached_attention] caches must be float16, bfloat16 or int8";
   }
@@ -372,8 +377,7 @@ Status CachedAttention(const CachedAttentionArguments& given, Stream stream) {
   const int64_t group = given.heads / given.kv_heads, chunks = CeilDivide(given.capacity, kChunk);
   const int64_t blocks = std::min(chunks, CeilDivide(kTargetBlocks, given.batch * given.kv_heads));
   const float scale = 1.0f / std::sqrt(static_cast<float>(given.head_size));
-  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(given.kv_heads),
-                  static_cast<unsigned>(given.batch));
+  const Grid grid = {blocks, given.kv_heads, given.batch};
   int* const counters = static_cast<int*>(given.workspace);
   float* const values = static_cast<float*>(given.workspace) + CounterBytes(given) / 4;
   for (int64_t first = 0; first < given.tokens; first += kMostDecodeTokens) {

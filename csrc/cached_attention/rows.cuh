@@ -1,6 +1,6 @@
-// What decode.cu reads and writes of the caches: a chunk's rows in registers, the new tokens' rows on their way there.
+// How decode.cu reads and writes the caches: a chunk's rows go to registers, new tokens' rows to the caches.
 //
-// A team of 16 threads has the numbers of one position, 8 to a thread, and 8 positions of a chunk in turn.
+// A team of 16 threads holds the numbers of one position, 8 per thread, for 8 positions of a chunk.
 #pragma once
 
 #include "cached_attention/cuda.h"
@@ -9,14 +9,14 @@
 namespace healthgpt::cuda {
 namespace {
 
-constexpr int kVector = 8;  // numbers of a position that a thread has
+constexpr int kVector = 8;  // numbers of a position per thread
 constexpr int kSize = static_cast<int>(kMostHeadSize);
 constexpr int kPairs = kSize / 2;
 constexpr int kTeam = kSize / kVector;  // threads
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kTeams = kThreads / kTeam;
-constexpr int kKeys = 8;                // positions of a thread in a chunk
+constexpr int kKeys = 8;                // positions of a chunk per thread
 constexpr int kChunk = kTeams * kKeys;  // positions
 
 template <Storage storage>
@@ -32,7 +32,7 @@ struct StoredAs<Storage::kInt8> {
   using Type = int8_t;
 };
 
-// Cached numbers of a thread, read at once.
+// A thread's numbers of one position, loaded at once.
 template <class Stored>
 struct alignas(kVector * sizeof(Stored)) Vector {
   uint32_t words[kVector * sizeof(Stored) / 4];
@@ -54,27 +54,27 @@ __device__ inline float NumberOf(const Vector<int8_t>& vector, int i) {
 template <class Stored>
 struct Chunk {
   Vector<Stored> keys[kKeys], values[kKeys];
-  float key_scale, value_scale;  // of bytes alone, of OwnPosition(start)
+  float key_scale, value_scale;  // only for int8: those of OwnPosition(start)
 };
 
-// The tokens of one launch among those of the call, and what is the same for all blocks.
+// The tokens of one launch, and values that are the same for all its blocks.
 struct Piece {
-  int64_t first;
-  int tokens, group, chunks;  // query heads to a key/value head; chunks of the capacity
+  int64_t first;              // token of the call
+  int tokens, group, chunks;  // group: query heads per key/value head; chunks: of the whole capacity
   float scale;                // of scores
 };
 
 // One key/value head of one sequence.
 struct Head {
-  int size, half, stride;           // stride is the size in whole vectors
+  int size, half, stride;           // stride: the size rounded up to whole vectors
   int capacity, window, past, end;  // positions; the new tokens are at [past, end)
   int group, rows, first_chunk, end_chunk;
-  int index;          // among those of all sequences
-  int64_t first_row;  // of a position, in the caches
+  int index;          // among the heads of all sequences
+  int64_t first_row;  // of this head in the caches
   int64_t first_token, first_query, first_column;
 };
 
-// Where rows are taken one at a time there is but one.
+// With kRows = 1 there is only a single row.
 template <int kRows>
 __device__ inline Head HeadOf(const CachedAttentionArguments& given, const Piece& piece) {
   Head head = {};
@@ -101,15 +101,15 @@ __device__ inline Head HeadOf(const CachedAttentionArguments& given, const Piece
 
 __device__ inline int TeamIndex() { return static_cast<int>(threadIdx.x) / kTeam; }
 __device__ inline int FirstNumber() { return static_cast<int>(threadIdx.x) % kTeam * kVector; }
-// The one of its team's positions in a chunk whose score and scales a thread has.
+// The position of a chunk whose score and scales a thread holds.
 __device__ inline int OwnPosition(int start) {
   return start + static_cast<int>(threadIdx.x) % kKeys * kTeams + TeamIndex();
 }
 
-// Rotary positions: the first half of a head is turned against the second. Numbers i of both, as they are fetched.
+// Rotary positions pair number i of a head's first half with number i of its second half. This holds a pair as loaded.
 struct Pair {
   float first, second, cosine, sine;
-  // Written out, so that no kernel's compiler rounds the other product.
+  // With explicit fmaf, so that the compiler rounds the same product in every kernel.
   __device__ float turned_first() const { return fmaf(first, cosine, -(second * sine)); }
   __device__ float turned_second() const { return fmaf(second, cosine, first * sine); }
 };
@@ -119,7 +119,7 @@ __device__ inline Pair LoadPair(const CachedAttentionArguments& given, const Hea
   return {numbers[i], numbers[head.half + i], given.cosine[angle], given.sine[angle]};
 }
 
-// Puts a number before the others; the last one is gone.
+// Inserts a number at the front and drops the last one.
 template <class Stored>
 __device__ inline void Prepend(Vector<Stored>& vector, uint32_t number) {
   constexpr int kBits = 8 * sizeof(Stored);
@@ -130,8 +130,8 @@ __device__ inline void Prepend(Vector<Stored>& vector, uint32_t number) {
   vector.words[0] = vector.words[0] << kBits | number;
 }
 
-// The chunk's rows as far as they are older than this call; zeros elsewhere, also behind the head. All are on their way
-// before the first is used.
+// Loads the rows of a chunk that were cached before this call, with zeros elsewhere and past the head's end. All loads
+// are issued before the first result is used.
 template <class Stored>
 __device__ inline void LoadOld(const Head& head, const Stored* keys, const Stored* values, int start,
                                Chunk<Stored>& chunk) {
@@ -165,12 +165,12 @@ __device__ inline void LoadOld(const Head& head, const Stored* keys, const Store
   }
 }
 
-// The new tokens of a chunk as the caches keep them, zeros behind a head.
+// The new tokens of a chunk as the caches store them, with zeros past the head's end.
 template <class Stored, int kMost>
 struct NewRows {
   alignas(16) Stored keys[kMost][kSize];
   alignas(16) Stored values[kMost][kSize];
-  float key_scales[kMost], value_scales[kMost];  // of bytes alone
+  float key_scales[kMost], value_scales[kMost];  // only for int8
 };
 
 // The new tokens in a chunk.
@@ -181,7 +181,7 @@ __device__ inline NewTokens NewTokensIn(const Head& head, int start) {
   return {start > head.past ? start : head.past, Least(start + kChunk, Least(head.end, head.capacity))};
 }
 
-// The new tokens of a chunk, into the caches and to the other threads.
+// Writes the new tokens of a chunk to the caches and, for the other threads, to shared memory.
 template <class Number, int kMost>
 __device__ inline void Append(const CachedAttentionArguments& given, const Head& head, Number* keys, Number* values,
                               const NewTokens& tokens, NewRows<Number, kMost>& fresh) {
@@ -189,7 +189,7 @@ __device__ inline void Append(const CachedAttentionArguments& given, const Head&
   for (int position = tokens.begin + static_cast<int>(threadIdx.x) / kPairs; position < tokens.end;
        position += kThreads / kPairs) {
     const int row = position - tokens.begin;
-    if (at >= half) {  // of what is behind the head
+    if (at >= half) {  // past the head's end
       fresh.keys[row][2 * at] = fresh.keys[row][2 * at + 1] = Number{};
       fresh.values[row][2 * at] = fresh.values[row][2 * at + 1] = Number{};
       continue;
@@ -205,7 +205,7 @@ __device__ inline void Append(const CachedAttentionArguments& given, const Head&
   }
 }
 
-// A row to bytes in [-127, 127], by a warp. load(i) gives its i-th number; what is not finite makes the scale so.
+// A warp quantises a row to [-127, 127]. load(i) gives its i-th number. If one is not finite, neither is the scale.
 template <class Load>
 __device__ inline void RoundRow(int size, const Load& load, int8_t* stored, int8_t (&row)[kSize], float* stored_scale,
                                 float* scale) {
@@ -234,7 +234,7 @@ __device__ inline void RoundRow(int size, const Load& load, int8_t* stored, int8
 template <int kMost>
 __device__ inline void Append(const CachedAttentionArguments& given, const Head& head, int8_t* keys, int8_t* values,
                               const NewTokens& tokens, NewRows<int8_t, kMost>& fresh) {
-  // Every other warp has keys, the others values.
+  // Even warps take keys, odd warps values.
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize, half = head.half;
   for (int position = tokens.begin + warp / 2; position < tokens.end; position += kWarps / 2) {
     const int row = position - tokens.begin;
@@ -256,7 +256,7 @@ __device__ inline void Append(const CachedAttentionArguments& given, const Head&
   }
 }
 
-// Where new tokens belong among a thread's numbers.
+// Puts the new tokens into the chunk's registers.
 template <class Stored, int kMost>
 __device__ inline void TakeNew(const NewTokens& tokens, int start, const NewRows<Stored, kMost>& fresh,
                                Chunk<Stored>& chunk) {

@@ -21,15 +21,15 @@ Status Text(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGet
 
 Memory::Memory(int64_t bytes) : bytes_(bytes) {
   const auto size = static_cast<size_t>(bytes);
-  Status wrong = Text(cudaMalloc(&data_, size));
-  if (wrong == nullptr) wrong = Text(cudaMemset(data_, 0, size));
-  if (wrong == nullptr) wrong = Text(cudaDeviceSynchronize());  // streams do not wait for the default one
+  void* made = nullptr;
+  Status wrong = Text(cudaMalloc(&made, size));
+  data_.reset(made);  // freed if one of the next calls fails
+  if (wrong == nullptr) wrong = Text(cudaMemset(made, 0, size));
+  if (wrong == nullptr) wrong = Text(cudaDeviceSynchronize());  // other streams do not wait for the default stream
   if (wrong != nullptr) throw std::runtime_error("CUDA: " + std::to_string(bytes) + " bytes: " + wrong);
 }
 
-Memory::~Memory() {
-  if (data_ != nullptr) cudaFree(data_);
-}
+void Memory::Free::operator()(void* data) const { cudaFree(data); }
 
 Status CopyRows(void* to, int64_t to_stride, const void* from, int64_t from_stride, int64_t bytes, int64_t rows) {
   const Status wrong = Text(cudaMemcpy2D(to, static_cast<size_t>(to_stride), from, static_cast<size_t>(from_stride),
@@ -45,17 +45,15 @@ Status Copy(void* to, const void* from, int64_t bytes, Stream stream) {
 
 namespace {
 
-constexpr std::align_val_t kAlignment{256};  // as cudaMalloc gives it
+constexpr std::align_val_t kAlignment{256};  // the same as cudaMalloc's
 
 }  // namespace
 
 Memory::Memory(int64_t bytes) : data_(::operator new(static_cast<size_t>(bytes), kAlignment)), bytes_(bytes) {
-  std::memset(data_, 0, static_cast<size_t>(bytes));
+  std::memset(data_.get(), 0, static_cast<size_t>(bytes));
 }
 
-Memory::~Memory() {
-  if (data_ != nullptr) ::operator delete(data_, kAlignment);
-}
+void Memory::Free::operator()(void* data) const { ::operator delete(data, kAlignment); }
 
 Status CopyRows(void* to, int64_t to_stride, const void* from, int64_t from_stride, int64_t bytes, int64_t rows) {
   for (int64_t row = 0; row < rows; ++row) {

@@ -1,4 +1,4 @@
-// Numbers of 16 bits, and the arithmetic on two of them in one register, alike on the device and on the host.
+// 16-bit numbers, and arithmetic on pairs of them in one register, with the same interface on the device and the host.
 #pragma once
 
 #ifdef __CUDACC__
@@ -38,13 +38,13 @@ __device__ inline uint32_t MultiplyAddHalves(uint32_t a, uint32_t b, uint32_t c)
   asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
   return result;
 }
-// (a & b) ^ c, of which the compiler would make two steps where b and c are constants.
+// (a & b) ^ c in one instruction; the compiler would use two if b and c are constants.
 __device__ inline uint32_t AndXor(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t result;
   asm("lop3.b32 %0, %1, %2, %3, 0x6A;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
   return result;
 }
-// Four bytes of the eight in a (0 to 3) and b (4 to 7), by the digits of `selector`, the lowest first.
+// Picks four of the eight bytes of a (0 to 3) and b (4 to 7) by the hexadecimal digits of `selector`, lowest first.
 __device__ inline uint32_t Permute(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
 
 #else
@@ -71,7 +71,7 @@ inline float ToFloat(Half value) {
   return BitsToFloat(sign | ((magnitude << 13) + 0x38000000u));
 }
 
-// To the nearest, ties to even.
+// To nearest, ties to even.
 inline BFloat16 Round(float value, BFloat16) {
   const uint32_t bits = FloatToBits(value);
   if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return {0x7FFF};
@@ -82,7 +82,7 @@ inline Half Round(float value, Half) {
   if (magnitude > 0x7F800000u) return {0x7FFF};
   if (magnitude >= 0x477FF000u) return {static_cast<uint16_t>(sign | 0x7C00u)};  // from 65520 on
   if (magnitude < 0x38800000u) {
-    // Added to 0.5, the last place of the sum is that of a subnormal half.
+    // The last bit of a sum with 0.5 has the weight of a subnormal half's last bit, so the addition rounds correctly.
     const uint32_t sum = FloatToBits(BitsToFloat(magnitude) + 0.5f);
     return {static_cast<uint16_t>(sign | (sum - 0x3F000000u))};
   }
@@ -90,7 +90,8 @@ inline Half Round(float value, Half) {
   return {static_cast<uint16_t>(sign | rounded >> 13)};
 }
 
-// What goes through these is exact in the kernels, so that float's rounding in between does not show.
+// The kernels use these only where the results are exact in float16, so float32's intermediate rounding changes
+// nothing.
 template <class Function>
 uint32_t EachHalf(Function function) {
   const auto at = [&](int shift) { return static_cast<uint32_t>(Round(function(shift), Half()).bits) << shift; };
@@ -120,7 +121,7 @@ inline uint32_t Permute(uint32_t a, uint32_t b, uint32_t selector) {
 __device__ inline float ToFloat(float value) { return value; }
 __device__ inline float Round(float value, float) { return value; }
 
-// Two numbers side by side, the first in the low bits.
+// Packs two numbers into a word, `low` in the low bits.
 template <class Type>
 __device__ inline uint32_t Pack(Type low, Type high) {
   return static_cast<uint32_t>(low.bits) | static_cast<uint32_t>(high.bits) << 16;

@@ -1,5 +1,5 @@
-// What a kernel asks of the machine it runs on: a GPU, or the host's fibers in its place. The only file that tells them
-// apart but for numbers.cuh, tensor_cores.cuh and launch.cuh.
+// The operations that kernels need from their machine: a GPU, or fibers on the host in its place (cuda/host). Kernels
+// are the same source for both; only this file, numbers.cuh, tensor_cores.cuh and launch.cuh differ.
 #pragma once
 
 #include <cstdint>
@@ -18,8 +18,8 @@ constexpr int kWarpSize = 32;
 
 #ifdef __CUDACC__
 
-// The block's shared memory: a struct of the kernel's. (Declared through a function, so that the host can poison it and
-// know its end.)
+// The block's shared memory, as a struct of the kernel. It is declared through a function so that the host can poison
+// it and know where it ends.
 template <class Type>
 __device__ inline Type& Shared() {
   __shared__ __align__(16) unsigned char memory[sizeof(Type)];
@@ -38,7 +38,8 @@ __device__ inline Type Shuffle(Type value, int lane) {
   return __shfl_sync(0xFFFFFFFFu, value, lane);
 }
 
-// One more, and how many there were. Who comes later sees what was written before, on the whole GPU.
+// Increments the counter and returns its value before. Release and acquire on the whole GPU: what was written before
+// one block's call is visible after a later call of another.
 __device__ inline int Arrive(int* counter) {
   int before;
   asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
@@ -49,10 +50,11 @@ __device__ inline void AtomicAdd(uint64_t* at, uint64_t value) {
 }
 __device__ inline void AtomicMax(uint32_t* at, uint32_t value) { atomicMax(at, value); }
 
-// Programmatic dependent launch (Hopper and later): a kernel may begin before the one ahead of it has ended. Before
-// WaitForPrevious it may touch nothing that is written on the device, weights alone. After AllowNext the next may
-// begin; that one's own wait still ends only when this kernel has. A kernel that allows before it has waited would let
-// the next one overtake two: so it waits first, unless some of its blocks wait before it ends (hlora_linear/decode.cu).
+// Programmatic dependent launch (Hopper and later): a kernel may start before the previous one has ended. Before
+// WaitForPrevious it may read only memory that no kernel writes, such as weights. AllowNext lets the next kernel start;
+// the next kernel's WaitForPrevious still returns only after this kernel has ended. A kernel must wait before it allows
+// the next one, which could otherwise overtake two kernels. The exception is a kernel some of whose blocks wait before
+// it ends (hlora_linear/decode.cu).
 __device__ inline void WaitForPrevious() {
 #if __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();
@@ -64,12 +66,13 @@ __device__ inline void AllowNext() {
 #endif
 }
 
-// Read once and not written while the kernel runs.
+// A load of memory that is not written while the kernel runs.
 template <class Type>
 __device__ inline Type LoadOnce(const void* at) {
   return __ldg(static_cast<const Type*>(at));
 }
-// What other blocks of this launch wrote, or a launch that this one overlaps: not from a cache that may be older.
+// A load of memory that other blocks of this launch, or of an overlapping one, have written. It bypasses the L1 cache,
+// whose copy may be old.
 template <class Type>
 __device__ inline Type LoadFresh(const Type* at) {
   return __ldcg(at);
@@ -82,7 +85,7 @@ Type& Shared() {
   return *static_cast<Type*>(host::SharedMemory(sizeof(Type)));
 }
 
-// A barrier is named by where it stands, so that a test can drop it.
+// A barrier is named by its place in the source, so that a test can drop it.
 inline void SyncThreads(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   host::SyncThreads(file, line);
 }
@@ -104,7 +107,7 @@ inline void AtomicMax(uint32_t* at, uint32_t value) { *at = *at > value ? *at : 
 inline void WaitForPrevious() {}
 inline void AllowNext() {}
 
-// Through the type itself, so that the sanitizers see the alignment that the device asks for.
+// Through an aligned type, so that the sanitizers check the alignment that the device needs.
 template <class Type>
 Type LoadOnce(const void* at) {
   struct alignas(sizeof(Type)) Aligned {
@@ -128,11 +131,12 @@ __device__ inline float WarpMax(float value) {
   return value;
 }
 
-// Whether this block is the last of `blocks` to come here: then it sees what the others wrote before. The counter is
-// back at zero after that. All threads of the block call it; `shared` is one number of theirs.
+// Whether this block is the last of `blocks` blocks to call this. The last one sees everything that the others wrote
+// before their calls, and sets the counter back to zero. All threads of a block must call it; `shared` is in shared
+// memory.
 __device__ inline bool IsLastBlock(int* counter, int blocks, int* shared, bool first_thread) {
   SyncThreads();
-  if (first_thread) {  // for all of them: the barriers order what the others wrote before, and what they read after
+  if (first_thread) {  // one thread arrives for the block: the barriers order the writes before and the reads after
     *shared = Arrive(counter);
     if (*shared == blocks - 1) *counter = 0;
   }

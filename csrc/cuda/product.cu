@@ -12,7 +12,7 @@ namespace healthgpt::cuda {
 
 namespace {
 
-// cuBLASLt's descriptions, given back when done with.
+// A cuBLASLt descriptor that is destroyed with its scope.
 template <class Handle, cublasStatus_t (*destroy)(Handle)>
 struct Owned {
   Handle handle = nullptr;
@@ -31,7 +31,7 @@ Status Text(cublasStatus_t status) {
   return status == CUBLAS_STATUS_SUCCESS ? nullptr : cublasLtGetStatusString(status);
 }
 
-// One for the process, which serves every GPU and thread.
+// One handle serves every GPU and thread of the process.
 cublasLtHandle_t Library() {
   static cublasLtHandle_t library = [] {
     cublasLtHandle_t made = nullptr;
@@ -42,7 +42,7 @@ cublasLtHandle_t Library() {
 
 }  // namespace
 
-// The library counts by columns: what it sees is result^T = right^T left^T, of the same memory.
+// cuBLASLt expects column-major matrices. The same memory read that way is result^T = right^T left^T.
 Status LargeProduct(const ProductArguments& given, Stream stream) {
   const cublasLtHandle_t library = Library();
   if (library == nullptr) return "cuBLASLt could not be started";
@@ -56,8 +56,9 @@ Status LargeProduct(const ProductArguments& given, Stream stream) {
   cublasLtMatmulHeuristicResult_t found = {};
   int count = 0;
   Status wrong = Text(cublasLtMatmulDescCreate(&operation.handle, CUBLAS_COMPUTE_32F, CUDA_R_32F));
-  if (wrong == nullptr)
+  if (wrong == nullptr) {
     wrong = Text(cublasLtMatrixLayoutCreate(&right.handle, type, outputs, channels, given.right_stride));
+  }
   if (wrong == nullptr) wrong = Text(cublasLtMatrixLayoutCreate(&left.handle, type, channels, rows, given.channels));
   if (wrong == nullptr) {
     wrong = Text(cublasLtMatrixLayoutCreate(&result.handle, CUDA_R_32F, outputs, rows, given.outputs));
@@ -71,7 +72,7 @@ Status LargeProduct(const ProductArguments& given, Stream stream) {
     wrong = Text(cublasLtMatmulAlgoGetHeuristic(library, operation.handle, right.handle, left.handle, result.handle,
                                                 result.handle, preference.handle, 1, &found, &count));
   }
-  if (wrong == nullptr && count == 0) wrong = "cuBLASLt has no way to make this product";
+  if (wrong == nullptr && count == 0) wrong = "cuBLASLt has no algorithm for this product";
   if (wrong != nullptr) return wrong;
   const float one = 1.0f, before = given.accumulate ? 1.0f : 0.0f;
   return Text(cublasLtMatmul(library, operation.handle, &one, given.right, right.handle, given.left, left.handle,
@@ -85,8 +86,8 @@ namespace {
 
 template <class Number>
 void Multiply(const ProductArguments& given) {
-  const Number *const left = static_cast<const Number*>(given.left), *const right =
-                                                                         static_cast<const Number*>(given.right);
+  const auto* const left = static_cast<const Number*>(given.left);
+  const auto* const right = static_cast<const Number*>(given.right);
   for (int64_t row = 0; row < given.rows; ++row) {
     for (int64_t output = 0; output < given.outputs; ++output) {
       float sum = given.accumulate ? given.result[row * given.outputs + output] : 0.0f;

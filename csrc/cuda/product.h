@@ -1,4 +1,4 @@
-// The product of two large matrices, by a library: cuBLASLt on a GPU. On the host, loops in its place.
+// The product of two large matrices: by cuBLASLt on a GPU, by plain loops in the host build.
 #pragma once
 
 #include "cuda/storage.h"
@@ -12,13 +12,13 @@ struct ProductArguments {
   const void* right = nullptr;  // (channels, outputs), rows right_stride apart
   int64_t right_stride = 0;
   float* result = nullptr;    // (rows, outputs)
-  bool accumulate = false;    // adds to what stands there
-  void* workspace = nullptr;  // of kProductWorkspaceBytes, for the library to use as it likes
+  bool accumulate = false;    // add to the numbers in `result`
+  void* workspace = nullptr;  // of kProductWorkspaceBytes, for the library's own use
 };
 
 constexpr int64_t kProductWorkspaceBytes = 32 << 20;
 
-// Sums are float32. The first call on a GPU makes the library's handle, so it must not be captured in a graph.
+// Sums are float32. The first call creates the library's handle, so it must not be captured in a CUDA graph.
 Status LargeProduct(const ProductArguments& arguments, Stream stream);
 
 }  // namespace healthgpt::cuda

@@ -1,4 +1,4 @@
-// What every CUDA launcher's interface is made of, for whoever calls it: no CUDA header, no framework.
+// The types in the interfaces of the CUDA launchers. They need no CUDA header and no framework.
 #pragma once
 
 #include <cstddef>
@@ -9,20 +9,22 @@ struct CUstream_st;
 namespace healthgpt::cuda {
 
 using Stream = CUstream_st*;  // cudaStream_t
-// Null for success, else what is wrong: with the arguments (nothing was launched) or, by CUDA's word, with the launch.
+// Null for success, otherwise an error message. It begins with the operation's name in brackets if the arguments are
+// wrong; nothing was launched then. Other messages are CUDA's.
 using Status = const char*;
 
 enum class Storage { kFloat32, kFloat16, kBFloat16, kInt8, kInt4 };
 
-// A matrix (channels, outputs), row by row, as the exporter writes it (export/quantize.py): int4 holds two neighbouring
-// outputs per byte, the even one in the low bits; integers stand for scales(channel / block_size, output) * value.
+// A matrix (channels, outputs) in row-major order, as the exporter writes it (export/quantize.py). int4 holds two
+// neighbouring outputs per byte, the even one in the low bits. An integer stands for
+// scales(channel / block_size, output) * value.
 struct Matrix {
   const void* values = nullptr;
   const float* scales = nullptr;  // (ceil(channels / block_size), outputs), null for floats
   Storage storage = Storage::kFloat16;
   int64_t channels = 0;
   int64_t outputs = 0;
-  int64_t stride = 0;      // numbers from one row to the next, at least `outputs`
+  int64_t stride = 0;      // elements from one row to the next, at least `outputs`
   int64_t block_size = 0;  // 32, 64 or 128; 0 for floats
 };
 

@@ -1,7 +1,9 @@
-// The one product of the tensor cores in use: 16 x 16 times 16 x 8 into 16 x 8 float32 sums, by a warp.
+// The only tensor-core product in use: a warp multiplies 16 x 16 by 16 x 8 and adds to 16 x 8 float32 sums.
 //
-// Lane 4 g + t holds, of the left operand, rows g and g + 8 at columns 2t, 2t+1, 2t+8, 2t+9; of the right one, column g
-// at rows 2t, 2t+1 and 2t+8, 2t+9; of the sums, rows g and g + 8 at columns 2t and 2t+1 (PTX ISA, mma.m16n8k16).
+// Lane 4 g + t holds (PTX ISA, mma.m16n8k16):
+//   left operand   rows g and g + 8 at columns 2t, 2t+1, 2t+8, 2t+9
+//   right operand  column g at rows 2t, 2t+1, 2t+8, 2t+9
+//   sums           rows g and g + 8 at columns 2t and 2t+1
 #pragma once
 
 #include "cuda/numbers.cuh"
@@ -27,7 +29,7 @@ __device__ inline void MultiplyAdd(Sums& sums, const Left& left, const Right& ri
       : "+f"(sums.values[0]), "+f"(sums.values[1]), "+f"(sums.values[2]), "+f"(sums.values[3])
       : "r"(left.top_low), "r"(left.bottom_low), "r"(left.top_high), "r"(left.bottom_high), "r"(right.low),
         "r"(right.high));
-#else  // Turing takes half the columns at a time.
+#else  // Turing multiplies half of the columns at a time.
   const uint32_t parts[2][3] = {{left.top_low, left.bottom_low, right.low},
                                 {left.top_high, left.bottom_high, right.high}};
   for (const auto& part : parts) {
@@ -38,7 +40,7 @@ __device__ inline void MultiplyAdd(Sums& sums, const Left& left, const Right& ri
 #endif
 }
 
-// Turing's tensor cores have no bfloat16: the launchers refuse it there.
+// Turing's tensor cores have no bfloat16. The launchers refuse it there.
 __device__ inline void MultiplyAdd(Sums& sums, const Left& left, const Right& right, BFloat16) {
 #if __CUDA_ARCH__ >= 800
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"

@@ -15,7 +15,7 @@ void* Workspaces::Reserve(Stream stream, int64_t use, int64_t bytes) {
   const std::lock_guard lock(mutex_);
   std::vector<Memory>& given = memory_[{stream, use}];
   if (given.empty() || given.back().bytes() < bytes) {
-    int64_t rounded = 1 << 16;  // to powers of two: together, what was outgrown is no more than what is in use
+    int64_t rounded = 1 << 16;  // doubled, so all the outgrown pieces together are no larger than the current one
     while (rounded < bytes) rounded *= 2;
     given.emplace_back(rounded);
   }

@@ -1,4 +1,4 @@
-// Working memory for launchers that are called by graphs' nodes, which have none of their own to give.
+// Working memory for launchers that the nodes of a graph call: nodes own no memory themselves.
 #pragma once
 
 #include <map>
@@ -11,17 +11,19 @@
 
 namespace healthgpt::cuda {
 
-// Working memory that all nodes of a kind share which follow each other in a stream. It is there for as long as a node
-// holds it; no session of ours runs more than some hundred nodes, and one at a time.
+// All nodes of one use in one stream share a piece of memory: a session runs some hundred nodes at most, one at a time.
+// The memory lives as long as any node holds the Workspaces.
 class Workspaces {
  public:
-  // Uses begin with different zeros: those of attention are counted from kAttention on, by how many it has.
+  // Each use has a piece of its own, because each keeps a different number of zeroed counters at the start. Attention
+  // adds its number of counters to kAttention.
   enum Use : int64_t { kDecode = 0, kPrefill = 1, kAttention = 2 };
 
   static std::shared_ptr<Workspaces> Get();
 
-  // Zeros when they are new. What was given before stays where it is, because a captured graph may go on using it; and
-  // a graph is captured from its second run on, when nothing is allocated any more. Throws as Memory does.
+  // At least `bytes` bytes, which were zeros when first handed out. When a larger piece is needed the old one stays
+  // valid, because a captured graph may still use it. Capturing starts with a graph's second run, when everything is
+  // allocated. Throws like Memory.
   void* Reserve(Stream stream, int64_t use, int64_t bytes);
 
  private:

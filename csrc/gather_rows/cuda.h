@@ -1,5 +1,5 @@
-// Rows of a table: a token's embedding, or a code's column of the picture (post_quant_conv is folded into the
-// codebook).
+// Looks up rows of a table: the embedding of a token, or the codebook entry of a picture's code (export folds
+// post_quant_conv into the codebook).
 #pragma once
 
 #include "cuda/storage.h"
@@ -14,10 +14,10 @@ struct GatherRowsArguments {
   int64_t rows = 0;                     // N
   int64_t channels = 0;                 // C
   void* output = nullptr;               // (S, C)
-  bool widen = false;                   // to float32; else as the table
+  bool widen = false;                   // the output is float32; otherwise it has the table's type
 };
 
-// An id outside the table gives a row of NaN: a wrong token must not look like one.
+// An id outside the table gives a row of NaN, so that a wrong token does not go unnoticed.
 Status GatherRows(const GatherRowsArguments& arguments, Stream stream);
 
 }  // namespace healthgpt::cuda

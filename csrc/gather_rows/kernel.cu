@@ -1,4 +1,4 @@
-// One block per row, its threads along the channels: a decode step has one row, a picture some thousand.
+// One block per row, with its threads along the channels. A decode step has one row, a picture about a thousand.
 #include "cuda/launch.cuh"
 #include "cuda/numbers.cuh"
 #include "gather_rows/cuda.h"
@@ -25,7 +25,8 @@ __global__ void __launch_bounds__(kThreads, 1) GatherRowsKernel(GatherRowsArgume
 
 Status GatherRows(const GatherRowsArguments& given, Stream stream) {
   if (given.count < 1 || given.rows < 1 || given.channels < 1) return "[gather_rows] nothing to gather";
-  const dim3 grid(static_cast<unsigned>(given.count)), block(kThreads);
+  const Grid grid = {given.count};
+  const dim3 block(kThreads);
   switch (given.storage) {
     case Storage::kFloat32:
       return Launch(GatherRowsKernel<float, float>, grid, block, stream, given);

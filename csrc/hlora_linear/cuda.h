@@ -1,4 +1,4 @@
-// y = x W + b + gate(x R) * (x A) B on a GPU, for the few rows of a decode step: hlora_linear.h says the rest.
+// y = x W + b + gate(x R) * (x A) B on a GPU, for the few rows of a decode step. See hlora_linear.h for the formula.
 #pragma once
 
 #include "cuda/storage.h"
@@ -16,29 +16,29 @@ struct HLoraLinearArguments {
   const float* bias = nullptr;  // (O) or null
   Matrix adapter_in;            // (C, R + E): A, then the router; stored as weight is
   Matrix adapter_out;           // (R, O): B with the H-LoRA scaling folded in; stored as weight is
-  float* y = nullptr;           // (S, O), not the memory of x
-  void* workspace = nullptr;    // of HLoraLinearWorkspaceBytes, zeros before the first of its calls
-  int64_t workspace_bytes = 0;  // one workspace serves all linears that follow each other in a stream
-  // Where experts of several plugins share one router: each can be silenced, and they need not have equal ranks.
+  float* y = nullptr;           // (S, O), must not overlap x
+  void* workspace = nullptr;    // of HLoraLinearWorkspaceBytes, set to zero before its first use
+  int64_t workspace_bytes = 0;  // linears that follow each other in a stream can share one workspace
+  // For several plugins that share one router. Their experts may have different ranks, and each can be switched off.
   const int32_t* expert_of = nullptr;  // (R), the expert that a column of A belongs to; null for equal shares of R
   const float* route_bias = nullptr;   // (E) or null, added to every row's routes
-  // What a decode step does to the input and to the result on its way, at no launch of its own.
-  bool normalise = false;  // x / sqrt(mean(x^2) + epsilon) before it is multiplied
+  // Neighbouring operations of a decode step, done here without launches of their own.
+  bool normalise = false;  // replaces x by x / sqrt(mean(x^2) + epsilon)
   float epsilon = 0;
-  bool pair_input = false;          // x is (S, 2 C): silu(x[:, :C]) * x[:, C:] is multiplied
+  bool pair_input = false;          // x is (S, 2 C) and stands for silu(x[:, :C]) * x[:, C:]
   const float* residual = nullptr;  // (S, O) or null, added to the result; may be y
 };
 
-// The least stride at which every row of a matrix in aligned memory is read by wide loads. Others are gathered, which
-// costs a matrix of 68 columns little and a large one much.
+// The smallest stride with which wide loads can read every row of a matrix in aligned memory. With other strides
+// numbers are gathered one by one, which is cheap for a matrix of 68 columns and expensive for a large one.
 int64_t WideStride(Storage storage, int64_t outputs);
 
-// For any call with these matrices and at most these rows.
+// Enough for any call with these matrices and at most these rows.
 int64_t HLoraLinearWorkspaceBytes(const HLoraLinearArguments& arguments);
 
-// Weights are float16, bfloat16, int8 or int4; x, sums and the gate are float32 (x is multiplied as the sum of two
-// numbers of 16 bits: to about 22 bits, 16 with bfloat16 weights; float16 cannot hold an x beyond 65504). A row's bits
-// depend neither on the other rows of the call nor on the GPU's size.
+// Weights are float16, bfloat16, int8 or int4; x, sums and the gate are float32. x is multiplied as the sum of two
+// 16-bit numbers, which keeps about 22 bits, or 16 with bfloat16 weights; float16 cannot hold an x beyond 65504. A
+// row's bits depend neither on the other rows of the call nor on the GPU's size.
 Status HLoraLinear(const HLoraLinearArguments& arguments, Stream stream);
 
 }  // namespace healthgpt::cuda

@@ -1,13 +1,13 @@
 // The H-LoRA linear of a decode step, in two launches of one kernel: z = x [A;R], then y = [W|B] [x; gate * z].
 //
-// B's rows continue W's. The channels of both are cut by the shape alone, first among blocks, then among their warps,
-// and each multiplies its share of W, then that of B. The warps' sums are added in order, and the last block of a tile
-// of outputs adds those of the blocks in order. So a row's bits depend on no other row and on no schedule. On Hopper
-// the second launch starts while the first runs: it needs z only when it comes to B.
+// B's rows continue W's. The channels of both are divided among blocks, then among each block's warps, by the shape
+// alone. A warp multiplies its share of W, then its share of B. A block adds its warps' sums in order, and the last
+// block of a tile of outputs adds the blocks' sums in order. So a row's bits depend neither on other rows nor on the
+// order in which blocks run. On Hopper the second launch starts while the first runs: it needs z only for B.
 //
-// x is multiplied as the sum of two numbers of 16 bits, which stand in two of the tensor cores' eight columns: four
-// rows to a product. What bounds a step are the bytes of the weights on their way, so each lane fetches its next words
-// as soon as it has used the last, and latency: what can be asked for together is.
+// x is multiplied as the sum of two 16-bit numbers. They take two of the eight columns of a tensor-core product, so a
+// product has four rows of x. A step is bound by the bytes of the weights and by latency. So each lane fetches its next
+// words as soon as it has used the last ones, and loads that do not depend on each other are issued together.
 #include <algorithm>
 
 #include "cuda/launch.cuh"
@@ -22,17 +22,18 @@ constexpr bool IsInteger(Storage storage) { return storage == Storage::kInt8 || 
 
 constexpr int kWarps = 8;        // of a block, along the channels
 constexpr int kRowsPerTile = 4;  // of x
-// Of a block: more would leave its threads too few registers.
+// The row tiles of a block. More would leave its threads too few registers.
 constexpr int MostRowTiles(Storage storage) { return IsInteger(storage) ? 2 : 4; }
 constexpr int kSteps = 2;                      // of a unit
 constexpr int kUnit = kSteps * kStepChannels;  // channels that a warp takes at a time
 constexpr int64_t kTargetBlocks = 264;         // two for each of Hopper's 132 multiprocessors
-constexpr int kMostSplits = 16;                // whose sums a thread adds at once
-constexpr int64_t kMostTiles = 65535;          // CUDA's, of a grid's second side
-constexpr int64_t kMostCounters = 1024;        // of a launch: row groups times tiles, of which many are not split
+constexpr int kMostSplits = 16;                // whose sums a thread loads at once
+constexpr int64_t kMostCounters = 1024;        // row groups times tiles of a launch, where these have several splits
 static_assert(kTargetBlocks / 2 * (kMostDecodeRows / (2 * kRowsPerTile)) <= kMostCounters);
+constexpr int64_t kMostChannels = 1 << 25;  // so that 32 rows of pairs have 32-bit indices
+static_assert(2 * kMostChannels * kMostDecodeRows <= int64_t{INT32_MAX} + 1);
 
-// How the channels of W, and those of B, are cut: every part gets its share of both.
+// How the channels of W and of B are divided: every part gets its share of both.
 struct Cut {
   int weight_units, adapter_units, splits;
   __device__ static int Begin(int units, int part, int parts) {
@@ -46,8 +47,8 @@ struct Product {
   PlainInput input;
   Weights weight, adapter_out;  // adapter_out has no channels in the first launch
   Cut cut;
-  bool is_first;  // the launch that makes z: what it multiplies is not normalised yet
-  bool measure;   // finds x's norm; the second launch of two gets it from the first
+  bool is_first;  // the launch that computes z, from x before its norm
+  bool measure;   // computes x's norm; the second launch of two gets it from the first
   float epsilon;
   float* inverse_norm;  // (rows)
   const float* low;     // z (rows, rank + experts), read in the second launch
@@ -62,7 +63,7 @@ struct Product {
   int* counters;    // (row groups, tiles)
 };
 
-// Rows are as long as they are so that eight lanes that store 16 bytes each meet no bank twice.
+// The stride is chosen so that eight lanes that store 16 bytes each use different banks.
 template <int kRows, int kTile>
 struct Memory {
   static constexpr int kStride = kTile + 4;
@@ -74,8 +75,9 @@ struct Memory {
 
 // --- a warp's part ----------------------------------------------------------------------------------------------
 
-// A lane's four values of a unit become its right operands of the unit's two steps. Lanes of row g and of row g + 4
-// bring the values of row g at the first step and at the second one, and multiply what is high of both and what is low.
+// Splits a lane's four values of a unit into 16-bit numbers and exchanges them into right operands for the unit's two
+// steps. The lanes of column g have row g's values for the first step, those of column g + 4 the values for the second.
+// Afterwards column g has the high parts for both steps, and column g + 4 the low parts.
 template <class Number>
 __device__ inline void Halve(const float (&values)[4], Right (&rights)[kSteps]) {
   Number first[4], rest[4];
@@ -103,7 +105,7 @@ struct TileSums {
     }
   }
 
-  // One step of channels for all rows.
+  // Adds the products of one step's channels for all rows.
   __device__ void Add(const Step<Format>& step, const Right (&rights)[kRowTiles][kSteps], int at) {
 #pragma unroll
     for (int j = 0; j < kProducts; j += Format::kUnpacked) {
@@ -119,8 +121,9 @@ struct TileSums {
     }
   }
 
-  // Adds the sums, times the outputs' scales, to the lane's own place in shared memory. Its columns hold rows 2 t and
-  // 2 t + 1, or what is low of rows 2 t - 4 and 2 t - 3: it gives one of them away and completes the other.
+  // Adds the sums, multiplied by the outputs' scales, to the lane's own place in shared memory. A lane's two columns
+  // hold the high parts of rows 2 t and 2 t + 1, or the low parts of rows 2 t - 4 and 2 t - 3. It gives one of them to
+  // the lane with the other part of that row, and adds the two parts of the row it keeps.
   template <int kRows, int kStride>
   __device__ void Deposit(float (&to)[kRows][kStride], const float4& scales) const {
     const int g = static_cast<int>(threadIdx.x) / 4, t = static_cast<int>(threadIdx.x) % 4;
@@ -158,14 +161,15 @@ struct TileSums {
     }
   }
 
-  // Which of a tile's rows a lane completes.
+  // The row of a tile whose sum a lane completes.
   __device__ static int OwnRow() {
     const int t = static_cast<int>(threadIdx.x) % 4;
     return 2 * (t % 2) + t / 2;
   }
 };
 
-// The scales of four of the warp's outputs, from 4 times the lane's number on: Deposit gives them to who needs them.
+// The scales of four of the warp's outputs, from 4 times the lane's number on. Deposit passes them to the lanes that
+// need them.
 template <class Format>
 __device__ inline float4 LoadScales(const Weights& weights, int block, int output) {
   const int t = static_cast<int>(threadIdx.x) % 4;
@@ -180,8 +184,8 @@ __device__ inline float4 LoadScales(const Weights& weights, int block, int outpu
   return scales;
 }
 
-// Units [begin, end) of one matrix times the input, added to the warp's sums in shared memory; and the squares of what
-// was multiplied, of this lane's rows.
+// Adds units [begin, end) of one matrix times the input to the warp's sums in shared memory, and the squares of this
+// lane's input values to `squares`.
 template <class Format, int kRowTiles, class Input, int kRows, int kStride>
 __device__ inline void AddUnits(const Weights& weights, const Input& input, int begin, int end, int first_row,
                                 int output, float (&to)[kRows][kStride], float (&squares)[kRowTiles]) {
@@ -242,7 +246,7 @@ __device__ inline float InverseNorm(const Product& product, float squares) {
   return 1.0f / sqrtf(squares / static_cast<float>(product.weight.channels) + product.epsilon);
 }
 
-// Numbers that lie `stride` apart, all on their way before the first is added, in order.
+// The sum, in order, of numbers `stride` apart. All are loaded before the first is added.
 __device__ inline float SumOfSplits(const float* at, int64_t stride, int splits) {
   float values[kMostSplits], sum = 0.0f;
 #pragma unroll
@@ -264,8 +268,8 @@ __global__ void __launch_bounds__(kWarpSize* kWarps, kRowTiles == 1 ? 2 : 1) HLo
   const int first_row = group * kRows, output = tile * kTile + g * Format::kLaneOutputs;
   const int part = split * kWarps + warp, parts = splits * kWarps;
   const bool is_second = product.adapter_out.channels > 0;
-  // The launch after this one may begin. It does no more than to fetch weights until this one has ended, some of whose
-  // blocks wait for the first of the two.
+  // The next launch may start now: it only fetches weights until this one has ended, and this one cannot end before
+  // some of its blocks have waited for the first launch.
   if (is_second) AllowNext();
 
   auto& own = memory.sums[warp];
@@ -325,7 +329,7 @@ __global__ void __launch_bounds__(kWarpSize* kWarps, kRowTiles == 1 ? 2 : 1) HLo
     if (product.residual != nullptr) sum += product.residual[at];
     product.y[at] = sum;
   };
-  // take(row, column, to): each number of the tile, `to` among all outputs.
+  // Calls take(row, column, to) for each number of the tile; `to` is the column among all outputs.
   const auto each = [&](const auto& take) {
     for (int i = thread; i < block_rows * kTile; i += kWarpSize * kWarps) {
       const int to = tile * kTile + i % kTile;
@@ -380,7 +384,7 @@ Weights WeightsOf(const Matrix& matrix) {
   const int64_t row_bits = matrix.stride * ElementBits(matrix.storage);
   const bool is_aligned = row_bits % (8 * load_bytes) == 0 &&
                           reinterpret_cast<uintptr_t>(matrix.values) % static_cast<uintptr_t>(load_bytes) == 0 &&
-                          // a lane's load may reach beyond the last output, not beyond the row
+                          // a lane's load may go past the last output, but not past the row
                           WideStride(matrix.storage, matrix.outputs) <= matrix.stride;
   const bool scales_are_aligned = matrix.outputs % 4 == 0 && reinterpret_cast<uintptr_t>(matrix.scales) % 16 == 0;
   return {matrix.values,
@@ -393,7 +397,7 @@ Weights WeightsOf(const Matrix& matrix) {
           scales_are_aligned};
 }
 
-// What the workspace holds, in floats from its start.
+// The workspace's layout, in floats from its start.
 struct Places {
   int64_t first_counters, second_counters, low, inverse_norm, first_partials, first_squares, second_partials,
       second_squares, end;
@@ -430,7 +434,8 @@ Status CheckMatrix(const Matrix& matrix, Storage storage) {
   if (matrix.values == nullptr || matrix.channels < 1 || matrix.outputs < 1 || matrix.stride < matrix.outputs) {
     return "[hlora_linear] a matrix must hold numbers, its stride at least its outputs";
   }
-  if (Tiles(matrix) > kMostTiles || matrix.channels * matrix.stride * ElementBits(storage) / 8 > UINT32_MAX) {
+  if (matrix.channels > kMostChannels) return "[hlora_linear] a matrix must have at most 2^25 channels";
+  if (Tiles(matrix) > kMostBlocksYZ || matrix.channels * matrix.stride * ElementBits(storage) / 8 > UINT32_MAX) {
     return "[hlora_linear] a matrix must have fewer than 4 GiB, and 4 million outputs at most";
   }
   if (IsInteger(storage) && matrix.block_size != 32 && matrix.block_size != 64 && matrix.block_size != 128) {
@@ -470,9 +475,8 @@ Status Start(const Product& product, Stream stream) {
   if constexpr (kRowTiles < MostRowTiles(storage)) {
     if (product.rows > kRowTiles * kRowsPerTile) return Start<storage, 2 * kRowTiles>(product, stream);
   }
-  const dim3 grid(static_cast<unsigned>(CeilDivide(product.rows, kRowTiles * kRowsPerTile)),
-                  static_cast<unsigned>(CeilDivide(product.weight.outputs, TileOutputs(storage))),
-                  static_cast<unsigned>(product.cut.splits));
+  const Grid grid = {CeilDivide(product.rows, kRowTiles * kRowsPerTile),
+                     CeilDivide(product.weight.outputs, TileOutputs(storage)), product.cut.splits};
   return Launch(HLoraLinearKernel<storage, kRowTiles>, grid, dim3(kWarpSize, kWarps), stream, product);
 }
 
@@ -513,7 +517,7 @@ Status HLoraLinear(const HLoraLinearArguments& given, Stream stream) {
   product.input.stride = static_cast<int>(given.pair_input ? 2 * channels : channels);
   product.input.is_pair = given.pair_input;
   product.input.is_aligned = channels % 4 == 0 && reinterpret_cast<uintptr_t>(given.x) % 16 == 0;
-  product.input.waits = true;  // the second launch of two starts when the first has passed its own wait
+  product.input.waits = true;  // a second launch need not: it starts after the first has passed this wait
   product.measure = given.normalise;
   product.epsilon = given.epsilon;
   product.inverse_norm = given.normalise ? memory + places.inverse_norm : nullptr;

@@ -1,7 +1,7 @@
-// What is multiplied, four channels of a row at a time: x, or z as the router gates it.
+// The inputs of the products, four channels of a row at a time: x, or z multiplied by the router's gates.
 //
-// An input is loaded some time before it is needed: Wait() until it is there, Load() it, Prepare() what the block
-// shares, and make Values() of what was loaded. All threads of a block call Wait and Prepare.
+// An input is loaded some time before it is needed. Wait() until it is written, Load() it, Prepare() the data that the
+// block shares, then get the Values() of what was loaded. All threads of a block must call Wait and Prepare.
 #pragma once
 
 #include "cuda/platform.cuh"
@@ -9,12 +9,12 @@
 
 namespace healthgpt::cuda {
 
-// Four numbers as loaded, and of a pair the four that they gate.
+// Four numbers; of a pair also the four numbers that these gate.
 struct Loaded {
   float4 first, second;
 };
 
-// `left` numbers are there to be read, of which four are, or fewer at the end of a row.
+// Reads four numbers, or `left` if a row ends before, then zeros.
 __device__ inline float4 LoadFour(const float* at, int left, bool is_aligned) {
   if (is_aligned && left >= 4) return LoadFresh(reinterpret_cast<const float4*>(at));
   float4 four = {0.0f, 0.0f, 0.0f, 0.0f};
@@ -27,17 +27,17 @@ __device__ inline float4 LoadFour(const float* at, int left, bool is_aligned) {
 
 __device__ inline float SiluGate(float gate, float up) { return gate / (1.0f + expf(-gate)) * up; }
 
-// x, (rows, channels); or silu(x[:, :channels]) * x[:, channels:] of pairs.
+// x (rows, channels), or for pairs silu(x[:, :channels]) * x[:, channels:].
 struct PlainInput {
   const float* x = nullptr;
   int rows = 0, channels = 0, stride = 0;
   bool is_pair = false, is_aligned = false;
-  bool waits = false;  // whether the launch just before wrote it
+  bool waits = false;  // whether the previous launch may have written it
 
   __device__ void Wait() const {
     if (!waits) return;
     WaitForPrevious();
-    AllowNext();  // the launch after this one finds x written
+    AllowNext();  // x is written, also for the next launch
   }
   __device__ void Prepare() const {}
 
@@ -67,14 +67,14 @@ struct Gates {
   float shares[kRows][kMostExperts];
 };
 
-// gate * z, (rows, rank), of z (rows, rank + experts), whose last columns are the routes.
+// gate * z (rows, rank), from z (rows, rank + experts) whose last columns are the routes.
 template <int kRows>
 struct GatedInput {
   const float* low = nullptr;
-  const float* inverse_norm = nullptr;  // (rows) or null: z is of an x that is not normalised yet
+  const float* inverse_norm = nullptr;  // (rows) or null: for the routes, if z comes from x without its norm
   const float* route_bias = nullptr;    // (experts) or null
   const int32_t* expert_of = nullptr;   // (rank) or null for equal shares
-  int rows = 0, first_row = 0;          // the block's first
+  int rows = 0, first_row = 0;          // all rows; the block's first row
   int rank = 0, experts = 0;
   Gates<kRows>* gates = nullptr;
 
@@ -106,13 +106,13 @@ struct GatedInput {
   __device__ Loaded Load(int row, int channel) const {
     Loaded loaded = {};
     if (row >= rows || channel >= rank) return loaded;
-    const bool is_aligned = rank % 4 == 0 && experts % 4 == 0;  // z begins where four may be loaded
+    const bool is_aligned = rank % 4 == 0 && experts % 4 == 0;  // z itself is aligned
     loaded.first = LoadFour(low + static_cast<int64_t>(row) * (rank + experts) + channel, rank - channel, is_aligned);
     return loaded;
   }
   __device__ void Values(const Loaded& loaded, int row, int channel, float (&values)[4]) const {
     const float four[4] = {loaded.first.x, loaded.first.y, loaded.first.z, loaded.first.w};
-    const int columns = rank / experts;  // of an expert, where they have equal shares
+    const int columns = rank / experts;  // of an expert, if their shares are equal
     const bool share_one = expert_of == nullptr && columns % 4 == 0;
     const int first = share_one ? channel / columns : 0;
 #pragma unroll

@@ -1,5 +1,5 @@
-// Three products by a library: z = x [A;R], y = x W, y += gated z B; between them kernels that round x, widen integer
-// weights to float16, start y with the bias, and gate.
+// A library computes the three products z = x [A;R], y = x W and y += gated z B. Kernels in between round x, widen
+// integer weights to float16, fill y with the bias, and apply the gate.
 #include "cuda/launch.cuh"
 #include "cuda/numbers.cuh"
 #include "cuda/product.h"
@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(kThreads, 1) RoundKernel(const float* x, int64
   if (at < count) rounded[at] = Round(x[at], Number());
 }
 
-// A block per channel: integers times their block's scales.
+// One block per channel: multiplies integers by their quantisation block's scales.
 __global__ void __launch_bounds__(kThreads, 1) WidenKernel(Matrix matrix, Half* widened) {
   WaitForPrevious();
   AllowNext();
@@ -40,11 +40,12 @@ __global__ void __launch_bounds__(kThreads, 1) WidenKernel(Matrix matrix, Half* 
 __global__ void __launch_bounds__(kThreads, 1) BiasKernel(const float* bias, int64_t outputs, float* y) {
   WaitForPrevious();
   AllowNext();
-  for (int64_t output = threadIdx.x; output < outputs; output += kThreads)
+  for (int64_t output = threadIdx.x; output < outputs; output += kThreads) {
     y[blockIdx.x * outputs + output] = bias[output];
+  }
 }
 
-// A block per row: the softmax of its routes times its low numbers.
+// One block per row: the softmax of its routes times its entries of x A.
 template <class Number>
 __global__ void __launch_bounds__(kThreads, 1)
     GateKernel(const float* low, int64_t rank, int64_t experts, const int32_t* expert_of, const float* route_bias,
@@ -66,7 +67,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 bool IsInteger(const Matrix& matrix) { return matrix.storage == Storage::kInt8 || matrix.storage == Storage::kInt4; }
 
-// What the workspace holds, in bytes from its start. One matrix is widened at a time.
+// The workspace's layout, in bytes from its start. Only one matrix is widened at a time.
 struct Places {
   int64_t library, x, low, gated, widened, end;
 };
@@ -108,6 +109,7 @@ Status CheckMatrix(const Matrix& matrix, Storage storage) {
 
 Status Check(const HLoraPrefillArguments& given) {
   if (given.rows < 1) return "[hlora_prefill] there must be rows";
+  if (given.experts < 0) return "[hlora_prefill] experts must be 0 or more";
   if (const Status wrong = CheckMatrix(given.weight, given.weight.storage)) return wrong;
   if ((given.experts > 0) != (given.adapter_out.channels > 0)) return "[hlora_prefill] adapters come with experts";
   if (given.experts > 0) {
@@ -128,7 +130,7 @@ Status Check(const HLoraPrefillArguments& given) {
   return nullptr;
 }
 
-// One call's memory and stream.
+// One call, with its memory and its stream.
 struct Prefill {
   const HLoraPrefillArguments& given;
   Places places;
@@ -139,7 +141,7 @@ struct Prefill {
     return reinterpret_cast<Type*>(static_cast<char*>(given.workspace) + place);
   }
 
-  // result (rows, outputs) = left (rows, channels) times a stored matrix.
+  // result (rows, outputs) = left (rows, channels) times a stored matrix, added to the old result if `accumulate`.
   template <class Number>
   Status Multiply(const Number* left, const Matrix& matrix, float* result, bool accumulate) const {
     ProductArguments product;
@@ -154,7 +156,7 @@ struct Prefill {
     product.accumulate = accumulate;
     product.workspace = at<void>(places.library);
     if (IsInteger(matrix)) {
-      const dim3 grid(static_cast<unsigned>(matrix.channels));
+      const Grid grid = {matrix.channels};
       const Status wrong = Launch(WidenKernel, grid, dim3(kThreads), stream, matrix, at<Half>(places.widened));
       if (wrong != nullptr) return wrong;
       product.right = at<Half>(places.widened);
@@ -166,10 +168,10 @@ struct Prefill {
   template <class Number>
   Status Run() const {
     const int64_t count = given.rows * given.weight.channels, rank = given.adapter_out.channels;
-    const dim3 block(kThreads), rows(static_cast<unsigned>(given.rows));
+    const Grid rows = {given.rows}, pieces = {CeilDivide(count, kThreads)};
+    const dim3 block(kThreads);
     Number *const x = at<Number>(places.x), *const gated = at<Number>(places.gated);
     float* const low = at<float>(places.low);
-    const dim3 pieces(static_cast<unsigned>(CeilDivide(count, kThreads)));
     Status wrong = Launch(RoundKernel<Number>, pieces, block, stream, given.x, count, x);
     if (wrong == nullptr && given.experts > 0) wrong = Multiply(x, given.adapter_in, low, false);
     if (wrong == nullptr && given.experts > 0) {

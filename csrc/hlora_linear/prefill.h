@@ -1,5 +1,5 @@
-// y = x W + b + gate(x R) * (x A) B on a GPU for the many rows of a prefill: the large products by a library, the rest
-// between them by kernels. cuda.h is for few rows.
+// y = x W + b + gate(x R) * (x A) B on a GPU for the many rows of a prefill. A library does the large products, kernels
+// the steps between them. For few rows see cuda.h.
 #pragma once
 
 #include "cuda/storage.h"
@@ -13,8 +13,8 @@ struct HLoraPrefillArguments {
   Matrix weight;                       // (C, O)
   const float* bias = nullptr;         // (O) or null
   Matrix adapter_in;                   // (C, R + E): A, then the router; stored as weight is
-  Matrix adapter_out;                  // (R, O); stored as weight is
-  const int32_t* expert_of = nullptr;  // (R) or null, and
+  Matrix adapter_out;                  // (R, O): B with the H-LoRA scaling folded in; stored as weight is
+  const int32_t* expert_of = nullptr;  // (R) or null, as in cuda.h
   const float* route_bias = nullptr;   // (E) or null, as in cuda.h
   float* y = nullptr;                  // (S, O)
   void* workspace = nullptr;           // of HLoraPrefillWorkspaceBytes; holds nothing between calls
@@ -23,7 +23,7 @@ struct HLoraPrefillArguments {
 
 int64_t HLoraPrefillWorkspaceBytes(const HLoraPrefillArguments& arguments);
 
-// x and gate(x R) * (x A) are rounded to 16 bits, and integer weights too (float16): as the original computes. Sums and
+// x and gate(x R) * (x A) are rounded to 16 bits, as in the original, and so are integer weights (to float16). Sums and
 // the gate are float32.
 Status HLoraPrefill(const HLoraPrefillArguments& arguments, Stream stream);
 

@@ -1,8 +1,9 @@
 // From stored weights to operands of the tensor cores, in registers: no weight passes through shared memory.
 //
-// A warp reads 16 channels of kLaneOutputs * 8 outputs at a time. Lane 4 g + t reads channels 4 t to 4 t + 3 of the
-// outputs from g * kLaneOutputs on: as many adjacent bytes of four rows of the matrix, and just what it has to bring to
-// the products itself. (Which channel stands at which column of a product is free, as long as x stands likewise.)
+// A warp reads 16 channels of kLaneOutputs * 8 outputs at a time. Lane 4 g + t reads channels 4 t to 4 t + 3 of
+// kLaneOutputs outputs from g * kLaneOutputs on: adjacent bytes in four rows of the matrix. These are exactly the
+// weights that this lane needs for the products. (Channels may be assigned to a product's columns in any order, as long
+// as x uses the same order.)
 #pragma once
 
 #include "cuda/tensor_cores.cuh"
@@ -12,7 +13,7 @@ namespace healthgpt::cuda {
 
 constexpr int kStepChannels = 16;
 
-// A matrix as a kernel gets it.
+// A matrix as kernels take it.
 struct Weights {
   const void* values = nullptr;
   const float* scales = nullptr;
@@ -20,8 +21,8 @@ struct Weights {
   int outputs = 0;
   int64_t stride = 0;
   int block_size = 0;
-  bool is_aligned = false;          // every row begins where a lane's load may
-  bool scales_are_aligned = false;  // four of them may be loaded at once
+  bool is_aligned = false;          // wide loads may read every row
+  bool scales_are_aligned = false;  // four scales may be loaded at once
 };
 
 template <Storage storage>
@@ -39,7 +40,7 @@ struct FloatFormat {
   }
   static constexpr int kElementBits = 16;
 
-  // Each unpacking gives the left operands of kUnpacked products, in the order of their outputs: two to a product.
+  // Unpack gives the left operands of kUnpacked products, each of two outputs, in the order of the outputs.
   static constexpr int kUnpacked = 1;
   __device__ static void Unpack(const uint32_t (&words)[4][4], int j, Left (&left)[1]) {
     left[0] = {Permute(words[0][j], words[1][j], 0x5410), Permute(words[0][j], words[1][j], 0x7632),
@@ -51,7 +52,8 @@ struct Format<Storage::kFloat16> : FloatFormat<Half> {};
 template <>
 struct Format<Storage::kBFloat16> : FloatFormat<BFloat16> {};
 
-// Integers become float16, which holds them exactly: put into the last places of 1024 they are 1024 more.
+// Integers become float16, which holds them exactly. Written into the low bits of the number 1024, an integer n gives
+// 1024 + n.
 template <>
 struct Format<Storage::kInt8> {
   using Number = Half;
@@ -64,7 +66,7 @@ struct Format<Storage::kInt8> {
 
   // Outputs 4 q to 4 q + 3 at two channels.
   __device__ static void Pair(uint32_t first, uint32_t second, uint32_t (&halves)[4]) {
-    first ^= 0x80808080u;  // 128 more, and no sign
+    first ^= 0x80808080u;  // adds 128, so that no byte is negative
     second ^= 0x80808080u;
     const uint32_t low = Permute(first, second, 0x5140), high = Permute(first, second, 0x7362);
     const uint32_t raised[4] = {Permute(low, 0x64646464u, 0x4140), Permute(low, 0x64646464u, 0x4342),
@@ -93,12 +95,12 @@ struct Format<Storage::kInt4> {
     return static_cast<const uint8_t*>(values)[at / 2] >> (at % 2 * 4) & 15u;
   }
 
-  // Four outputs at two channels, from their nibbles in the two halves of `nibbles`. With its sign flipped a nibble is
-  // 8 more.
+  // Four outputs at two channels, whose nibbles are in the two halves of `nibbles`. Flipping a nibble's sign bit
+  // adds 8.
   __device__ static void Quad(uint32_t nibbles, uint32_t (&halves)[4]) {
     for (int i = 0; i < 4; i += 2, nibbles >>= 8) {
       halves[i] = SubtractHalves(AndXor(nibbles, 0x000F000Fu, 0x64086408u), 0x64086408u);  // 1024 + 8
-      // 16 times as much, where the nibble stands: times 1/16, less 64 + 8.
+      // This nibble counts 16 times as much where it stands: multiply by 1/16, then subtract 64 + 8.
       halves[i + 1] = MultiplyAddHalves(AndXor(nibbles, 0x00F000F0u, 0x64806480u), 0x2C002C00u, 0xD480D480u);
     }
   }
@@ -113,7 +115,7 @@ struct Format<Storage::kInt4> {
   }
 };
 
-// A lane's words of one channel, gathered number by number; zeros, which count for nothing, outside the matrix.
+// A lane's words of one channel, gathered number by number, with zeros outside the matrix.
 template <class Format, int kWords>
 __device__ inline void GatherChannel(const Weights& weights, int channel, int output, uint32_t (&words)[kWords]) {
   constexpr int kPerWord = 32 / Format::kElementBits;
@@ -122,15 +124,15 @@ __device__ inline void GatherChannel(const Weights& weights, int channel, int ou
     words[word] = 0;
     const int from = output + word * kPerWord, left = channel < weights.channels ? weights.outputs - from : 0;
     const int count = Least(left, kPerWord);
-#pragma unroll 1  // rarely taken: it must not cost the others registers
+#pragma unroll 1  // rarely used: it must not take registers from the usual path
     for (int i = 0; i < count; ++i) {
       words[word] |= Format::Element(weights.values, channel * weights.stride + from + i) << (i * Format::kElementBits);
     }
   }
 }
 
-// A lane's words of a step: of its four channels from `channel` on. Lanes behind the last output load the first ones'
-// instead, and nobody looks at their results.
+// A lane's words of a step: its four channels from `channel` on. Lanes past the last output load the first outputs
+// instead; their results are never used.
 template <class Format>
 struct Step {
   static constexpr int kWords = sizeof(typename Format::Word) / 4;
@@ -144,7 +146,7 @@ struct Step {
       return;
     }
     const int from = (output < weights.outputs ? output : 0) * Format::kElementBits / 8;
-    const auto stride = static_cast<uint32_t>(weights.stride * Format::kElementBits / 8);  // a matrix has below 4 GiB
+    const auto stride = static_cast<uint32_t>(weights.stride * Format::kElementBits / 8);  // a matrix is below 4 GiB
     const uint32_t at = static_cast<uint32_t>(channel + 4 * t) * stride + static_cast<uint32_t>(from);
 #pragma unroll
     for (int c = 0; c < 4; ++c) {

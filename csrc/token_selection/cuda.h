@@ -1,5 +1,5 @@
-// The next token from logits, chosen on the GPU as runtime/decoding.py chooses it: so that a row of codes needs no word
-// with the host. Every replay of a CUDA graph is a step; its number, and what follows from it, is in the GPU's memory.
+// Chooses the next token from logits on the GPU, as runtime/decoding.py does on the host. A row of codes then needs no
+// exchange with the host: every replay of a CUDA graph is one step, and the step's number is in GPU memory.
 #pragma once
 
 #include "cuda/storage.h"
@@ -9,19 +9,19 @@ namespace healthgpt::cuda {
 struct TokenSelectionArguments {
   int64_t batch = 0;
   int64_t rows = 0;                   // N
-  int64_t first_id = 0;               // of row 0
+  int64_t first_id = 0;               // the id of row 0
   const float* logits = nullptr;      // (B, N)
-  const uint32_t* allowed = nullptr;  // (ceil(N / 32)) bits, the first in the lowest; null for all
-  float penalty = 1;                  // of ids that were chosen before
-  uint8_t* seen = nullptr;            // (B, N), 1 for those; null where the penalty is 1
-  float temperature = 0;              // 0 for the largest logit, the first of equal ones
+  const uint32_t* allowed = nullptr;  // (ceil(N / 32)), one bit per row, lowest bit first; null allows all
+  float penalty = 1;                  // above 0, for ids that were chosen before
+  uint8_t* seen = nullptr;            // (B, N), 1 for ids chosen before; may be null if the penalty is 1
+  float temperature = 0;              // 0 takes the largest logit, the first of equal ones
   float top_p = 1;
   int64_t steps = 0;               // T
-  const float* times = nullptr;    // (T, B, N) above 0, exponential, drawn beforehand; null at temperature 0
-  int64_t* step = nullptr;         // (B): a call reads it and adds one; from T on it does nothing
-  int64_t* ids = nullptr;          // (T, B): what was chosen, -1 where a logit was not finite
-  int64_t* token = nullptr;        // (B): the same, for what looks up the embedding
-  int64_t* past_length = nullptr;  // (B) or null: one is added for the token chosen
+  const float* times = nullptr;    // (T, B, N), exponential random numbers above 0; null at temperature 0
+  int64_t* step = nullptr;         // (B): a call reads it and adds one; from T on a call does nothing
+  int64_t* ids = nullptr;          // (T, B): the chosen ids, -1 if a logit was not finite
+  int64_t* token = nullptr;        // (B): the id of this step, for the embedding lookup
+  int64_t* past_length = nullptr;  // (B) or null: increased by one
 };
 
 Status TokenSelection(const TokenSelectionArguments& arguments, Stream stream);

@@ -1,6 +1,7 @@
-// One block per sequence. A sampled token is the winner of a race: the largest of probability / exponential time. Where
-// top_p ends is found without a sort, by a descent through the bytes of the tokens' keys by histograms of probability,
-// in integers, whose sums no order changes.
+// One block per sequence. Sampling is a race: the token with the largest probability / exponential time wins. The limit
+// of top_p is found without a sort. Every token has a key that orders it by score; a radix search fixes one byte of the
+// limit's key at a time, from a histogram of probability mass by that byte. Masses are integers, so their sums do not
+// depend on the order of addition.
 #include "cuda/launch.cuh"
 #include "cuda/numbers.cuh"
 #include "token_selection/cuda.h"
@@ -11,8 +12,8 @@ namespace {
 constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kBins = 256;
-constexpr int kKeyBits = 32 + 24;              // of the score, then of the row
-constexpr float kMassUnit = 1099511627776.0f;  // 2^40: the sum of 2^24 still fits
+constexpr int kKeyBits = 32 + 24;              // score, row
+constexpr float kMassUnit = 1099511627776.0f;  // 2^40: the sum of 2^24 masses fits into 64 bits
 constexpr float kNone = -INFINITY;
 
 struct Best {
@@ -26,11 +27,11 @@ __device__ inline Best Better(const Best& a, const Best& b) {
 struct Memory {
   uint64_t masses[kBins];
   uint64_t sums[kBins / 8];
-  uint64_t before, prefix;  // mass of what comes before the prefix; the key's bytes found so far
+  uint64_t before, prefix;  // the mass of all larger keys; the bytes of the key found so far
   Best largest[kWarps], winners[kWarps];
 };
 
-// A row's logit as it takes part: penalised where it was chosen before, -inf where it may not come.
+// The logit of a row, penalised if it was chosen before; -inf if it is not allowed.
 __device__ inline float ScoreOf(const TokenSelectionArguments& given, int64_t row) {
   const int64_t at = blockIdx.x * given.rows + row;
   float score = given.logits[at];
@@ -39,14 +40,14 @@ __device__ inline float ScoreOf(const TokenSelectionArguments& given, int64_t ro
   return score;
 }
 
-// Larger for larger scores, and of equal ones for the lower row.
+// A larger key for a larger score, and among equal scores for the lower row.
 __device__ inline uint64_t KeyOf(float score, int64_t row) {
   const uint32_t bits = FloatToBits(score + 0.0f);  // -0 counts as 0
   const uint32_t ordered = (bits & 0x80000000u) != 0 ? ~bits : bits | 0x80000000u;
   return static_cast<uint64_t>(ordered) << 24 | (0xFFFFFFu - static_cast<uint64_t>(row));
 }
 
-// The best of all threads' ones, by `of_warps` in shared memory, which nobody else uses.
+// The best of all threads. `of_warps` is shared memory with no other use.
 __device__ inline Best BestOfBlock(Best best, Best (&of_warps)[kWarps]) {
   const auto over_lanes = [&] {
     for (int mask = kWarpSize / 2; mask > 0; mask /= 2) {
@@ -64,7 +65,7 @@ __device__ inline Best BestOfBlock(Best best, Best (&of_warps)[kWarps]) {
   return best;
 }
 
-// The largest score and its row; row -1 where a logit is not finite, or no row may come.
+// The largest score and its row. The row is -1 if a logit is not finite or no row is allowed.
 __device__ inline Best FindBest(const TokenSelectionArguments& given, Memory& memory) {
   Best best = {kNone, given.rows};
   for (int64_t row = threadIdx.x; row < given.rows; row += kThreads) {
@@ -84,7 +85,7 @@ struct Sampler {
   __device__ float weight(float score) const { return expf((score - largest) / given.temperature); }
   __device__ uint64_t mass(float score) const { return static_cast<uint64_t>(weight(score) * kMassUnit); }
 
-  // The masses of the rows whose keys begin with `prefix`, by the next byte.
+  // A histogram of the rows whose keys begin with `prefix`: their masses by the key's next byte.
   __device__ void Count(uint64_t prefix, int shift, Memory& memory) const {
     for (int bin = static_cast<int>(threadIdx.x); bin < kBins; bin += kThreads) memory.masses[bin] = 0;
     SyncThreads();
@@ -100,11 +101,11 @@ struct Sampler {
     uint64_t total = 0;
     Count(0, kKeyBits - 8, memory);
     for (const uint64_t one : memory.masses) total += one;
-    SyncThreads();  // the bins are cleared next
+    SyncThreads();  // before the next Count clears the bins
     return total;
   }
 
-  // The first row, by falling keys, at which the masses reach `goal`.
+  // The row at which the masses, added up from the largest key down, reach `goal`.
   __device__ int64_t Reach(uint64_t goal, Memory& memory) const {
     uint64_t prefix = 0, before = 0;
     for (int shift = kKeyBits - 8; shift >= 0; shift -= 8) {
@@ -130,7 +131,7 @@ struct Sampler {
     return static_cast<int64_t>(0xFFFFFFu - (prefix & 0xFFFFFFu));
   }
 
-  // The key of the last row that belongs to top_p.
+  // The smallest key that belongs to top_p.
   __device__ uint64_t LeastKey(Memory& memory) const {
     if (given.top_p == 1) return 0;
     const uint64_t total = Total(memory);
@@ -161,7 +162,7 @@ __global__ void __launch_bounds__(kThreads, 1) TokenSelectionKernel(TokenSelecti
   if (given.temperature > 0 && row >= 0) {
     row = Sampler{given, best.score}.Draw(given.times + (step * given.batch + sequence) * given.rows, memory);
   }
-  if (threadIdx.x != 0) return;  // all others have read the step and what was seen, before the barriers above
+  if (threadIdx.x != 0) return;  // the others read `step` and `seen` before the barriers above
   const int64_t id = row < 0 ? -1 : row + given.first_id;
   given.ids[step * given.batch + sequence] = id;
   given.token[sequence] = id;
@@ -173,16 +174,18 @@ __global__ void __launch_bounds__(kThreads, 1) TokenSelectionKernel(TokenSelecti
 }  // namespace
 
 Status TokenSelection(const TokenSelectionArguments& given, Stream stream) {
-  if (given.batch < 1 || given.rows < 1 || given.rows > 1 << 24) return "[token_selection] rows must be 1 to 2^24";
+  if (given.batch < 1) return "[token_selection] there must be sequences";
+  if (given.rows < 1 || given.rows > 1 << 24) return "[token_selection] rows must be 1 to 2^24";
   if (!(given.temperature >= 0) || !(given.top_p > 0) || given.top_p > 1) {
     return "[token_selection] temperature must be 0 or more, top_p above 0 and at most 1";
   }
   if (given.temperature > 0 && given.times == nullptr) return "[token_selection] sampling needs random times";
-  if (given.penalty != 1 && given.seen == nullptr) return "[token_selection] a penalty needs what was seen";
+  if (!(given.penalty > 0)) return "[token_selection] the penalty must be above 0";
+  if (given.penalty != 1 && given.seen == nullptr) return "[token_selection] a penalty needs the ids seen before";
   if (given.step == nullptr || given.ids == nullptr || given.token == nullptr || given.logits == nullptr) {
     return "[token_selection] logits, step, ids and token must be given";
   }
-  return Launch(TokenSelectionKernel, dim3(static_cast<unsigned>(given.batch)), dim3(kThreads), stream, given);
+  return Launch(TokenSelectionKernel, Grid{given.batch}, dim3(kThreads), stream, given);
 }
 
 }  // namespace healthgpt::cuda

@@ -1,5 +1,5 @@
-// What stands between the convolutions of the VQGAN's decoder, on a GPU and channels-last: the convolutions are left to
-// a library. B batch, P positions, C channels, h and w rows and columns of the smaller image.
+// The operations between the convolutions of the VQGAN's decoder, channels-last. A library does the convolutions. B
+// batch, P positions, C channels, h and w rows and columns of the smaller image.
 #pragma once
 
 #include "cuda/storage.h"
@@ -13,26 +13,27 @@ struct GroupNormArguments {
   const float* weight = nullptr;        // (C)
   const float* bias = nullptr;          // (C)
   float epsilon = 0;
-  bool swish = false;           // times its own sigmoid
+  bool swish = false;           // multiply the result by its own sigmoid
   void* y = nullptr;            // (B, P, C), may be x
-  void* workspace = nullptr;    // of GroupNormWorkspaceBytes, zeros before the first of its calls
-  int64_t workspace_bytes = 0;  // one workspace serves all that follow each other in a stream
+  void* workspace = nullptr;    // of GroupNormWorkspaceBytes, set to zero before its first use
+  int64_t workspace_bytes = 0;  // calls that follow each other in a stream can share one workspace
 };
 
 int64_t GroupNormWorkspaceBytes(const GroupNormArguments& arguments);
 
-// Two launches. Mean and variance are float32 sums of differences from a number of the group's own.
+// Two launches. Mean and variance are float32 sums of differences from one of the group's own numbers.
 Status GroupNorm(const GroupNormArguments& arguments, Stream stream);
 
 struct PhaseInterleaveArguments {
-  int64_t batch = 0, height = 0, width = 0, channels = 0;  // h, w: of the image before it is doubled
+  int64_t batch = 0, height = 0, width = 0, channels = 0;  // h and w, before doubling
   Storage storage = Storage::kFloat16;
   const void* phases = nullptr;  // (B, h + 1, w + 1, 2, 2, C)
   void* image = nullptr;         // (B, 2 h, 2 w, C)
 };
 
-// image[2 i - 1 + y, 2 j - 1 + x] = phases[i, j, y, x], less what lies outside: the end of an upsampling convolution
-// that was computed on the small image (export/fold.py, upsample_kernel, with its outputs ordered (y, x, o)).
+// image[2 i - 1 + y, 2 j - 1 + x] = phases[i, j, y, x], without the positions outside the image. This ends an
+// upsampling convolution that was computed on the small image (export/fold.py, upsample_kernel, with its outputs
+// ordered (y, x, o)).
 Status PhaseInterleave(const PhaseInterleaveArguments& arguments, Stream stream);
 
 struct ImageLevelsArguments {
@@ -42,7 +43,7 @@ struct ImageLevelsArguments {
   uint8_t* image = nullptr;  // (count)
 };
 
-// (clamp(x, -1, 1) + 1) / 2 * 255, truncated as the original does. NaN, which no clamp mends, becomes 0.
+// (clamp(x, -1, 1) + 1) / 2 * 255, truncated like the original. NaN becomes 0.
 Status ImageLevels(const ImageLevelsArguments& arguments, Stream stream);
 
 }  // namespace healthgpt::cuda

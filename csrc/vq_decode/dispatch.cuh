@@ -1,4 +1,4 @@
-// From how images are stored to the kernel for it.
+// From the storage type of images to the kernel for it.
 #pragma once
 
 #include "cuda/numbers.cuh"
@@ -6,7 +6,7 @@
 
 namespace healthgpt::cuda {
 
-// function(Number()) for the storage's number, or a status that says that there is none.
+// Returns function(Number()) for the number type of `storage`, or an error if images cannot have this type.
 template <class Function>
 Status ForImages(Storage storage, const Function& function) {
   switch (storage) {

@@ -1,5 +1,5 @@
-// Group normalisation with swish. The first launch measures slabs of positions, a warp per group, and the last block of
-// a picture puts the slabs together in order (Chan et al., 1979); the second normalises.
+// Group normalisation with swish. The first launch computes the moments of slabs of positions, with a warp per group;
+// the last block of a picture combines the slabs in order (Chan et al., 1979). The second launch normalises.
 #include "cuda/launch.cuh"
 #include "vq_decode/cuda.h"
 #include "vq_decode/dispatch.cuh"
@@ -8,12 +8,12 @@ namespace healthgpt::cuda {
 namespace {
 
 constexpr int kWarps = 8;
-constexpr int kSlabPositions = 64;  // at least
+constexpr int kSlabPositions = 64;  // at least, where a picture has so many
 constexpr int64_t kMostSlabs = 128;
-constexpr int64_t kTilePositions = 32;  // of a block that normalises
+constexpr int64_t kTilePositions = 32;  // normalised by one block
 
 struct Moments {
-  float count, mean, squares;  // squares: of the differences from the mean
+  float count, mean, squares;  // squares: the sum of squared differences from the mean
 };
 
 struct Slabs {
@@ -26,7 +26,7 @@ Slabs SlabsOf(const GroupNormArguments& given) {
   return {CeilDivide(given.positions, positions), positions};
 }
 
-// The moments of two sets together.
+// The moments of the union of two sets.
 __device__ inline Moments Join(const Moments& a, const Moments& b) {
   const float count = a.count + b.count, share = b.count / count, difference = b.mean - a.mean;
   return {count, a.mean + difference * share, a.squares + b.squares + difference * difference * a.count * share};
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kWarpSize* kWarps, 1)
   }
 }
 
-// What the workspace holds, in floats from its start: counters, then each group's factors, then the slabs' moments.
+// The workspace's layout, in floats from its start: counters, the groups' factors, the slabs' moments.
 int64_t FactorsAt(const GroupNormArguments& given) { return CeilDivide(given.batch, 4) * 4; }
 int64_t MomentsAt(const GroupNormArguments& given) { return FactorsAt(given) + 2 * given.batch * given.groups; }
 
@@ -112,17 +112,15 @@ Status GroupNorm(const GroupNormArguments& given, Stream stream) {
     return "[group_norm] the workspace is too small";
   }
   const Slabs slabs = SlabsOf(given);
-  const auto batch = static_cast<unsigned>(given.batch);
   float* const memory = static_cast<float*>(given.workspace);
   float *const factors = memory + FactorsAt(given), *const moments = memory + MomentsAt(given);
   return ForImages(given.storage, [&](auto number) -> Status {
     using Number = decltype(number);
-    const Status status =
-        Launch(GroupMomentsKernel<Number>, dim3(static_cast<unsigned>(slabs.count), batch), dim3(kWarpSize * kWarps),
-               stream, given, slabs, static_cast<int*>(given.workspace), moments, factors);
+    const Status status = Launch(GroupMomentsKernel<Number>, Grid{slabs.count, given.batch}, dim3(kWarpSize * kWarps),
+                                 stream, given, slabs, static_cast<int*>(given.workspace), moments, factors);
     if (status != nullptr) return status;
-    const auto tiles = static_cast<unsigned>(CeilDivide(given.positions, kTilePositions));
-    return Launch(GroupNormKernel<Number>, dim3(tiles, batch), dim3(kWarpSize, kWarps), stream, given,
+    const Grid grid = {CeilDivide(given.positions, kTilePositions), given.batch};
+    return Launch(GroupNormKernel<Number>, grid, dim3(kWarpSize, kWarps), stream, given,
                   static_cast<const float*>(factors));
   });
 }

@@ -1,4 +1,4 @@
-// Pixels put where they belong, and turned into levels.
+// The last steps to a picture: interleaving the phases of an upsampling, and levels of 8 bits.
 #include "cuda/launch.cuh"
 #include "vq_decode/cuda.h"
 #include "vq_decode/dispatch.cuh"
@@ -9,7 +9,7 @@ namespace {
 constexpr int kWarps = 8;
 constexpr int kThreads = 256;
 
-// A warp per pixel of the image, which it copies from one phase.
+// A warp copies one pixel of the image from its phase.
 template <class Word>
 __global__ void __launch_bounds__(kWarpSize* kWarps, 1)
     PhaseInterleaveKernel(PhaseInterleaveArguments given, int64_t words) {
@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kThreads, 1) ImageLevelsKernel(ImageLevelsArgu
   AllowNext();
   const int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (at >= given.count) return;
-  // fmaxf gives the other number for NaN.
+  // fmaxf of NaN and a number is the number.
   const float value = fminf(fmaxf(ToFloat(static_cast<const Number*>(given.x)[at]), -1.0f), 1.0f);
   given.image[at] = static_cast<uint8_t>((value + 1.0f) / 2.0f * 255.0f);
 }
@@ -44,8 +44,8 @@ Status PhaseInterleave(const PhaseInterleaveArguments& given, Stream stream) {
   }
   return ForImages(given.storage, [&](auto number) -> Status {
     using Number = decltype(number);
-    const auto blocks = static_cast<unsigned>(CeilDivide(4 * given.height * given.width, kWarps));
-    const dim3 grid(blocks, static_cast<unsigned>(given.batch)), block(kWarpSize, kWarps);
+    const Grid grid = {CeilDivide(4 * given.height * given.width, kWarps), given.batch};
+    const dim3 block(kWarpSize, kWarps);
     const int64_t bytes = given.channels * static_cast<int64_t>(sizeof(Number));
     const auto address = reinterpret_cast<uintptr_t>(given.phases) | reinterpret_cast<uintptr_t>(given.image);
     if (bytes % 16 == 0 && address % 16 == 0) {
@@ -58,8 +58,8 @@ Status PhaseInterleave(const PhaseInterleaveArguments& given, Stream stream) {
 Status ImageLevels(const ImageLevelsArguments& given, Stream stream) {
   if (given.count < 1) return "[image_levels] there is no picture";
   return ForImages(given.storage, [&](auto number) -> Status {
-    const auto blocks = static_cast<unsigned>(CeilDivide(given.count, kThreads));
-    return Launch(ImageLevelsKernel<decltype(number)>, dim3(blocks), dim3(kThreads), stream, given);
+    const Grid grid = {CeilDivide(given.count, kThreads)};
+    return Launch(ImageLevelsKernel<decltype(number)>, grid, dim3(kThreads), stream, given);
   });
 }
 

@@ -21,13 +21,13 @@ namespace healthgpt::cuda::host {
 namespace {
 
 constexpr size_t kStackBytes = 128 << 10;
-constexpr size_t kBlocksAtOnce = 3;      // shuffled
-constexpr uint32_t kSlowWarps = 16;      // one in so many
+constexpr size_t kBlocksAtOnce = 3;      // in a shuffled schedule
+constexpr uint32_t kSlowWarps = 16;      // one warp of this many is slow
 constexpr unsigned char kPoison = 0xFF;  // NaN in every floating-point type
 
 enum class State { kReady, kAtBarrier, kInExchange, kDone };
 
-// Where what is left goes on. Kept by the compiler: the C library's swapcontext calls the system at every switch.
+// Where a paused fiber continues, for __builtin_setjmp: the C library's swapcontext makes a system call every time.
 using Place = void* [5];
 
 struct Fiber {
@@ -42,13 +42,13 @@ struct Fiber {
 };
 
 struct Warp {
-  // What its lanes brought to their last two exchanges: none is overwritten before all have read it.
+  // The values of the last two exchanges. Two, so that no value is overwritten before all lanes have read it.
   unsigned char slots[2][kWarp][kMostExchanged];
   size_t bytes[kWarp];
   uint32_t priority = 0;
 };
 
-// Where a block runs: its fibers and warps begin at these.
+// A block that runs, with the first of its fibers and of its warps.
 struct Slot {
   size_t first_fiber, first_warp;
   dim3 index;
@@ -72,7 +72,7 @@ size_t scheduler_bytes = 0;
 const std::function<void()>* running_kernel = nullptr;
 size_t current = 0;
 
-// The sanitizer has to know whose stack it looks at.
+// The address sanitizer must be told about every change of stacks.
 void BeginSwitch([[maybe_unused]] void** kept, [[maybe_unused]] const void* stack, [[maybe_unused]] size_t bytes) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(kept, stack, bytes);
@@ -84,8 +84,9 @@ void EndSwitch([[maybe_unused]] void* kept, [[maybe_unused]] const void** from, 
 #endif
 }
 
-// Functions of their own: one that comes back keeps its caller's registers, and GCC wants the jump in another. Not
-// instrumented: at a jump the address sanitizer would forget the bounds of all that is on the stack.
+// Functions of their own, because GCC wants setjmp and longjmp in different functions, and a call preserves the
+// caller's registers. They are not instrumented: at a jump the address sanitizer would forget the bounds of everything
+// on the stack.
 #define SWITCH __attribute__((noinline, no_sanitize("address", "undefined"))) void
 SWITCH Enter(Place& from, const ucontext_t& beginning) {
   if (__builtin_setjmp(from) == 0) setcontext(&beginning);
@@ -103,7 +104,7 @@ void Pause(State state) {
   EndSwitch(self.sanitizer_state, nullptr, nullptr);
 }
 
-// A fiber outlives a block: it waits to be given another thread to be.
+// A fiber outlives its block: after the kernel it pauses until it is resumed as a thread of another block.
 void RunThreads() {
   EndSwitch(nullptr, &scheduler_stack, &scheduler_bytes);
   for (;;) {
@@ -148,12 +149,12 @@ std::vector<size_t> Arranged(size_t count) {
 }
 
 [[noreturn]] void Fail(const std::string& message) {
-  fibers.clear();  // they stand in the middle of a kernel
+  fibers.clear();  // they are paused inside a kernel and cannot be reused
   throw std::logic_error("[cuda host] " + message + " in block " + std::to_string(blockIdx.x) + ", " +
                          std::to_string(blockIdx.y) + ", " + std::to_string(blockIdx.z));
 }
 
-// Whether a warp can go on; it can from an exchange once all its lanes are there.
+// Whether a warp can run. From an exchange it can once all its lanes are there.
 bool CanGoOn(size_t warp) {
   const auto lane = [&](size_t i) -> Fiber& { return *fibers[warp * kWarp + i]; };
   size_t exchanging = 0;
@@ -169,7 +170,7 @@ bool CanGoOn(size_t warp) {
   return true;
 }
 
-// One step of a warp: every lane that can goes on to where it next meets others.
+// One step of a warp: every lane that can run does, up to its next barrier or exchange.
 void Advance(const Slot& slot, size_t warp) {
   blockIdx = slot.index;
   for (size_t lane : Arranged(kWarp)) {
@@ -201,7 +202,7 @@ void Begin(Slot& slot, dim3 index) {
   DrawPriorities(slot);
 }
 
-// Where no warp of a block can go on: all are at a barrier, and pass it, or are done.
+// Called when no warp of a block can run: all threads pass their barrier, or all are done.
 void MeetOrEnd(Slot& slot) {
   size_t waiting = 0, done = 0;
   for (size_t i = 0; i < block_threads; ++i) {
@@ -222,8 +223,8 @@ void MeetOrEnd(Slot& slot) {
   DrawPriorities(slot);
 }
 
-// One step of the first warp, by priority, that can go on. A block none of whose warps can is past its barrier at once,
-// however far others are.
+// One step of the warp with the best priority that can run. A block whose warps all wait passes its barrier at once,
+// however far the other blocks are.
 void Step() {
   const Slot* chosen_slot = nullptr;
   size_t chosen = 0;
@@ -263,7 +264,7 @@ void SyncThreads(const char* file, int line) {
 void* SharedMemory(size_t bytes) {
   Slot& slot = slots[current / block_threads];
   if (slot.shared == nullptr) {
-    slot.shared.reset(new unsigned char[bytes]);  // of this size exactly: the sanitizer knows its end
+    slot.shared.reset(new unsigned char[bytes]);  // exactly this size, so that the sanitizer knows the end
     std::memset(slot.shared.get(), kPoison, bytes);
     slot.shared_bytes = bytes;
   }

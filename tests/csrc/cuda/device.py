@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,12 @@ class Device:
 
     def get(self, array: Any) -> np.ndarray:
         return array if self.is_host else array.cpu().numpy()
+
+    def claiming(self, array: Any, shape: tuple[int, ...]) -> Any:
+        """The array under a shape larger than its memory, for what must refuse the shape before it reads."""
+        name = "__array_interface__" if self.is_host else "__cuda_array_interface__"
+        interface = getattr(array, name) | {"shape": shape, "strides": None}
+        return SimpleNamespace(**{name: interface}, owner=array)
 
     def poisoned(self, *shape: int, dtype: Any = np.float32) -> Any:
         """An output nobody has written yet."""

@@ -147,7 +147,8 @@ def test_wrong_settings_are_named(device):
         ({"temperature": -1.0}, "temperature must be 0 or more"),
         ({"temperature": 1.0}, "sampling needs random times"),
         ({"top_p": 0.0}, "top_p above 0"),
-        ({"penalty": 2.0}, "a penalty needs what was seen"),
+        ({"penalty": 2.0}, "a penalty needs the ids seen before"),
+        ({"penalty": 0.0}, "the penalty must be above 0"),
         ({"allowed": device.put(np.zeros(2, np.int32))}, r"allowed must be \[1\], got \[2\]"),
     ):
         with pytest.raises(ValueError, match=message):
