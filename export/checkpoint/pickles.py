@@ -14,12 +14,13 @@ from healthgpt_edge.errors import CheckpointError
 
 from .files import Entry, TensorSource, label, one_line, require_file, require_finite
 
-# The pickled description of the tensors, without their values; XL32's plugin needs about 200 kB.
+# The pickle describes the tensors and holds none of their values. XL32's plugin needs about 200 kB.
 MAX_PICKLE_BYTES = 64 << 20
-# Mapped pages stay resident once touched, so a mapping is renewed after this many bytes.
+# Mapped pages stay in memory once they are read, so the file is mapped anew after this many bytes.
 RENEW_MAPPING_BYTES = 64 << 20
 
-# Packages that a Lightning file names beside its weights (callbacks, schedulers, hyperparameters). Never imported.
+# Packages whose objects a Lightning file holds beside its weights: callbacks, schedulers, hyperparameters. None of them
+# is imported.
 TRAINING_PACKAGES = frozenset(
     {"argparse", "lightning", "lightning_fabric", "numpy", "omegaconf", "pathlib", "pytorch_lightning", "taming"}
 )
@@ -37,25 +38,25 @@ class Inert:
 
 
 def empty(*_: object) -> dict[str, object]:
-    """Stands in for collections.defaultdict, which omegaconf keeps beside every hyperparameter."""
+    """Stands in for collections.defaultdict, which omegaconf stores with every hyperparameter."""
     return {}
 
 
 def stand_in(name: str) -> tuple[Callable[..., object], str] | None:
-    """What stands in for the global `name` of a Lightning file; None if the name does not belong there."""
+    """The stand-in for the global `name` of a Lightning file; None if such a file has no reason to name it."""
     if name == "collections.defaultdict":
         return empty, name
     if name.split(".")[0] not in TRAINING_PACKAGES and name not in TRAINING_TYPES:
         return None
-    # torch sets items only on plain dictionaries, but hyperparameters come as a subclass.
+    # Hyperparameters are a subclass of dict, but torch's reader sets items only on dict and OrderedDict.
     return (OrderedDict if name.endswith("Dict") else Inert), name
 
 
 class PickleSource(TensorSource):
-    """A mapped torch file, read with weights_only: the tensors of `section`, or of the top level.
+    """The tensors of a torch file's `section`, or of its top level. The file is mapped and read with weights_only.
 
-    With `lightning`, classes of training frameworks become `Inert` objects; nothing is imported. Any other global that
-    torch does not allow raises a CheckpointError.
+    With `lightning`, objects of training frameworks become `Inert`, and nothing is imported. Any other global that torch
+    does not allow raises a CheckpointError.
     """
 
     def __init__(self, path: Path, section: str | None = None, lightning: bool = False) -> None:
@@ -92,7 +93,7 @@ class PickleSource(TensorSource):
                 content = torch.load(str(self.path), map_location="cpu", weights_only=True, mmap=True)
         except CheckpointError:
             raise
-        except Exception as error:  # a hostile or damaged file can make the reader raise anything
+        except Exception as error:  # a hostile or damaged file can make torch's reader raise anything
             raise CheckpointError(f"{label(self.path)}: expected a torch file, found {one_line(error)}") from error
         if self._section is not None:
             if not isinstance(content, dict) or self._section not in content:
@@ -102,7 +103,7 @@ class PickleSource(TensorSource):
 
 
 def check_archive(path: Path) -> None:
-    """Refuse what mapping cannot read: the legacy torch format, compressed entries, an oversized description."""
+    """Refuse files that cannot be mapped (the legacy format, compressed entries) and pickles that are too large."""
     with require_file(path).open("rb") as file:
         is_archive = file.read(4) == b"PK\3\4"
     if not is_archive:
@@ -126,7 +127,7 @@ def check_archive(path: Path) -> None:
 
 
 def require_tensors(path: Path, content: object) -> dict[str, torch.Tensor]:
-    """`content`, if it is a flat dictionary of names to plain dense tensors. Raises CheckpointError otherwise."""
+    """`content`, if it is a flat dictionary from names to dense tensors. Raises CheckpointError otherwise."""
     if not isinstance(content, dict):
         raise CheckpointError(f"{label(path)}: expected a dictionary of tensors, found {type(content).__name__}")
     for key, tensor in content.items():
@@ -137,4 +138,8 @@ def require_tensors(path: Path, content: object) -> dict[str, torch.Tensor]:
         if tensor.layout != torch.strided or tensor.device.type != "cpu":
             found = f"layout {tensor.layout} on {tensor.device.type}"
             raise CheckpointError(f"{label(path)}: {key}: expected a dense tensor, found {found}")
+        # With strides of 0, a few bytes of a file can claim any size, and reading the tensor would allocate it.
+        size_bytes, stored_bytes = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
+        if size_bytes > stored_bytes:
+            raise CheckpointError(f"{label(path)}: {key}: expected {size_bytes} bytes of values, found {stored_bytes}")
     return {key: tensor.detach() for key, tensor in content.items()}

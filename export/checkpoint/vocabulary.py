@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,14 +14,14 @@ from .fields import Fields
 from .files import label, read_bytes, read_json
 from .language import MAX_VOCABULARY, Architecture
 
-# The tokens that HealthGPT adds beside its codes: start, end, pixel newline.
+# HealthGPT adds three tokens besides its codes: start, end, pixel newline.
 MARKERS = 3
 TEMPLATES: dict[Architecture, tuple[str, ...]] = {"phi3": ("phi3", "phi4"), "qwen2": ("qwen",)}
 
 
 @dataclass(frozen=True, slots=True)
 class SpecialTokens:
-    """The ids of the tokens that HealthGPT adds after the base's: start, the codes, end, pixel newline."""
+    """The ids of the tokens that HealthGPT adds after those of the base: start, the codes, end, pixel newline."""
 
     start: int
     codes: int
@@ -55,16 +56,13 @@ def infer_template(base: Path, architecture: Architecture, template: str | None)
 
 
 def tokenizer_size(base: Path) -> int:
-    """len(tokenizer) of the slow tokenizer, without loading it: the vocabulary file and the added tokens after it."""
+    """len() of the slow tokenizer, computed without it: the size of its vocabulary and the added tokens after that."""
     pieces, model = base / "vocab.json", base / "tokenizer.model"
     size = _sentencepiece_size(model) if model.is_file() else len(read_json(pieces))
     added: dict[int, str] = {}
-    for path, decoder in _added_tokens(base):
-        for token_id, content in decoder.items():
-            if added.setdefault(token_id, content) != content:
-                raise CheckpointError(
-                    f"{label(path)}: token {token_id}: expected {added[token_id]!r}, found {content!r}"
-                )
+    for path, token_id, content in _added_tokens(base):
+        if added.setdefault(token_id, content) != content:
+            raise CheckpointError(f"{label(path)}: token {token_id}: expected {added[token_id]!r}, found {content!r}")
     new = sorted(token_id for token_id in added if token_id >= size)
     if new != list(range(size, size + len(new))):
         gap = next(token_id for expected, token_id in enumerate(new, size) if token_id != expected)
@@ -75,7 +73,7 @@ def tokenizer_size(base: Path) -> int:
 
 
 def token_id_of(decoder: Fields, key: str) -> int:
-    """The id that a key of added_tokens_decoder stands for."""
+    """The id that a key of added_tokens_decoder names."""
     if not (key.isascii() and key.isdecimal() and len(key) < 10 and int(key) < MAX_VOCABULARY):
         raise decoder.error(key, "a token id", key)
     return int(key)
@@ -90,22 +88,19 @@ def _sentencepiece_size(path: Path) -> int:
     return int(processor.get_piece_size())
 
 
-def _added_tokens(base: Path) -> list[tuple[Path, dict[int, str]]]:
-    """Id to text of the added tokens, from both files that may list them."""
-    found = []
+def _added_tokens(base: Path) -> Iterator[tuple[Path, int, str]]:
+    """File, id and text of each added token, from both files that may list them."""
     config = base / "tokenizer_config.json"
     fields = Fields(config, read_json(config))
     if "added_tokens_decoder" in fields.values:
         decoder = fields.section("added_tokens_decoder")
-        listed = {}
         for key in decoder.values:
             content = decoder.section(key).values.get("content")
             if not isinstance(content, str):
                 raise decoder.error(key, "an added token with its content", content)
-            listed[token_id_of(decoder, key)] = content
-        found.append((config, listed))
+            yield config, token_id_of(decoder, key), content
     extra = base / "added_tokens.json"
     if extra.is_file():
         fields = Fields(extra, read_json(extra))
-        found.append((extra, {fields.integer(text, 0, MAX_VOCABULARY): text for text in fields.values}))
-    return found
+        for text in fields.values:
+            yield extra, fields.integer(text, 0, MAX_VOCABULARY), text

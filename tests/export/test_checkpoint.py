@@ -432,6 +432,12 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         lambda root: edit_json(root / BASE / "added_tokens.json", setting("<|new|>", 410)),
         f"{BASE}/added_tokens.json: token 410: expected '<|user|>', found '<|new|>'",
     ),
+    "an id of two added tokens": (
+        lambda root: edit_json(
+            root / BASE / "added_tokens.json", lambda added: added.update({"<|new|>": 411, "<|other|>": 411})
+        ),
+        f"{BASE}/added_tokens.json: token 411: expected '<|new|>', found '<|other|>'",
+    ),
     "added token with an id of many digits": (
         lambda root: edit_json(
             root / BASE / "tokenizer_config.json", setting("added_tokens_decoder/" + "9" * 5000, {"content": "<|new|>"})
@@ -579,6 +585,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         lambda root: torch.save({"a": torch.ones(3, device="meta")}, root / COM),
         f"{COM}: a: expected a dense tensor, found layout torch.strided on meta",
     ),
+    "plugin of one value said to be a billion": (
+        lambda root: torch.save({"a": torch.ones(1).expand(1 << 15, 1 << 15)}, root / COM),
+        f"{COM}: a: expected 4294967296 bytes of values, found 4",
+    ),
     "plugin truncated": (
         lambda root: truncate(root / GEN),
         f"{GEN}: expected a whole torch file, found BadZipFile",
@@ -639,6 +649,16 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
             + "model: *i\n"
         ),
         "ckpt/model.yaml: model: expected an object, found [[[[[[[...",
+    ),
+    "vqgan description of a billion merges": (
+        lambda root: (root / VQGAN / "model.yaml").write_text(
+            "a: &a {k: 1}\n"
+            + "".join(
+                f"{b}: &{b} {{<<: [{','.join(['*' + a] * 9)}]}}\n"
+                for a, b in zip("abcdefghij", "bcdefghijk", strict=True)
+            )
+        ),
+        "ckpt/model.yaml: model: expected an object, found None",
     ),
     "vqgan description of a number without digits": (
         lambda root: as_yaml(root, "n_embed: 64", 'n_embed: !!int ""'),
