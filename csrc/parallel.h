@@ -1,5 +1,5 @@
-// How a launcher spreads its work over threads without knowing whose threads they are: ONNX Runtime's own pool inside
-// a session, a pool of the caller's in Python. One pool per process is in use at a time, so none is oversubscribed.
+// How a launcher distributes its work over threads that belong to its caller: ONNX Runtime's pool inside a session, a
+// pool of the binding in Python. Only one pool is in use at a time, so the processor is not oversubscribed.
 #pragma once
 
 #include <cstddef>
@@ -13,7 +13,7 @@ class Parallel {
   using Run = void (*)(void* pool, size_t count, Task task, void* state);
 
   Parallel(void* pool, Run run) : pool_(pool), run_(run) {}
-  // All on the calling thread.
+  // Runs everything on the calling thread.
   Parallel() : Parallel(nullptr, nullptr) {}
 
   template <class Function>

@@ -1,16 +1,16 @@
-// Working memory that is kept: a decode step allocates nothing once its buffers have grown.
+// Working memory that is kept between calls: once the buffers have grown, a decode step allocates nothing.
 #pragma once
 
 #include <cstddef>
 
 namespace healthgpt {
 
-// kCall belongs to the launcher's own thread for one call, kTask to whichever thread runs a task of it.
+// kCall is for the launcher's thread during one call, kTask for a thread that runs one of the call's tasks.
 enum class Scratch { kCall, kTask };
 
-// At least `bytes` of this thread's memory, aligned to 64 bytes. Asking again for the same purpose gives the same
-// memory. If the system has none left, std::bad_alloc of kCall; of kTask the end of the program, for a pool's thread
-// has nobody to tell: a task takes a few MB at most, so it is a call's that runs out.
+// At least `bytes` bytes of this thread's memory, aligned to 64 bytes. Another request for the same purpose gives the
+// same memory. If there is not enough memory, kCall throws std::bad_alloc and kTask ends the program, because a pool's
+// thread cannot report an error. A task needs a few MB at most, so in practice it is kCall that fails.
 void* ScratchMemory(Scratch purpose, size_t bytes);
 
 }  // namespace healthgpt

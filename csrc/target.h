@@ -1,18 +1,18 @@
-// The instruction sets that the kernels are written for, and which of them this machine has.
+// The instruction sets that the kernels are written for, and the choice of one at run time.
 #pragma once
 
 namespace healthgpt {
 
-// kPortable runs everywhere; the others are ordered from the slower to the faster.
+// kPortable runs everywhere. The others are ordered from slower to faster.
 enum class Target { kPortable, kNeon, kAvx2, kAvxVnni, kAvx512 };
 
-// Whether this build, processor and operating system have it.
+// Whether this build, the processor and the operating system support it.
 bool IsSupported(Target target);
 
 // The fastest supported one.
 Target BestTarget();
 
-// A function compiled once per target, or null where this build has none for it.
+// A function compiled once per target; null for targets that this build does not have.
 template <class Function>
 struct PerTarget {
   Function portable, neon, avx2, avx_vnni, avx512;
@@ -32,7 +32,7 @@ struct PerTarget {
   }
 };
 
-// The PerTarget of the kernels NamePortable, NameAvx512 and so on that this machine's processors may run.
+// The PerTarget of the kernels NamePortable, NameAvx512 and so on that exist for this processor architecture.
 #if defined(__x86_64__)
 #define TARGET_KERNELS(Name) \
   PerTarget<Name##Kernel*> { Name##Portable, nullptr, Name##Avx2, Name##AvxVnni, Name##Avx512 }

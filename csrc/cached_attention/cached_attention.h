@@ -1,7 +1,7 @@
 // Rotary positions, cache append and attention over the cache: the node healthgpt::CachedAttention.
 //
-// Raw pointers only, as in hlora_linear.h. B batch, S new tokens, H query heads, K key/value heads (H is a multiple of
-// K), D head size (even), M cache capacity.
+// It takes raw pointers, like hlora_linear.h. B batch, S new tokens, H query heads, K key/value heads (H is a multiple
+// of K), D head size (even), M cache capacity.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ namespace healthgpt {
 
 struct CachedAttentionArguments {
   int64_t batch = 0, tokens = 0, heads = 0, kv_heads = 0, head_size = 0, capacity = 0;
-  int64_t window = 0;                    // earlier positions seen besides the own one; 0 for all
+  int64_t window = 0;                    // how many earlier positions a position sees besides itself; 0 for all
   const int64_t* past_length = nullptr;  // (B): filled rows of the caches; past_length + S <= M
   const float* query = nullptr;          // (B, S, H * D)
   const float* key = nullptr;            // (B, S, K * D)
@@ -23,13 +23,13 @@ struct CachedAttentionArguments {
   Storage cache = Storage::kFloat32;     // or kFloat16, or kInt8 with a scale for each row of D
   void* keys = nullptr;                  // (B, K, M, D): the new rows are written at past_length
   void* values = nullptr;                // (B, K, M, D)
-  float* key_scales = nullptr;           // (B, K, M), null but for kInt8
+  float* key_scales = nullptr;           // (B, K, M) for kInt8, otherwise null
   float* value_scales = nullptr;         // (B, K, M)
   float* output = nullptr;               // (B, S, H * D)
 };
 
-// Arithmetic is float32 whatever the caches hold. A position's result depends neither on how many positions are in
-// the call, nor on M, nor on the threads, to the last bit.
+// Arithmetic is float32 for all types of caches. A position's bits depend neither on how many positions are in the
+// call, nor on M, nor on the threads.
 void CachedAttention(const CachedAttentionArguments& arguments, const Parallel& parallel, Target target = BestTarget());
 
 }  // namespace healthgpt

@@ -1,4 +1,4 @@
-// Keys and values as the caches keep them: float32, float16, or bytes with a scale per row.
+// Keys and values as the caches store them: float32, float16, or int8 with a scale per row.
 #pragma once
 
 #include "cached_attention/cached_attention.h"
@@ -14,7 +14,7 @@ constexpr int64_t kLanes = Simd::kLanes;
 
 int64_t CacheBytes(Storage cache) { return cache == Storage::kInt8 ? 1 : cache == Storage::kFloat16 ? 2 : 4; }
 
-// One row to bytes in [-127, 127]. Returns what a step is worth; what is not finite makes it not finite.
+// Quantises a row to [-127, 127] and returns its scale. If a value is not finite, neither is the scale.
 float RoundRow(const float* from, int64_t size, int8_t* to) {
   Floats largest = Simd::Repeat(0.0f), poison = Simd::Repeat(0.0f);
   const auto load = [&](int64_t i) { return Simd::Load(from + i, static_cast<int>(Min(kLanes, size - i))); };
@@ -41,7 +41,7 @@ void StoreHalves(const float* from, int64_t size, uint16_t* to) {
   }
 }
 
-// One row of `size` numbers; `scale` is where bytes keep theirs.
+// Stores a row of `size` numbers in a cache; for int8 also its scale.
 void StoreCached(Storage cache, const float* from, int64_t size, void* to, float* scale) {
   if (cache == Storage::kInt8) {
     *scale = RoundRow(from, size, static_cast<int8_t*>(to));
@@ -52,7 +52,7 @@ void StoreCached(Storage cache, const float* from, int64_t size, void* to, float
   }
 }
 
-// A vector of `count` numbers from `at` on, then zeros; bytes are still to be multiplied with their row's scale.
+// A vector of `count` numbers from `at` on, then zeros. Numbers of int8 are not multiplied by their row's scale.
 template <Storage storage>
 SIMD_INLINE Floats LoadVector(const void* from, int64_t at, int count = kLanes) {
   if constexpr (storage == Storage::kInt8) {
@@ -68,10 +68,11 @@ SIMD_INLINE Floats LoadVector(const void* from, int64_t at, int count = kLanes) 
   }
 }
 
-// `count` cached rows of `size` numbers, widened to rows of `width` with zeros, without their scales.
+// Copies `count` cached rows of `size` numbers, converted to float32 and padded with zeros to `width`, without their
+// scales.
 template <Storage storage>
 void LoadCached(const void* from, int64_t count, int64_t size, int64_t width, float* to) {
-  if (size == width) {  // nothing between the rows: they are one
+  if (size == width) {  // without padding the rows are like one long row
     size *= count;
     count = 1;
   }
@@ -83,7 +84,7 @@ void LoadCached(const void* from, int64_t count, int64_t size, int64_t width, fl
   }
 }
 
-// `numbers` (count) times the scales of as many rows.
+// Multiplies `count` numbers by as many scales.
 void MultiplyByScales(float* numbers, const float* scales, int64_t count) {
   for (int64_t i = 0; i < count; i += kLanes) {
     const Floats scale = Simd::Load(scales + i, static_cast<int>(Min(kLanes, count - i)));

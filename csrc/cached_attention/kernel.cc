@@ -1,9 +1,9 @@
 // The kernel of CachedAttention, compiled once per target (simd/simd.h).
 //
-// A task takes rows of one key/value head: a row is one query head at one position, and all query heads of the group
-// read the same keys. Keys go by in blocks of kKeys from position 0, with a running softmax (Dao et al., 2022, arXiv
-// 2205.14135): a row's sums are always made in that order, whatever else is in the call. Keys and values of bytes are
-// multiplied as they are; the scales of keys go into the scores, those of values into the shares.
+// A task takes rows of one key/value head. A row is one query head at one position; all query heads of a group read the
+// same keys. Keys are taken in blocks of kKeys from position 0 on, with a running softmax (Dao et al., 2022, arXiv
+// 2205.14135), so a row's sums always have the same order. The numbers of int8 caches are multiplied without their
+// scales: those of keys are multiplied into the scores, those of values into the softmax's weights ("shares").
 #include "cached_attention/caches.h"
 #include "cached_attention/target_kernels.h"
 #include "scratch.h"
@@ -15,28 +15,28 @@ namespace healthgpt {
 namespace {
 
 constexpr int64_t kKeys = 64;         // positions per block
-constexpr int64_t kRowsPerTask = 64;  // so many share the widening of a block
-// So many rows of queries go through the keys at once, and of shares through the values.
+constexpr int64_t kRowsPerTask = 64;  // they share the widening of a block
+// Rows that are multiplied at once with keys, and with values.
 constexpr int kQueriesAtOnce = Simd::kInRegisters ? 3 : 1;
 constexpr int kRowsAtOnce = Simd::kInRegisters ? 6 : 4;
-// As many rows or fewer read the caches as they lie, which widens a number once for every kQueriesAtOnce rows. For more
-// of them measured with AVX2 alone.
+// Up to this many rows read the caches in place, which widens every number once per kQueriesAtOnce rows. The value 24
+// was measured with AVX2 only.
 constexpr int64_t kRowsInPlace = !Simd::kInRegisters ? 2 : Simd::kRegisters >= 32 ? kQueriesAtOnce : 24;
 constexpr float kNone = -__builtin_inff();
 
-// Vectors of sums for so many rows that registers hold beside shares or values.
+// Vectors of sums per row that fit into registers with `rows` rows, beside shares or values.
 constexpr int VectorsAtOnce(int rows) {
   if (Simd::kRegisters >= 32) return 4;
   return rows == 1 ? 8 : rows == 2 ? 6 : rows == 3 ? 4 : 2;
 }
 
-// Keys whose sums for so many rows registers hold beside a vector of each row.
+// Keys whose sums fit into registers with `rows` rows, beside a vector of each row.
 constexpr int KeysAtOnce(int rows) {
   const int most = Simd::kRegisters >= 32 ? 8 : 4;
   return rows == 1 || kLanes < most ? kLanes : most;
 }
 
-// Rotary positions: the first half of a head is turned against the second.
+// Rotary positions: number i of a head's first half is rotated with number i of its second half.
 void Rotate(const float* head, const float* cosine, const float* sine, int64_t size, float scale, float* to) {
   const int64_t half = size / 2;
   for (int64_t i = 0; i < half; ++i) {
@@ -54,7 +54,7 @@ struct Head {
   int64_t past;
 
   int64_t position(int64_t row) const { return past + row / group; }
-  // The first and the last key that a row sees.
+  // The first key that a row sees. The last one is its own position.
   int64_t first(int64_t row) const { return arguments.window > 0 ? Max(0, position(row) - arguments.window) : 0; }
   int64_t cached_row(int64_t position) const {
     return (batch * arguments.kv_heads + head) * arguments.capacity + position;
@@ -62,7 +62,7 @@ struct Head {
   char* cached(void* cache, int64_t position) const {
     return static_cast<char*>(cache) + cached_row(position) * arguments.head_size * CacheBytes(arguments.cache);
   }
-  // Null where the caches have no scales.
+  // Null if the caches have no scales.
   float* scales(float* of_all, int64_t position) const {
     return arguments.cache == Storage::kInt8 ? of_all + cached_row(position) : nullptr;
   }
@@ -81,14 +81,14 @@ void Append(const Head& head, float* rotated) {
   }
 }
 
-// Keys or values of one block: widened to float32 in the first cache, or in place where few rows read whole vectors.
+// Keys or values of one block: a float32 copy in the L1 cache, or in place.
 struct Block {
   const void* at;
   int64_t stride;  // numbers between two positions
 };
 
-// What is read next: as many rows as the block has, each of so many bytes. It is fetched row by row meanwhile, for a
-// burst of fetches would hold up the loads behind it.
+// What to prefetch: as many rows as the block has, of row_bytes each. They are prefetched one by one during the
+// arithmetic, because a burst of prefetches would delay the loads after it.
 struct Next {
   const char* at;
   int64_t row_bytes;
@@ -100,8 +100,8 @@ struct Next {
   }
 };
 
-// scores (rows, kKeys) = queries (rows, width) times each key of the block. What lies behind its last key
-// counts for nothing.
+// scores (kRows, kKeys) = queries (kRows, width) times each key of the block. Scores past the last key are arbitrary
+// and not used.
 template <Storage storage, int kRows>
 void Score(const float* queries, const Block& keys, int64_t count, int64_t width, const Next& next, float* scores) {
   constexpr int kCount = KeysAtOnce(kRows);
@@ -132,8 +132,8 @@ void Score(const float* queries, const Block& keys, int64_t count, int64_t width
   }
 }
 
-// totals (rows, width) = totals * corrections + shares (rows, kKeys) times the values of the block, for kCount vectors
-// of the width from `at` on.
+// totals (kRows, width) = totals * corrections + shares (kRows, kKeys) times the values of the block, for kCount
+// vectors of the width from `at` on.
 template <Storage storage, int kRows, int kCount>
 void AddValues(const float* shares, const Block& values, int64_t count, int64_t at, int64_t width, const Next& next,
                const float* corrections, float* totals) {
@@ -146,7 +146,7 @@ void AddValues(const float* shares, const Block& values, int64_t count, int64_t 
   });
   for (int64_t key = 0; key < count; ++key) {
     next.Fetch(key, 1);
-    // Registers hold all of what there is less of, shares or values, and one of the other.
+    // Registers hold all shares and one value, or all values and one share, whichever takes fewer.
     if constexpr (kRows < kCount) {
       Floats share[kRows];
       Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA { share[r] = Simd::Repeat(shares[r * kKeys + key]); });
@@ -176,7 +176,7 @@ void AddValues(const float* shares, const Block& values, int64_t count, int64_t 
   });
 }
 
-// AddValues from `at` on to the end, as many vectors at a time as registers have sums for, then the rest.
+// AddValues from `at` to the end of the width: kCount vectors at a time, then smaller numbers for the rest.
 template <Storage storage, int kRows, int kCount = VectorsAtOnce(kRows)>
 void AddAllValues(const float* shares, const Block& values, int64_t count, int64_t width, const Next& next,
                   const float* corrections, float* totals, int64_t at) {
@@ -188,7 +188,7 @@ void AddAllValues(const float* shares, const Block& values, int64_t count, int64
   }
 }
 
-// All rows of a task with one block of keys, and of values.
+// Score for all rows of a task.
 template <Storage storage>
 void ScoreRows(const float* query, int64_t rows, const Block& keys, int64_t count, int64_t width, const Next& next,
                float* scores) {
@@ -198,6 +198,7 @@ void ScoreRows(const float* query, int64_t rows, const Block& keys, int64_t coun
   }
 }
 
+// AddAllValues for all rows of a task.
 template <Storage storage>
 void AddRows(const float* shares, int64_t rows, const Block& values, int64_t count, int64_t width, const Next& next,
              const float* corrections, float* totals) {
@@ -209,8 +210,8 @@ void AddRows(const float* shares, int64_t rows, const Block& values, int64_t cou
   }
 }
 
-// A row's scores of one block to shares of its running softmax. Keys outside [first, end) of the block have none.
-// Returns the factor for what was summed before.
+// Turns a row's scores of one block into shares of its running softmax. Keys outside [first, end) of the block get 0.
+// Returns the factor for the earlier blocks' sums.
 float Share(float* scores, int64_t first, int64_t end, float* largest, float* total) {
   if (first >= end) {
     for (int64_t i = 0; i < kKeys; i += kLanes) Simd::Store(scores + i, Simd::Repeat(0.0f));
@@ -227,7 +228,7 @@ float Share(float* scores, int64_t first, int64_t end, float* largest, float* to
   for (int64_t i = end; i < kKeys; ++i) scores[i] = 0.0f;
   Floats sums = Simd::Load(scores);
   for (int64_t i = kLanes; i < kKeys; i += kLanes) sums = Simd::Add(sums, Simd::Load(scores + i));
-  // Nothing was summed before the first block.
+  // Before the first block there are no sums.
   const float correction = before == kNone ? 0.0f : __builtin_expf(before - now);
   *total = *total * correction + Simd::Sum(sums);
   *largest = now;
@@ -260,7 +261,7 @@ void Attend(const Head& head, int64_t begin, int64_t count, float* memory) {
   const int64_t last = head.position(begin + count - 1);
   for (int64_t start = head.first(begin) / kKeys * kKeys; start <= last; start += kKeys) {
     const int64_t keys = Min(kKeys, last + 1 - start);
-    // Whole blocks of whole vectors are widened only if that changes anything and many rows will read them. The numbers
+    // Whole blocks of whole vectors are read in place, unless they are not float32 and many rows read them. The results
     // are the same.
     const bool few = count <= kRowsInPlace || cache == Storage::kFloat32;
     const bool in_place = few && keys == kKeys && size == width;
@@ -271,7 +272,7 @@ void Attend(const Head& head, int64_t begin, int64_t count, float* memory) {
     };
     const float* key_scales = head.scales(given.key_scales, start);
     const float* value_scales = head.scales(given.value_scales, start);
-    // What is read next is fetched meanwhile: the values of this block, then the keys of the next.
+    // Prefetch what comes next: the values of this block, then the keys of the next block.
     const int64_t row_bytes = size * CacheBytes(cache);
     const auto score = in_place ? ScoreRows<cache> : ScoreRows<Storage::kFloat32>;
     score(query, count, open(given.keys), keys, width, {head.cached(given.values, start), row_bytes}, scores);
@@ -313,13 +314,13 @@ void SIMD_KERNEL(CachedAttention)(const CachedAttentionArguments& arguments, con
   const auto attend = arguments.cache == Storage::kInt8      ? Attend<Storage::kInt8>
                       : arguments.cache == Storage::kFloat16 ? Attend<Storage::kFloat16>
                                                              : Attend<Storage::kFloat32>;
-  // A head's rows need all its new keys: where they are one task it appends them itself.
+  // A head's rows need all its new keys. If they are a single task, that task appends the keys.
   if (chunks > 1) {
     parallel(static_cast<size_t>(heads), [&](size_t index) { Append(head_of(static_cast<int64_t>(index)), memory()); });
   }
   parallel(static_cast<size_t>(heads * chunks), [&](size_t index) {
     const Head head = head_of(static_cast<int64_t>(index) / chunks);
-    // The last rows see the most keys: they start first, so that no thread is left with them at the end.
+    // The last rows see the most keys. They start first, so that no thread is left with them at the end.
     const int64_t begin = (chunks - 1 - static_cast<int64_t>(index) % chunks) * kRowsPerTask;
     if (chunks == 1) Append(head, memory());
     attend(head, begin, Min(kRowsPerTask, rows - begin), memory());

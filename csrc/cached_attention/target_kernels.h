@@ -1,4 +1,4 @@
-// The kernels of CachedAttention: kernel.cc is compiled to one per target.
+// The kernels of CachedAttention, one per target, all compiled from kernel.cc.
 #pragma once
 
 #include "cached_attention/cached_attention.h"

@@ -17,7 +17,7 @@ using Clock = std::chrono::steady_clock;
 constexpr int kWindows = 5;
 constexpr double kWindowSeconds = 0.05;
 
-// Threads that are waited for, also where the system has no more of them and starting one throws.
+// Threads that are joined in any case, also if starting another one throws.
 struct Team {
   std::vector<std::thread> threads;
   ~Team() {
@@ -29,8 +29,8 @@ struct Team {
   }
 };
 
-// Sums what every thread does per second: unit(thread) does some work and returns how much, again and again for one
-// window. The best window counts.
+// The sum of all threads' work per second, in the best window. unit(thread) does some work and returns the amount; each
+// thread calls it again and again for one window.
 template <class Unit>
 double BestRate(int threads, Unit unit) {
   double best = 0;
@@ -62,7 +62,7 @@ CeilingLoops BestLoops() {
 
 double ReadBandwidth(int threads, int64_t bytes) {
   const size_t share = static_cast<size_t>(bytes) / sizeof(uint64_t) / static_cast<size_t>(threads);
-  // Not std::vector: pages have to be touched first by the thread that reads them.
+  // Not std::vector, which would touch the pages: each must be touched first by the thread that reads it.
   const std::unique_ptr<uint64_t[]> buffer(new uint64_t[share * static_cast<size_t>(threads)]);
   const auto part = [&](int thread) { return buffer.get() + share * static_cast<size_t>(thread); };
   Team().Start(threads, [&](int thread) { std::memset(part(thread), 1, share * sizeof(uint64_t)); });

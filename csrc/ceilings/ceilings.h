@@ -1,23 +1,23 @@
-// What the machine can do at most, measured: the denominators of a benchmark's shares.
+// The machine's measured limits, which benchmarks compare with.
 //
-// Loops that do nothing else. Each takes the best of several short windows, so that other work on the machine
-// lowers a ceiling as little as possible. Threads are the ceiling's own and end with the call.
+// Each is a loop that does nothing else. The best of several short windows counts, so that other work on the machine
+// lowers a result as little as possible. Each call starts threads of its own and ends them.
 #pragma once
 
 #include <cstdint>
 
 namespace healthgpt {
 
-// Bytes per second that `threads` threads together read from a buffer of `bytes`, each its own part in order. The
-// buffer has to be much larger than the last-level cache, or it is the cache that is measured. Its pages are small,
-// like those of the mapped weight files.
+// Bytes per second that `threads` threads together read from a buffer of `bytes` bytes, each its own part in order. The
+// buffer must be much larger than the last-level cache; otherwise the cache is measured. Its pages are small, like
+// those of the mapped weight files.
 double ReadBandwidth(int threads, int64_t bytes);
 
-// Operations per second (a multiplication and an addition are two) of the kernels' products of bytes with 4-bit
-// weights, unpacked, into int32: operands in registers, in the order of instructions that the target has for them.
+// Operations per second (a multiplication and an addition are two) of the kernels' products of bytes with unpacked
+// 4-bit weights, summed in int32. All operands are in registers; the instructions are those that the kernels use.
 double Int8Rate(int threads);
 
-// The same of float32 multiply-adds.
+// The same for float32 multiply-adds.
 double Float32Rate(int threads);
 
 }  // namespace healthgpt

@@ -1,20 +1,20 @@
-// The loops of the ceilings, compiled once per target, like the kernels whose ceilings they are.
+// The loops of the ceilings, compiled once per target like the kernels that they are limits of.
 #include "ceilings/target_kernels.h"
 #include "simd/simd.h"
 
 namespace healthgpt {
 namespace {
 
-// Enough independent sums to hide the latency of an instruction that starts twice a cycle.
+// Enough independent sums to hide the latency of an instruction with a throughput of two per cycle.
 constexpr int kSums = 12;
 constexpr int kRounds = 20000;
 
-// Products of 4-bit weights, which no target makes slower than those of bytes. The operands are held anew for every
-// product: a compiler that knows them would make each product once, before the loop.
+// Products with 4-bit weights, which on every target are at least as fast as those with bytes. SIMD_HOLD hides the
+// operands from the compiler, which would otherwise move the products out of the loop.
 template <class Target>
 double Int8(const void*, size_t) {
   constexpr bool kInPairs = Target::kPairsPerSum4 > 1;
-  constexpr int kSumsHeld = kInPairs ? kSums / 2 : kSums;  // the sums of pairs need registers, too
+  constexpr int kSumsHeld = kInPairs ? kSums / 2 : kSums;  // the sums of pairs also need registers
   const int8_t fours[] = {3, 3, 3, 3, -2, -2, -2, -2};
   Simd::Bytes weights = Simd::EvenNibbles(Simd::Repeat4(fours)), x = Simd::Repeat4(fours + 4);
   Simd::Ints sums[kSumsHeld], pairs[kSumsHeld];

@@ -1,4 +1,4 @@
-// The loops of the ceilings: kernel.cc is compiled to one set per target.
+// The loops of the ceilings, one set per target, all compiled from kernel.cc.
 #pragma once
 
 #include <cstddef>
@@ -7,7 +7,7 @@
 
 namespace healthgpt {
 
-// Each does some work and returns how much: operations, or bytes of the memory it is given.
+// Each does some work and returns the amount: operations, or bytes read from `memory`.
 struct CeilingLoops {
   using Loop = double (*)(const void* memory, size_t bytes);
   Loop int8, float32, read;

@@ -1,12 +1,12 @@
 // The kernel of Convolution, compiled once per target (simd/simd.h).
 //
-// The outputs are cut into tiles of 4x4 pixels (winograd.h). A task has a band of tile rows and a part of the output
-// channels, and shares nothing with the others:
-//   1. the pixels that its band sees, normalised and swished, once, with zeros around the picture;
-//   2. its part of the weights, transformed: 36 matrices (C, part);
-//   3. for some tiles at a time, so that all stays in the second cache: inputs transformed, 36 products, outputs
-//      transformed back, with the bias and what is added to them.
-// The transforms of 1 and 2 are made again by every task that needs them; together they are a few hundredths of 3.
+// The outputs are divided into tiles of 4x4 pixels (winograd.h). A task computes a band of tile rows for a part of the
+// output channels. It shares nothing with other tasks:
+//   1. It normalises the input pixels of its band, applies swish, and pads the picture with zeros.
+//   2. It transforms its part of the weights into 36 matrices (C, part).
+//   3. For some tiles at a time, which fit into the L2 cache, it transforms the inputs, computes the 36 products,
+//      transforms the outputs back, and adds bias and residual.
+// Tasks repeat steps 1 and 2 for each other; together these take a few hundredths of the time of step 3.
 #include "convolution/target_kernels.h"
 #include "convolution/winograd.h"
 #include "scratch.h"
@@ -18,35 +18,36 @@ namespace healthgpt {
 namespace {
 
 constexpr int64_t kLanes = Simd::kLanes;
-constexpr int kVectors = 4;                        // of outputs, times
-constexpr int kTilesAtOnce = kLanes == 8 ? 3 : 6;  // tiles: 24 sums in 32 registers, or 12 in 16
-constexpr int64_t kStrip = kVectors * kLanes;      // outputs
-constexpr int64_t kTilesPerGroup = 24;             // their transformed inputs stay in the second cache
-constexpr int64_t kPad = kLanes;                   // between matrices: at powers of two they would share cache sets
+// Vectors of outputs, and tiles, whose sums are in registers at once: 24 sums in 32 registers, or 12 in 16.
+constexpr int kVectors = 4;
+constexpr int kTilesAtOnce = kLanes == 8 ? 3 : 6;
+constexpr int64_t kStrip = kVectors * kLanes;  // outputs
+constexpr int64_t kTilesPerGroup = 24;         // whose transformed inputs stay in the L2 cache
+constexpr int64_t kPad = kLanes;               // between matrices: at powers of two they would share cache sets
 constexpr int64_t kOutputsPerTask = 128;
-constexpr int64_t kTilesPerTask = 256;  // at least, where the picture has them
-constexpr int64_t kRowsPerSum = 4;      // rows of pixels in one partial sum of the normalisation
+constexpr int64_t kTilesPerTask = 256;  // at least, if the picture has so many
+constexpr int64_t kRowsPerSum = 4;      // rows of pixels in a partial sum of the normalisation
 
-// x scale + shift, then x sigmoid(x).
+// swish(x scale + shift), where swish(x) = x sigmoid(x).
 SIMD_INLINE Floats NormSwish(Floats x, Floats scale, Floats shift) {
   x = Simd::MultiplyAdd(x, scale, shift);
   const Floats one = Simd::Repeat(1.0f);
-  // Where x is so small that e^-x would be infinite, the result is 0 but for some 1e-36.
+  // The limit keeps e^-x finite. Below it, the result would be 0 to about 1e-36 anyway.
   return Simd::Divide(x, Simd::Add(one, Exp(Scaled(-1.0f, Simd::Max(Simd::Repeat(-87.0f), x)))));
 }
 
 SIMD_INLINE Floats LoadWeights(const float* from, int count) { return Simd::Load(from, count); }
 SIMD_INLINE Floats LoadWeights(const uint16_t* from, int count) { return Simd::LoadHalf(from, count); }
 
-// How a convolution is cut, by its shape alone.
+// How a convolution is divided into tasks, by its shape alone.
 struct Cut {
   int64_t height, width;            // of y
   int64_t tile_rows, tile_columns;  // of 4x4 outputs
   int64_t rows;                     // tile rows of a band
-  int64_t bands, parts, part;       // part: outputs of a task, whole vectors
-  // Numbers from one of the 36 matrices of a task to the next: of inputs, weights and products.
+  int64_t bands, parts, part;       // part: the outputs of a task, in whole vectors
+  // Elements from one of a task's 36 matrices to the next, for inputs, weights and products.
   int64_t input_size, weight_size, product_size;
-  int64_t input_row;  // and from one tile of the inputs to the next
+  int64_t input_row;  // elements from one tile of the inputs to the next
 
   explicit Cut(const ConvolutionArguments& given) {
     height = given.height * given.enlarge;
@@ -65,7 +66,7 @@ struct Cut {
   }
 };
 
-// One call, and its normalisation: activation = swish(x scale + shift), per picture and channel.
+// One call, with its normalisation swish(x scale + shift) per picture and channel.
 struct Call {
   const ConvolutionArguments& given;
   Cut cut;
@@ -75,8 +76,8 @@ struct Call {
 
   // --- normalisation ---
 
-  // sums, squares (C): over some rows of pixels, of the difference to the picture's first pixel, which keeps a large
-  // mean from drowning the variance.
+  // sums and squares (C) over some rows of pixels. They are of the differences from the picture's first pixel, so that
+  // a large mean does not cancel the variance's digits.
   void Sum(int64_t image, int64_t first_row, int64_t end_row, double* sums, double* squares) const {
     const float* picture = given.x + image * given.height * given.width * given.channels;
     float* row_sums = static_cast<float*>(ScratchMemory(Scratch::kTask, static_cast<size_t>(2 * channels * 4)));
@@ -100,7 +101,7 @@ struct Call {
     }
   }
 
-  // scale and shift of one group of one picture, from the partial sums (pieces, 2, C).
+  // Computes scale and shift of one group of one picture from the partial sums (pieces, 2, C).
   void Norm(int64_t image, int64_t group, const double* partial, int64_t pieces) const {
     const int64_t size = given.channels / given.groups, from = group * size;
     const float* first = given.x + image * given.height * given.width * given.channels;
@@ -112,7 +113,7 @@ struct Call {
         sum += partial[piece * 2 * given.channels + c];
         squares += partial[(piece * 2 + 1) * given.channels + c];
       }
-      // Back from the difference to the first pixel's channel, but relative to the group's first number.
+      // From the difference to the first pixel's channel c to the difference to its channel `from`.
       const double offset = static_cast<double>(first[c]) - first[from], average = sum / pixels;
       mean += (average + offset) / static_cast<double>(size);
       square += (squares / pixels + 2.0 * offset * average + offset * offset) / static_cast<double>(size);
@@ -130,7 +131,7 @@ struct Call {
 
   // --- a task ---
 
-  // to (4 rows + 2, 4 tile_columns + 2, channels): what the tiles from tile row `first` on see.
+  // to (4 rows + 2, 4 tile_columns + 2, channels): the activations that `rows` tile rows from `first` on need.
   __attribute__((noinline)) void Activate(int64_t image, int64_t first, int64_t rows, float* to) const {
     const float* picture = given.x + image * given.height * given.width * given.channels;
     const int64_t across = cut.tile_columns * kOutputSide + 2;
@@ -157,7 +158,7 @@ struct Call {
     }
   }
 
-  // to (36, part / kStrip rounded up, C, kStrip): outputs from `first` on; zeros behind the last.
+  // to (36, part / kStrip rounded up, C, kStrip): the weights of outputs from `first` on, with zeros past the last.
   template <class Number>
   __attribute__((noinline)) void TransformWeights(int64_t first, float* to) const {
     const int64_t strips = CeilDivide(cut.part, kStrip), tap = given.channels * given.outputs;
@@ -181,7 +182,7 @@ struct Call {
     }
   }
 
-  // to (36, kTilesPerGroup, channels); zeros for what kTilesAtOnce has behind the last tile.
+  // to (36, kTilesPerGroup, channels), with zeros past the last tile up to a multiple of kTilesAtOnce.
   __attribute__((noinline)) void TransformInputs(const float* activations, int64_t first, int64_t tiles,
                                                  float* to) const {
     const int64_t across = (cut.tile_columns * kOutputSide + 2) * channels;
@@ -205,7 +206,7 @@ struct Call {
     }
   }
 
-  // sums (kTilesAtOnce, part) = x (kTilesAtOnce, channels) times a strip of weights (C, kStrip), `count` vectors of it.
+  // sums (kTilesAtOnce, part) = x (kTilesAtOnce, channels) times `count` vectors of a strip of weights (C, kStrip).
   template <int count>
   static void Multiply(const float* x, int64_t x_stride, const float* weights, int64_t channels, float* sums,
                        int64_t sums_stride) {
@@ -243,7 +244,7 @@ struct Call {
     }
   }
 
-  // y from the products, for outputs from `first_output` on of the tiles from `first` on.
+  // Computes y from the products, for `tiles` tiles from `first` on and outputs from `first_output` on.
   __attribute__((noinline)) void TransformOutputs(const float* products, int64_t image, int64_t first, int64_t tiles,
                                                   int64_t first_output) const {
     for (int64_t tile = 0; tile < tiles; ++tile) {

@@ -1,4 +1,4 @@
-// The kernels of Convolution: kernel.cc is compiled to one per target.
+// The kernels of Convolution, one per target, all compiled from kernel.cc.
 #pragma once
 
 #include "convolution/convolution.h"

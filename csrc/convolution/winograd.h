@@ -1,7 +1,7 @@
-// The three transforms of Winograd's F(4x4, 3x3): 4x4 outputs of a 3x3 kernel from 6x6 inputs by 36 products,
-//   Y = A' [(G g G') * (B' d B)] A      (Lavin and Gray, 2015, arXiv 1509.09308, equation 8; points 0, 1, -1, 2, -2,
-//   inf)
-// Each is applied to vectors, first down the columns, then along the rows.
+// The three transforms of Winograd's F(4x4, 3x3), which computes 4x4 outputs of a 3x3 kernel from 6x6 inputs with 36
+// products (Lavin and Gray, 2015, arXiv 1509.09308, equation 8; points 0, 1, -1, 2, -2, inf):
+//   Y = A' [(G g G') * (B' d B)] A
+// Each transform is applied to vectors, first along the columns, then along the rows.
 #pragma once
 
 #include "simd/simd.h"
@@ -54,8 +54,8 @@ SIMD_INLINE void TransformOutput(const Floats (&m)[6], Floats (&to)[4]) {
   to[3] = Simd::Add(AddScaled(8.0f, difference2, difference1), m[5]);
 }
 
-// store(Constant<row>, Constant<column>, vector) of a transform by both sides, of rows x columns vectors given by
-// load(Constant<row>, Constant<column>).
+// Applies a transform from both sides to the from x from vectors of load(Constant<row>, Constant<column>), and calls
+// store(Constant<row>, Constant<column>, vector) for each of the to x to results.
 template <int from, int to, class Transform, class Load, class Store>
 SIMD_INLINE void TransformBothSides(const Transform& transform, const Load& load, const Store& store) {
   Floats half[from][to];  // by column of the input

@@ -1,4 +1,4 @@
-// Products with float32, float16 and bfloat16 matrices: one float32 sum per output, channel after channel.
+// Products with float32, float16 and bfloat16 matrices: one float32 sum per output, in the order of the channels.
 #pragma once
 
 #include "hlora_linear/input.h"
@@ -17,21 +17,21 @@ SIMD_INLINE Floats LoadFloats(const void* values, int64_t at, int count) {
   }
 }
 
-// Vectors of sums a row may have so that those of `rows` rows leave registers for weights and factors.
+// Vectors of sums per row, so that `rows` rows leave registers for weights and factors.
 constexpr int SumsPerRow(int rows) {
   const int most = Simd::kRegisters * 3 / 4 / rows;
   return most >= kVectors ? kVectors : most >= 4 ? 4 : 2;
 }
 
-// What will be read next: rows of a tile, `stride` bytes apart; from null nothing is fetched.
+// What to prefetch: rows of a tile, `stride` bytes apart. With a null `from`, nothing.
 struct Ahead {
   const char* from;
   int64_t stride;
   int64_t bytes;  // of a row
 };
 
-// The sums at `place` += the tile's `channels` channels, whose first number is at `at` of values, times kRows rows of
-// x.
+// Adds `channels` channels of a tile times kRows rows of x to the sums at `place`. The tile's first number is
+// values[at].
 template <Storage storage, int kRows>
 void MultiplyFloats(const void* values, int64_t at, int64_t stride, int64_t channels, const float* x, int64_t x_stride,
                     const Ahead& ahead, const Sums& sums, int64_t place, int64_t sums_stride) {
@@ -75,7 +75,7 @@ void MultiplyFloats(const void* values, int64_t at, int64_t stride, int64_t chan
   }
 }
 
-// Some channels of a tile as float32 (channels, kTile); past the last output zeros.
+// Converts channels of a tile to float32 (channels, kTile), with zeros past the last output.
 template <Storage storage>
 void Widen(const void* values, int64_t at, int64_t stride, int64_t channels, int columns, float* to) {
   for (int64_t channel = 0; channel < channels; ++channel, at += stride, to += kTile) {
@@ -91,8 +91,8 @@ void Widen(const void* values, int64_t at, int64_t stride, int64_t channels, int
   }
 }
 
-// Few rows go over all tiles four channels at a time, as integers do with eight; more rows take widened tiles of a
-// block.
+// Few rows go over all tiles four channels at a time (integers: eight). More rows use tiles widened to float32, one
+// block of channels at a time.
 template <Storage storage>
 void AddFloatProduct(const Matrix& matrix, const Input& input, int64_t first_block, int64_t end_block, const Part& part,
                      bool added) {
@@ -108,8 +108,8 @@ void AddFloatProduct(const Matrix& matrix, const Input& input, int64_t first_blo
       const int columns = TileColumns(part, tile);
       const int64_t at = channel * matrix.outputs + part.column + tile * kTile;
       const bool in_place = few && columns == kTile;
-      // In place the next four channels of this tile; else the tile to the right, or the first one of the next block,
-      // or of the next part.
+      // Next come, in place, four more channels of this tile. Otherwise it is the tile to the right; after the last
+      // tile the first one of the next block, or of the next part.
       const bool below = channel + kFloatBlock < matrix.channels;
       const int64_t beside = tile + 1 < tiles ? at + kTile
                              : below          ? at + kFloatBlock * matrix.outputs - tile * kTile
@@ -132,7 +132,7 @@ void AddFloatProduct(const Matrix& matrix, const Input& input, int64_t first_blo
                                      MultiplyFloats<wide, 4>, MultiplyFloats<wide, 5>, MultiplyFloats<wide, 6>);
           multiply(widened, 0, kTile, channels, x, input.channels, ahead, sums, place, part.stride);
         }
-        ahead.from = nullptr;  // once is enough
+        ahead.from = nullptr;  // the first rows have prefetched it
       }
     }
   }

@@ -1,6 +1,6 @@
 // y = x W + b + gate(x R) * (x A) B: one H-LoRA linear (HealthGPT, arXiv 2502.09838, section 3.3).
 //
-// Raw pointers only: every integration (pybind11, ONNX Runtime, TensorRT) calls this same launcher. The operands are
+// It takes raw pointers, so that every integration (pybind11, ONNX Runtime) calls the same launcher. The operands are
 // laid out as the exporter writes them for the node healthgpt::HLoraLinear, so the kernels read the mapped file.
 #pragma once
 
@@ -13,8 +13,8 @@ namespace healthgpt {
 
 enum class Storage { kFloat32, kFloat16, kBFloat16, kInt8, kInt4 };
 
-// A matrix (channels, outputs), row by row. int4 holds two neighbouring outputs per byte, the even one in the low
-// bits. Integers stand for scales(channel / block_size, output) * value and have no zero point.
+// A matrix (channels, outputs) in row-major order. int4 holds two neighbouring outputs per byte, the even one in the
+// low bits. An integer stands for scales(channel / block_size, output) * value; there are no zero points.
 struct Matrix {
   const void* values = nullptr;
   const float* scales = nullptr;  // (ceil(channels / block_size), outputs), null for floats
@@ -35,10 +35,9 @@ struct HLoraLinearArguments {
   float* y = nullptr;           // (S, O)
 };
 
-// With integer weights x is rounded to 8 bits per row and block, as ONNX Runtime does it; sums are
-// exact within a block and float32 between blocks. With float weights everything is float32.
-// A row's result depends neither on the other rows of the call nor on the threads, to the last bit.
-// Working memory is kept per thread and reused, see scratch.h.
+// With integer weights x is quantised to 8 bits per row and block, as in ONNX Runtime. Sums are exact within a block
+// and float32 between blocks. With float weights everything is float32. A row's bits depend neither on the other rows
+// of the call nor on the threads. Working memory is kept per thread and reused (scratch.h).
 void HLoraLinear(const HLoraLinearArguments& arguments, const Parallel& parallel, Target target = BestTarget());
 
 }  // namespace healthgpt

@@ -1,4 +1,4 @@
-// What a matrix is multiplied with: rows of floats, and rounded to bytes where the matrix holds integers.
+// The input of a product: rows of floats, also quantised to bytes if the matrix holds integers.
 #pragma once
 
 #include "hlora_linear/part.h"
@@ -6,9 +6,9 @@
 namespace healthgpt {
 namespace {
 
-// Rows of x; for integer matrices also rounded to 8 bits, block by block: block b of row r is at
-// bytes[(b * rows + r) * block_size], filled up with zeros, worth scales[b * rows + r] each; sums are those of the
-// bytes.
+// Rows of x. For integer matrices they are also quantised to 8 bits, block by block: block b of row r begins at
+// bytes[(b * rows + r) * block_size] and is padded with zeros; scales[b * rows + r] is its scale and
+// sums[b * rows + r] the sum of its bytes.
 struct Input {
   const float* values;
   int64_t rows;
@@ -34,7 +34,7 @@ Input PlaceInput(const float* values, int64_t rows, const Matrix& matrix, void* 
   return input;
 }
 
-// One block of one row to bytes in [-127, 127]. What is not finite makes the scale, and so the results, not finite.
+// Quantises one block of a row to [-127, 127]. If a value is not finite, neither is the scale, and so no result.
 void RoundBlock(const float* x, int64_t channels, int64_t block_size, int8_t* bytes, float* scale, int32_t* sum) {
   constexpr int64_t lanes = Simd::kLanes;
   Floats largest = Simd::Repeat(0.0f), poison = Simd::Repeat(0.0f);
@@ -46,7 +46,7 @@ void RoundBlock(const float* x, int64_t channels, int64_t block_size, int8_t* by
   const float range = Simd::Largest(largest);
   *scale = range / 127.0f + Simd::Sum(poison);
   const Floats inverse = Simd::Repeat(range > 1e-30f ? 127.0f / range : 0.0f);
-  Floats total = Simd::Repeat(0.0f);  // of whole numbers: exact, in any order
+  Floats total = Simd::Repeat(0.0f);  // a sum of integers is exact in any order
   for (int64_t i = 0; i < block_size; i += lanes) {
     const int count = static_cast<int>(Max(0, Min(lanes, channels - i)));
     const Floats values = Simd::Multiply(Simd::Load(x + i, count), inverse);
@@ -60,7 +60,7 @@ void RoundBlock(const float* x, int64_t channels, int64_t block_size, int8_t* by
     for (int64_t j = i; j < block_size; ++j) bytes[j] = rounded[j - i];
   }
   const float whole = Simd::Sum(total);
-  *sum = whole == whole ? static_cast<int32_t>(whole) : 0;  // where x is not finite the scale says so
+  *sum = whole == whole ? static_cast<int32_t>(whole) : 0;  // NaN is in the scale as well
 }
 
 void RoundRow(const Input& input, const Matrix& matrix, int64_t row) {

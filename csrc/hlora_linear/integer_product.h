@@ -1,4 +1,4 @@
-// Products with int8 and int4 matrices: x is rounded to bytes, sums within a block are exact.
+// Products with int8 and int4 matrices. x is quantised to bytes, and sums within a block are exact.
 #pragma once
 
 #include "hlora_linear/input.h"
@@ -8,19 +8,19 @@
 namespace healthgpt {
 namespace {
 
-// Bytes of one row of a tile in the file.
+// Bytes of one channel of a tile in the file.
 template <Storage storage>
 constexpr int64_t TileBytes() {
   return storage == Storage::kInt4 ? kTile / 2 : kTile;
 }
 
-// Bytes of a row of `outputs` outputs, an even number for int4.
+// Bytes of a row of `outputs` outputs, which must be an even number for int4.
 template <Storage storage>
 constexpr int64_t RowBytes(int64_t outputs) {
   return storage == Storage::kInt4 ? outputs / 2 : outputs;
 }
 
-// Bytes of a tile's width that will be wanted soon: four times, `stride` apart.
+// Prefetches four channels of a tile, `stride` bytes apart.
 template <Storage storage>
 SIMD_INLINE void Fetch(const uint8_t* from, int64_t stride) {
   for (int64_t i = 0; i < 4; ++i) {
@@ -28,9 +28,9 @@ SIMD_INLINE void Fetch(const uint8_t* from, int64_t stride) {
   }
 }
 
-// Four channels of a tile to eight vectors, each with four channels of kLanes outputs, in the order of Interleave:
-// use(Constant<i>, vector i). Unless it is known to be kWhole, channels from `channels` on are zero, and so are outputs
-// from `columns` on.
+// Loads four channels of a tile as eight vectors, each with four channels of kLanes outputs, in the order of
+// Interleave, and calls use(Constant<i>, vector i). Unless kWhole, channels from `channels` on and outputs from
+// `columns` on are zero.
 template <Storage storage, bool kWhole, class Use>
 SIMD_INLINE void LoadChannels(const uint8_t* from, int64_t stride, int64_t channels, int columns, const Use& use) {
   constexpr int parts = storage == Storage::kInt4 ? 1 : 2;
@@ -59,15 +59,15 @@ SIMD_INLINE void LoadChannels(const uint8_t* from, int64_t stride, int64_t chann
   });
 }
 
-// Whether so many channels of a tile can be loaded whole. What lies behind the outputs belongs to the next channel and
-// counts for nothing, for its scales are zero (TileScales); only the matrix' end must not be passed.
+// Whether `channels` channels of a tile can be loaded whole. Past the outputs come those of the next channel; they do
+// no harm, because their scales are zero (TileScales). Only the end of the matrix must not be passed.
 template <Storage storage>
 SIMD_INLINE bool IsWhole(const Matrix& matrix, const uint8_t* from, int64_t stride, int64_t channels, int columns) {
   const uint8_t* end = static_cast<const uint8_t*>(matrix.values) + matrix.channels * stride;
   return columns == kTile || end - from >= (channels - 1) * stride + TileBytes<storage>();
 }
 
-// Eight vectors in the order of LoadChannels, to that of columns.
+// Eight vectors from the order of LoadChannels to the order of columns.
 template <Storage storage>
 SIMD_INLINE void OrderColumns(Ints (&vectors)[kVectors]) {
   if constexpr (storage == Storage::kInt4) {
@@ -77,7 +77,7 @@ SIMD_INLINE void OrderColumns(Ints (&vectors)[kVectors]) {
   }
 }
 
-// A row of int4 with an odd number of outputs starts inside a byte for every other channel: one value at a time.
+// With an odd number of int4 outputs every other channel starts inside a byte, so values are read one at a time.
 void LoadOddChannels(const uint8_t* from, int64_t first, int64_t stride, int64_t channels, int columns, int32_t* tile) {
   for (int64_t channel = 0; channel < 4; ++channel) {
     for (int64_t column = 0; column < kTile; ++column) {
@@ -89,7 +89,7 @@ void LoadOddChannels(const uint8_t* from, int64_t first, int64_t stride, int64_t
   }
 }
 
-// What is added to the weights of an unpacked tile.
+// The number that was added to the weights of an unpacked tile.
 template <Storage storage>
 constexpr int UnpackedOffset() {
   return storage == Storage::kInt4 ? Simd::kOffset4 : kInPairs ? kPairedOffset8 : Simd::kOffset8;
@@ -100,7 +100,8 @@ SIMD_INLINE Ints Dot(Ints sum, Bytes weights, Bytes x) {
   return storage == Storage::kInt4 ? Simd::Dot4(sum, weights, x) : Simd::Dot8(sum, weights, x);
 }
 
-// Dot products of kRows rows of x with kSums vectors of a tile, of weights in the order of Interleave or of columns.
+// Dot products of kRows rows of x with kSums vectors of a tile, whose weights are in the order of Interleave or of
+// columns.
 template <Storage storage, int kRows, int kSums = kVectors>
 struct Products {
   Ints at[kRows][kSums];
@@ -111,8 +112,8 @@ struct Products {
                            SIMD_INLINE_LAMBDA { at[r][i] = Simd::LoadInts(from + (r * kVectors + i) * Simd::kLanes); });
     });
   }
-  // The first `channels` channels of an unpacked tile of `size` channels, whose vectors for these sums begin at
-  // `weights`. Rows of x lie `size` bytes apart.
+  // Multiplies the first `channels` channels of an unpacked tile of `size` channels. The tile's vectors for these sums
+  // begin at `weights`; rows of x are `size` bytes apart.
   SIMD_INLINE void Multiply(const uint8_t* weights, const int8_t* x, int64_t size, int64_t channels,
                             const int32_t* x_sums) {
     Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA {
@@ -154,7 +155,7 @@ struct Products {
   }
 };
 
-// The scales of a tile; past the last output, `padded` with zeros.
+// The scales of a tile. At the matrix's end they are copied to `padded`, with zeros past the last output.
 SIMD_INLINE const float* TileScales(const Matrix& matrix, const Part& part, int64_t block, int64_t tile,
                                     float* padded) {
   const float* scales = matrix.scales + block * matrix.outputs + part.column + tile * kTile;
@@ -164,14 +165,14 @@ SIMD_INLINE const float* TileScales(const Matrix& matrix, const Part& part, int6
   return padded;
 }
 
-// What eight channels of a tile fetch: eight times a tile's width.
+// What eight channels of a tile prefetch: eight pieces of a tile's width.
 struct Next {
   const uint8_t* from;
   int64_t stride;
 };
 
-// Adds the products of eight channels of whole tiles of int4 to those waiting (tiles, kRows, kTile), where sums of
-// pairs fit in 16 bits and registers are few: the weights of a tile stay packed in eight of them.
+// Adds the products of eight channels of whole int4 tiles to the sums `waiting` (tiles, kRows, kTile). For processors
+// with few registers on which sums of pairs fit in 16 bits: a tile's weights stay packed in eight registers.
 template <class Target, int kRows>
 void AddPackedChannels(const uint8_t* from, int64_t stride, Next next, int64_t next_tile, int64_t tiles,
                        const int8_t* x, int64_t x_stride, int32_t* waiting) {
@@ -203,8 +204,8 @@ void AddPackedChannels(const uint8_t* from, int64_t stride, Next next, int64_t n
   }
 }
 
-// Adds the products of eight channels, or those left, with a tile to those waiting (rows, kTile). The weights stay in
-// registers while the rows go by.
+// Adds the products of up to eight channels of a tile to the sums `waiting` (rows, kTile). The weights stay in
+// registers for all rows.
 template <Storage storage, bool kWhole>
 SIMD_INLINE void AddChannels(const uint8_t* from, int64_t stride, Next next, int64_t channels, int columns,
                              int64_t rows, const int8_t* x, int64_t x_stride, int32_t* waiting) {
@@ -219,7 +220,7 @@ SIMD_INLINE void AddChannels(const uint8_t* from, int64_t stride, Next next, int
     Ints totals[kVectors];
     Unroll<kVectors>([&](auto i) SIMD_INLINE_LAMBDA { totals[i] = Simd::LoadInts(sums + i * Simd::kLanes); });
     Unroll<2>([&](auto half) SIMD_INLINE_LAMBDA {
-      if (!kWhole && channels <= 4 * half) return;  // behind x's last channels of the block lie those of the next
+      if (!kWhole && channels <= 4 * half) return;  // these bytes of x would belong to the next block
       const Bytes bytes = Simd::Repeat4(x + row * x_stride + 4 * half);
       Unroll<kVectors>([&](auto i)
                            SIMD_INLINE_LAMBDA { totals[i] = Dot<storage>(totals[i], weights[half][i], bytes); });
@@ -228,7 +229,7 @@ SIMD_INLINE void AddChannels(const uint8_t* from, int64_t stride, Next next, int
   }
 }
 
-// sums += block `block` times the part's rows, read as the file lies: eight channels at a time over all tiles.
+// sums += block `block` times the part's rows, read in place: eight channels at a time over all tiles.
 template <Storage storage>
 void AddBlockInPlace(const Matrix& matrix, const Input& input, int64_t block, const Part& part, const Sums& sums_of) {
   const int64_t size = matrix.block_size, channels = Min(size, matrix.channels - block * size);
@@ -247,7 +248,7 @@ void AddBlockInPlace(const Matrix& matrix, const Input& input, int64_t block, co
       });
     }
   }
-  // Short rows are fetched in the order of the file, long ones each by itself.
+  // Short rows are prefetched in the order of the file, long rows one by one.
   constexpr int64_t width = TileBytes<storage>();
   const bool in_order = stride < kWideBytes && part.columns == matrix.outputs;
   const int64_t next_stride = in_order ? width : stride, next_tile = in_order ? 8 * width : width;
@@ -289,8 +290,8 @@ void AddBlockInPlace(const Matrix& matrix, const Input& input, int64_t block, co
   }
 }
 
-// The channels of a block for one tile: each 32-bit integer has four channels of a column, in the order of Interleave
-// or of columns. Fetches what lies `ahead` bytes further.
+// Unpacks a block of channels of one tile: each 32-bit integer has four channels of a column. Prefetches the data
+// `ahead` bytes further on.
 template <Storage storage>
 void UnpackTile(const Matrix& matrix, int64_t block, const Part& part, int64_t tile, int64_t ahead) {
   const int64_t size = matrix.block_size, channels = Min(size, matrix.channels - block * size);
@@ -340,7 +341,7 @@ void AddUnpackedTile(const Matrix& matrix, const Input& input, int64_t block, co
   }
 }
 
-// AddUnpackedTile for so many rows, or kRowsAtOnce.
+// AddUnpackedTile for `rows` rows, at most kRowsAtOnce.
 static_assert(kRowsAtOnce == 3 || kRowsAtOnce == 6);
 template <Storage storage>
 SIMD_INLINE auto UnpackedTileAdder(int64_t rows) {
@@ -358,7 +359,7 @@ void AddBlockUnpacked(const Matrix& matrix, const Input& input, int64_t block, c
   const int64_t tiles = part.stride / kTile, next_block = matrix.block_size * RowBytes<storage>(matrix.outputs);
   const int64_t tiles_ahead = Min(kTilesAhead, tiles);
   for (int64_t tile = 0; tile < tiles; ++tile) {
-    // Behind the last tile comes the first of the next block.
+    // After the last tile comes the first tile of the next block.
     const bool wraps = tile + tiles_ahead >= tiles;
     const int64_t ahead = tiles_ahead * TileBytes<storage>() + (wraps ? next_block - tiles * TileBytes<storage>() : 0);
     UnpackTile<storage>(matrix, block, part, tile, ahead);

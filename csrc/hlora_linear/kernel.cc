@@ -1,13 +1,13 @@
 // The kernels of HLoraLinear, compiled once per target (simd/simd.h).
 //
-// A matrix is worked through in tiles of kTile outputs, eight vectors of sums per row. There are two ways through it:
-//   few rows    Bytes are the limit. The file is read as it lies, eight channels at a time over all tiles of the run,
-//               and the sums of all its tiles wait in a cache.
-//   more rows   Arithmetic is. A block of channels of one tile is unpacked once into the first cache, and its sums then
-//               stay in registers for the whole block.
-// Threads share the splits of the channels while the sums of whole runs fit beside each other, and parts of the outputs
-// when the rows are more.
-// Integer sums are exact, and float sums of a row always go block by block in order: hence both give the same bits.
+// A matrix is processed in tiles of kTile outputs, eight vectors of sums per row. There are two ways:
+//   few rows    Memory is the limit. The file is read in place, eight channels at a time over all tiles of a run, and
+//               the sums of all these tiles wait in a cache.
+//   more rows   Arithmetic is the limit. A block of channels of one tile is unpacked once into the L1 cache, and its
+//               sums stay in registers for the whole block.
+// With few rows, threads share the splits of the channels; with more rows, whose sums would not all fit into the
+// caches, they share parts of the outputs. Both ways give the same bits: integer sums are exact, and a row's float sums
+// are always added block by block in order.
 #include "hlora_linear/float_product.h"
 #include "hlora_linear/integer_product.h"
 #include "hlora_linear/target_kernels.h"
@@ -16,9 +16,10 @@
 namespace healthgpt {
 namespace {
 
-constexpr int64_t kRowsInline = 8;  // as many rows or fewer are rounded without calling the pool
+constexpr int64_t kRowsInline = 8;  // up to this many rows are quantised without the thread pool
 
-// The sums of some blocks, a split; `added` to those of the splits before in the part's totals, where it has these.
+// Computes the sums of the blocks of one split. If the part has totals, they are replaced by these sums, or increased
+// by them if `added`.
 void AddProduct(const Matrix& matrix, const Input& input, int64_t first_block, int64_t end_block, const Part& part,
                 bool added = false) {
   switch (matrix.storage) {
@@ -35,8 +36,8 @@ void AddProduct(const Matrix& matrix, const Input& input, int64_t first_block, i
   }
 }
 
-// low (R + E): A x, then the router's logits. Each expert owns R / E neighbouring entries of A x and scales them by
-// its share of the softmax.
+// Applies the gate to one row `low` (R + E): A x, then the router's logits. Each expert owns R / E neighbouring entries
+// of A x, which are multiplied by its share of the softmax.
 void ApplyGate(float* low, int64_t rank, int64_t experts) {
   float* routes = low + rank;
   float largest = routes[0], total = 0.0f;
@@ -52,7 +53,7 @@ void ApplyGate(float* low, int64_t rank, int64_t experts) {
   }
 }
 
-// Memory handed out piece by piece; from a null start it only counts.
+// Hands out memory piece by piece. With a null start it only counts bytes.
 struct Pieces {
   uintptr_t start;
   size_t used = 0;
@@ -64,7 +65,7 @@ struct Pieces {
   }
 };
 
-// Calls task(row) for all rows, by the pool where it pays.
+// Calls task(row) for all rows, on the thread pool if there are enough.
 template <class Function>
 void ForRows(int64_t rows, const Parallel& parallel, Function task) {
   if (rows <= kRowsInline) {
@@ -78,19 +79,19 @@ void ForRows(int64_t rows, const Parallel& parallel, Function task) {
   });
 }
 
-// One call: what it is given, and its working memory.
+// One call: its arguments and its working memory.
 struct Call {
   const HLoraLinearArguments& given;
   const Parallel& parallel;
   int64_t rows, rank, low_size;
   Cut into, weight;
-  Input x = {}, x_into = {}, z = {};  // x as W and as [A;R] take it; the gated A x
-  float* low = nullptr;               // (splits of [A;R], rows, R + E); Gate adds them up in the first
+  Input x = {}, x_into = {}, z = {};  // x for W and for [A;R]; the gated A x for B
+  float* low = nullptr;               // (splits of [A;R], rows, R + E); Gate adds them up in the first split
   float* partial = nullptr;           // (splits of W, rows, O), only for few rows
 
   bool has_adapter() const { return given.experts > 0; }
 
-  // The sums of one split of [A;R] for some rows.
+  // Computes the sums of one split of [A;R] for `count` rows.
   void Reduce(int64_t split, int64_t row, int64_t count) const {
     const Matrix& matrix = given.adapter_in;
     const Part part = TaskPart(row, count, 0, low_size, UnpackedBytes(matrix, count, low_size));
@@ -101,7 +102,7 @@ struct Call {
     }
   }
 
-  // Adds the splits of [A;R], applies the gate, and rounds the result for B.
+  // Adds the splits of [A;R], applies the gate, and quantises the result for B.
   void Gate(int64_t row) const {
     float* total = low + row * low_size;
     for (int64_t split = 1; split < into.splits; ++split) {
@@ -114,7 +115,7 @@ struct Call {
     RoundRow(z, given.adapter_out, row);
   }
 
-  // y = `sums(row, output of the part, outputs left)`, then the bias.
+  // y = sums(row, output of the part, outputs left) + bias.
   template <class Function>
   void Finish(const Part& part, const Function& sums) const {
     const int64_t outputs = given.weight.outputs;
@@ -129,7 +130,7 @@ struct Call {
     }
   }
 
-  // All threads read W and [A;R] at once, run by run; then B is added.
+  // W and [A;R] together, split by split and run by run; then B is added.
   void FewRows() const {
     const Matrix& matrix = given.weight;
     const int64_t outputs = matrix.outputs, reductions = has_adapter() ? into.splits : 0;
@@ -168,7 +169,7 @@ struct Call {
     });
   }
 
-  // [A;R] for all rows, then W and B together, part by part of the outputs.
+  // [A;R] for all rows; then W and B together, by parts of the outputs.
   void ManyRows() const {
     const Matrix &matrix = given.weight, &out_of = given.adapter_out;
     const int64_t row_parts = CeilDivide(rows, kRowsPerTask), per_part = CeilDivide(rows, row_parts);
@@ -207,7 +208,7 @@ void SIMD_KERNEL(HLoraLinear)(const HLoraLinearArguments& given, const Parallel&
   const int64_t rank = adapter ? given.adapter_out.channels : 0, low_size = adapter ? given.adapter_in.outputs : 0;
   Call call = {
       given, parallel, rows, rank, low_size, Cut(adapter ? given.adapter_in : given.weight), Cut(given.weight)};
-  // x is rounded once if [A;R] has W's blocks.
+  // x is quantised only once if [A;R] has the same blocks as W.
   const bool shared = adapter && IsInteger(given.weight.storage) && IsInteger(given.adapter_in.storage) &&
                       given.weight.block_size == given.adapter_in.block_size;
   const bool few = rows <= kRowsBySplit;

@@ -1,10 +1,10 @@
-// Products of bytes with 4-bit weights where there is no instruction that sums four of them in 32 bits, but one that
-// sums two in 16 (AVX2 without VNNI). Sums of Target::kPairsPerSum4 such pairs fit in 16 bits, too, and are widened
-// once.
+// Products of bytes with 4-bit weights on processors without an instruction that sums four products in 32 bits, but
+// with one that sums two in 16 bits (AVX2 without VNNI). Sums of Target::kPairsPerSum4 such pairs still fit in 16 bits
+// and are widened once.
 //
-// Weights of 8 bits are taken as 4-bit ones twice: w = 16 h + l - 128, with h and l from 0 to 15. That costs two
-// products and two additions of each vector, no more than any other way: products of whole bytes fill 16 bits with the
-// first pair, and would have to be widened each.
+// 8-bit weights are split into two 4-bit ones: w = 16 h + l - 128, with h and l from 0 to 15. That costs two products
+// and two additions per vector, no more than other ways: a pair of products of whole bytes already fills 16 bits, so
+// every pair would have to be widened.
 #pragma once
 
 #include "hlora_linear/part.h"
@@ -14,17 +14,17 @@ namespace {
 
 alignas(32) constexpr int16_t kOnes[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 alignas(32) constexpr int16_t kSixteens[16] = {16, 16, 16, 16, 16, 16, 16, 16, 16, 16, 16, 16, 16, 16, 16, 16};
-constexpr int kPairedOffset8 = 128;  // what h and l add to w
+constexpr int kPairedOffset8 = 128;  // 16 h + l - w
 
-// l to `to`, h as many bytes behind it as a tile has.
+// Stores l at `to`, and h `tile_bytes` bytes after it.
 template <class Target>
 SIMD_INLINE void StoreNibbles(int32_t* to, int64_t tile_bytes, Ints weights) {
   Target::StoreInts(to, Target::EvenNibbles(weights));
   Target::StoreInts(to + tile_bytes / 4, Target::OddNibbles(Target::Shift4(weights)));
 }
 
-// sums (kRows, kSums vectors) += kCount times four channels of a tile, whose vectors for these sums begin at `weights`,
-// times rows of x, times `factors`.
+// sums (kRows, kSums vectors) += 4 kCount channels of a tile, whose vectors for these sums begin at `weights`, times
+// rows of x, times `factors`.
 template <class Target, int kRows, int kSums, int kCount>
 SIMD_INLINE void AddGroup(const uint8_t* weights, const int8_t* x, int64_t x_stride, const int16_t* factors,
                           Ints (*sums)[kSums]) {
@@ -39,18 +39,18 @@ SIMD_INLINE void AddGroup(const uint8_t* weights, const int8_t* x, int64_t x_str
       Unroll<kSums>([&](auto i) SIMD_INLINE_LAMBDA {
         const Ints product = Target::Pairs4(loaded[i], bytes);
         pairs[r][i] = step == 0 ? product : Target::AddPairs(pairs[r][i], product);
-        SIMD_KEEP(pairs[r][i]);  // or GCC would add the products up later, and keep them until then
+        SIMD_KEEP(pairs[r][i]);  // otherwise GCC adds the products later and keeps all of them until then
       });
     });
   });
-  asm volatile("" : "+r"(factors));  // loaded anew each time: kept in a register they would drive a sum out of it
+  asm volatile("" : "+r"(factors));  // forces a new load: in a register, the factors would displace a sum
   const Bytes times = Target::LoadBytes(factors);
   Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA {
     Unroll<kSums>([&](auto i) SIMD_INLINE_LAMBDA { sums[r][i] = Target::AddTimes(sums[r][i], pairs[r][i], times); });
   });
 }
 
-// The same for `channels` channels. A function of its own, whose loop has all registers.
+// The same for `channels` channels. Not inlined, so that its loop can use all registers.
 template <class Target, int kRows, int kSums>
 __attribute__((noinline)) void AddInPairs(const uint8_t* weights, const int8_t* x, int64_t x_stride, int64_t channels,
                                           const int16_t* factors, Ints (*sums)[kSums]) {

@@ -1,4 +1,4 @@
-// The kernels of HLoraLinear: kernel.cc is compiled to one per target.
+// The kernels of HLoraLinear, one per target, all compiled from kernel.cc.
 #pragma once
 
 #include "hlora_linear/hlora_linear.h"

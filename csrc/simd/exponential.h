@@ -6,9 +6,9 @@
 namespace healthgpt {
 namespace {
 
-// e^x for x up to 88, to 2 units in the last place; below -87 it stays at e^-87.
+// e^x for x up to 88, to 2 units in the last place. Below -87 the result is e^-87.
 SIMD_INLINE Simd::Floats Exp(Simd::Floats x) {
-  x = Simd::Max(Simd::Repeat(-87.0f), x);  // in this order NaN stays NaN
+  x = Simd::Max(Simd::Repeat(-87.0f), x);  // in this order of arguments NaN stays NaN
   const Simd::Floats whole = Simd::Round(Simd::Multiply(x, Simd::Repeat(1.44269504f)));
   Simd::Floats rest = Simd::MultiplyAdd(whole, Simd::Repeat(-0.693359375f), x);
   rest = Simd::MultiplyAdd(whole, Simd::Repeat(2.12194440e-4f), rest);

@@ -1,5 +1,5 @@
-// The vector operations of the kernels in plain C++: what they mean, and what runs where nothing faster does.
-// Each instruction set has a header with the same struct; a kernel's source is compiled once with each.
+// The vector operations of the kernels in plain C++: they define each operation, and run where no other header can.
+// Each instruction set has a header with the same struct. A kernel's source is compiled once with each header.
 #pragma once
 
 #include <cmath>
@@ -7,7 +7,7 @@
 
 #include "simd/unroll.h"
 
-// Its vectors are arrays, which no register holds.
+// The vectors here are arrays, which are not in registers.
 #undef SIMD_KEEP
 #undef SIMD_HOLD
 #define SIMD_HOLD(vector) asm volatile("" : "+m"(vector))
@@ -17,10 +17,10 @@ namespace healthgpt {
 namespace {
 
 struct Simd {
-  // Floats or 32-bit integers in a vector. Bytes holds 4 * kLanes bytes in lanes of 16.
+  // The number of floats or 32-bit integers in a vector. Bytes has 4 * kLanes bytes, in lanes of 16.
   static constexpr int kLanes = 4;
   static constexpr int kRegisters = 16;        // assumed
-  static constexpr bool kInRegisters = false;  // whether a vector is in one: arrays are not
+  static constexpr bool kInRegisters = false;  // whether vectors are in registers
   struct Bytes {
     uint8_t at[16];
   };
@@ -32,10 +32,10 @@ struct Simd {
   };
 
   // --- bytes and dot products ---
-  // What Shift4 and Shift8 add to a weight; the sum over x times this is taken off a dot product.
+  // Shift4 and Shift8 add these to a weight. A dot product is therefore too large by the offset times the sum of x.
   static constexpr int kOffset4 = 0;
   static constexpr int kOffset8 = 0;
-  // Products of 4-bit weights whose sums of pairs fit in 16 bits; 1 where Dot4 makes no such pairs.
+  // How many pairs of products with 4-bit weights can be summed in 16 bits; 1 if Dot4 does not sum pairs in 16 bits.
   static constexpr int kPairsPerSum4 = 1;
 
   static Bytes LoadBytes(const void* from) { return LoadBytes(from, 16); }
@@ -48,15 +48,15 @@ struct Simd {
   static void StoreBytes(void* to, Bytes bytes) { *static_cast<Bytes*>(to) = bytes; }
   static Bytes NoBytes() { return Bytes{}; }
 
-  // Four rows of bytes, to one 32-bit integer per column with its byte of each row: within each lane of 16 bytes,
-  // vector i then holds columns 4 i to 4 i + 3.
+  // Turns four rows of bytes into one 32-bit integer per column, with the column's byte of each row. Within each lane
+  // of 16 bytes, vector i then holds columns 4 i to 4 i + 3.
   static void Interleave(Bytes (&rows)[4]) {
     const Bytes before[4] = {rows[0], rows[1], rows[2], rows[3]};
     for (int column = 0; column < 16; ++column) {
       for (int row = 0; row < 4; ++row) rows[column / 4].at[column % 4 * 4 + row] = before[row].at[column];
     }
   }
-  // Two's complement weights to what Even/OddNibbles and Dot4, or Dot8, take.
+  // Converts two's complement weights to the form that Even/OddNibbles and Dot4, or Dot8, take.
   static Bytes Shift4(Bytes nibbles) { return nibbles; }
   static Bytes Shift8(Bytes bytes) { return bytes; }
   static Bytes EvenNibbles(Bytes shifted) {
@@ -73,7 +73,7 @@ struct Simd {
     for (int i = 0; i < 16; ++i) bytes.at[i] = static_cast<uint8_t>(four[i % 4]);
     return bytes;
   }
-  // sum + the dot product of four neighbouring bytes each. No sum of products saturates: x is at least -127.
+  // sum + the dot products of four neighbouring bytes each. Nothing saturates, because x is at least -127.
   static Ints Dot4(Ints sum, Bytes weights, Bytes x) { return Dot8(sum, weights, x); }
   static Ints Dot8(Ints sum, Bytes weights, Bytes x) {
     for (int i = 0; i < 16; ++i) {
@@ -90,7 +90,8 @@ struct Simd {
   static void StoreInts(int32_t* to, Ints values) { *reinterpret_cast<Ints*>(to) = values; }
   static Ints RepeatInt(int32_t value) { return Ints{{value, value, value, value}}; }
 
-  // Sums 2 i (even nibbles) and 2 i + 1 (odd) of vector i of Interleave, to the order of columns.
+  // Brings sums into the order of columns. Before, sums 2 i (even nibbles) and 2 i + 1 (odd) belong to vector i of
+  // Interleave.
   static void Order4(Ints (&sums)[8]) {
     for (int i = 0; i < 8; i += 2) {
       const Ints even = sums[i], odd = sums[i + 1];
@@ -98,7 +99,7 @@ struct Simd {
       sums[i + 1] = Ints{{even.at[2], odd.at[2], even.at[3], odd.at[3]}};
     }
   }
-  // Sums i and 4 + i of vector i of two neighbouring Interleaves, to the order of columns.
+  // The same if sums i and 4 + i belong to vector i of two neighbouring Interleaves.
   static void Order8(Ints (&)[8]) {}
 
   // --- floats ---
@@ -118,7 +119,7 @@ struct Simd {
   static Floats LoadHalf(const uint16_t* from, int count = kLanes) {
     return Map([&](int i) { return i < count ? FromHalf(from[i]) : 0.0f; });
   }
-  // The first count bfloat16, the upper halves of float32, then zeros.
+  // The first count bfloat16 (the upper halves of float32), then zeros.
   static Floats LoadBFloat16(const uint16_t* from, int count = kLanes) {
     return Map([&](int i) { return i < count ? FromBits(static_cast<uint32_t>(from[i]) << 16) : 0.0f; });
   }
@@ -138,7 +139,7 @@ struct Simd {
   static Floats Divide(Floats a, Floats b) {
     return Map([&](int i) { return a.at[i] / b.at[i]; });
   }
-  // a b + c. Rounded once or twice, but always the same way on one machine.
+  // a b + c, rounded once or twice, but always in the same way on one machine.
   static Floats MultiplyAdd(Floats a, Floats b, Floats c) {
     return Map([&](int i) { return a.at[i] * b.at[i] + c.at[i]; });
   }
@@ -148,16 +149,16 @@ struct Simd {
   static Floats Magnitude(Floats a) {
     return Map([&](int i) { return std::fabs(a.at[i]); });
   }
-  // To the nearest whole number, ties to even.
+  // To the nearest integer, ties to even.
   static Floats Round(Floats a) {
     return Map([&](int i) { return std::nearbyintf(a.at[i]); });
   }
-  // 2^whole for whole numbers from -126 to 127.
+  // 2^whole for integers from -126 to 127.
   static Floats PowerOfTwo(Floats whole) {
     return Map([&](int i) { return FromBits(static_cast<uint32_t>(static_cast<int32_t>(whole.at[i]) + 127) << 23); });
   }
   static float Sum(Floats a) { return (a.at[0] + a.at[2]) + (a.at[1] + a.at[3]); }
-  // The sum of each row, for kLanes rows.
+  // The sums of kLanes rows.
   static Floats SumEach(const Floats (&rows)[4]) {
     return Map([&](int i) { return Sum(rows[i]); });
   }
@@ -200,7 +201,7 @@ struct Simd {
     if (bits < 0x38800000) {                                              // below 2^-14: multiples of 2^-24
       return static_cast<uint16_t>(sign | static_cast<uint32_t>(std::nearbyintf(FromBits(bits) * 16777216.0f)));
     }
-    bits += 0xFFF + (bits >> 13 & 1);  // half of the last place, ties to even
+    bits += 0xFFF + (bits >> 13 & 1);  // rounds to nearest, ties to even
     return static_cast<uint16_t>(sign | ((bits - (112u << 23)) >> 13));
   }
 };

@@ -1,8 +1,8 @@
-// For a source that is compiled once per target: CMake sets SIMD_HEADER to the header with the target's Simd, and
-// SIMD_TARGET to its name. SIMD_KERNEL(Name) is the name of the kernel for it.
+// For sources that are compiled once per target. CMake sets SIMD_HEADER to the header with the target's Simd, and
+// SIMD_TARGET to the target's name. SIMD_KERNEL(Name) is the name of the kernel for this target.
 //
-// Nothing of it may be shared between these compilations, or a processor could be given another's instructions. So all
-// but the kernel is in anonymous namespaces, and no header of the standard library with inline code is used.
+// The linker must not merge functions of these compilations; otherwise a processor could get instructions that it does
+// not have. So everything but the kernel is in anonymous namespaces, and no standard header with inline code is used.
 #pragma once
 
 #include SIMD_HEADER

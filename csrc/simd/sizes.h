@@ -1,4 +1,4 @@
-// Whole numbers, without the standard library: see the rules in simd.h.
+// Integer arithmetic without the standard library, because of the rules in simd.h.
 #pragma once
 
 #include <cstdint>

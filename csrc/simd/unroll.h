@@ -1,12 +1,12 @@
-// Loops over vectors that must stay in registers. GCC unrolls ordinary loops only after it has decided which arrays
-// live in memory; here every index is a constant from the start.
+// Loops over vectors that must stay in registers. GCC unrolls ordinary loops only after it has decided which arrays are
+// in memory. Here every index is a constant from the start.
 #pragma once
 
 #define SIMD_INLINE inline __attribute__((always_inline))
 #define SIMD_INLINE_LAMBDA __attribute__((always_inline))
 
-// Holds a sum in one register over the turns of a loop; GCC 12 would copy all of them at every turn, by way of memory.
-// SIMD_HOLD does so, too, for a result that nobody reads.
+// SIMD_KEEP keeps a sum in one register over the iterations of a loop; GCC 12 would otherwise copy all sums through
+// memory in every iteration. SIMD_HOLD does the same and also keeps a result that is never read.
 #if defined(__x86_64__)
 #define SIMD_KEEP(vector) asm("" : "+v"(vector))
 #define SIMD_HOLD(vector) asm volatile("" : "+v"(vector))
@@ -33,7 +33,7 @@ SIMD_INLINE void Unroll(const Function& function) {
   }
 }
 
-// The function made for `number` rows, from those for 1, 2, 3, ...
+// Picks the function for `number` rows from those for 1, 2, 3, ... rows.
 template <class Function, class... More>
 SIMD_INLINE Function* Pick(long number, Function* first, More*... more) {
   if constexpr (sizeof...(more) > 0) {
