@@ -55,8 +55,8 @@ def stand_in(name: str) -> tuple[Callable[..., object], str] | None:
 class PickleSource(TensorSource):
     """The tensors of a torch file's `section`, or of its top level. The file is mapped and read with weights_only.
 
-    With `lightning`, objects of training frameworks become `Inert`, and nothing is imported. Any other global that torch
-    does not allow raises a CheckpointError.
+    With `lightning`, objects of training frameworks become `Inert`, and nothing is imported. Any other global that
+    torch does not allow raises a CheckpointError.
     """
 
     def __init__(self, path: Path, section: str | None = None, lightning: bool = False) -> None:
