@@ -1,10 +1,9 @@
 // The part of ONNX Runtime's C interface that custom operators need, declared by hand.
 //
-// The onnxruntime wheel, which is all the runtime asks of a machine, ships no headers, and building from source must
-// not download any. The interface makes this safe: within a version nothing changes, and later versions only append,
-// so what stands here is true of every ONNX Runtime since 1.17. Of the table of functions only those in use are
-// named, the rest are gaps; the assertions below hold each to its place, and tests/csrc/test_onnxruntime_library.py
-// calls each through a real session.
+// The onnxruntime wheel has no headers, and a build from source must not download any. The interface makes this safe:
+// within a version nothing changes, and later versions only append. So these declarations hold for every ONNX Runtime
+// since 1.17. In the table of functions only those in use have names; the others are gaps. The assertions below check
+// every offset, and tests/csrc/test_onnxruntime_library.py calls every function through a real session.
 #pragma once
 
 #include <cstddef>
@@ -26,7 +25,7 @@ struct OrtValue;
 
 enum OrtErrorCode : int { kOrtFail = 1, kOrtInvalidArgument = 2 };
 
-// As onnx.TensorProto.DataType up to 16; from there ONNX Runtime counts on its own.
+// Up to 16 the same numbers as onnx.TensorProto.DataType; the larger ones are ONNX Runtime's own.
 enum OrtElementType : int {
   kOrtUndefined = 0,
   kOrtFloat32 = 1,
@@ -73,11 +72,11 @@ struct OrtApi {
   void* gap_102[91];
   OrtStatus* (*KernelContext_GetGPUComputeStream)(const OrtKernelContext* context, void** stream);
   void* gap_194[55];
-  // The value is in the memory of the kernel's provider, and null where the input is no constant.
+  // The value is in the memory of the kernel's provider; null if the input is not a constant.
   OrtStatus* (*KernelInfoGetConstantInput_tensor)(const OrtKernelInfo* info, size_t index, int* is_constant,
                                                   const OrtValue** value);
   void* gap_250[24];
-  // Calls function(state, index) for every index below count; batches 0 lets free threads take the next index.
+  // Calls function(state, index) for every index below count. With 0 batches, each free thread takes the next index.
   OrtStatus* (*KernelContext_ParallelFor)(const OrtKernelContext* context, void (*function)(void*, size_t),
                                           size_t count, size_t batches, void* state);
 };
@@ -87,12 +86,12 @@ struct OrtApiBase {
   const char* (*GetVersionString)();
 };
 
-// One operator as its library describes it. Null stands for the default where the comment says so.
+// A library's description of an operator. Null stands for the default where a comment says so.
 struct OrtCustomOp {
   uint32_t version;
   void* (*CreateKernel)(const OrtCustomOp*, const OrtApi*, const OrtKernelInfo*);  // null: CreateKernelV2
   const char* (*GetName)(const OrtCustomOp*);
-  const char* (*GetExecutionProviderType)(const OrtCustomOp*);  // gives null for the CPU
+  const char* (*GetExecutionProviderType)(const OrtCustomOp*);  // returns null for the CPU
   OrtElementType (*GetInputType)(const OrtCustomOp*, size_t index);
   size_t (*GetInputTypeCount)(const OrtCustomOp*);
   OrtElementType (*GetOutputType)(const OrtCustomOp*, size_t index);
@@ -102,17 +101,17 @@ struct OrtCustomOp {
   OrtCharacteristic (*GetInputCharacteristic)(const OrtCustomOp*, size_t index);
   OrtCharacteristic (*GetOutputCharacteristic)(const OrtCustomOp*, size_t index);
   OrtMemoryType (*GetInputMemoryType)(const OrtCustomOp*, size_t index);
-  int (*variadic[4])(const OrtCustomOp*);  // asked for variadic inputs and outputs alone
+  int (*variadic[4])(const OrtCustomOp*);  // called only for variadic inputs and outputs
   OrtStatus* (*CreateKernelV2)(const OrtCustomOp*, const OrtApi*, const OrtKernelInfo*, void** kernel);
   OrtStatus* (*KernelComputeV2)(void* kernel, OrtKernelContext*);
-  OrtStatus* (*InferOutputShape)(const OrtCustomOp*, OrtShapeInferContext*);  // null: shapes are known when run
+  OrtStatus* (*InferOutputShape)(const OrtCustomOp*, OrtShapeInferContext*);  // null: shapes are known at run time
   int (*GetStartVersion)(const OrtCustomOp*);                                 // null: 1
   int (*GetEndVersion)(const OrtCustomOp*);                                   // null: none
 };
 
 }  // extern "C"
 
-// Where ONNX Runtime's own header of version 17 has them.
+// The offsets in ONNX Runtime's own header of version 17.
 #define HEALTHGPT_IS_AT(structure, member, place) \
   static_assert(offsetof(structure, member) == (place) * sizeof(void*), #member " must be at " #place)
 

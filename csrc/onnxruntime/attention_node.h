@@ -1,4 +1,4 @@
-// The node healthgpt::CachedAttention (export/graph/functions.py) for whatever computes it.
+// The node healthgpt::CachedAttention (export/graph/functions.py), for the CPU and for a GPU.
 #pragma once
 
 #include <type_traits>
@@ -7,9 +7,9 @@
 
 namespace healthgpt {
 
-// A Launcher says what its Arguments are and how its caches are stored (kStorage), is made with the session and called
-// as launcher(arguments, call). It has two functions besides: CheckLengths(past_length, arguments), which has nothing
-// to look at where the lengths are on a GPU, and Copy(call, to, from, bytes).
+// A Launcher computes the node. It defines its Arguments and its caches' type (kStorage), is made with the session and
+// called as launcher(arguments, call). It has two static functions: CheckLengths(past_length, arguments), which checks
+// nothing if the lengths are on a GPU, and Copy(call, to, from, bytes).
 template <class Launcher>
 class CachedAttentionKernel {
   using Arguments = typename Launcher::Arguments;
@@ -30,8 +30,8 @@ class CachedAttentionKernel {
       {"cosine", kOrtFloat32},
       {"sine", kOrtFloat32},
       {"past_length", kOrtInt64},
-      {"visible", kOrtBool},  // for the body alone: past_length and
-                              // window say the same
+      {"visible", kOrtBool},  // only for the function body: a kernel uses
+                              // past_length and window instead
       {"past_key", kCache},
       {"past_value", kCache},
       {"past_key_scale", kOrtFloat32, kOrtOptional},
@@ -93,14 +93,14 @@ class CachedAttentionKernel {
   }
 
  private:
-  // The memory of an input (B, S, size).
+  // The data of an input (B, S, size).
   static const float* Rows(const Tensor& tensor, const Arguments& arguments, int64_t size) {
     tensor.Expect({arguments.batch, arguments.tokens, size});
     return tensor.As<float>();
   }
 
-  // The memory of a grown cache, rows of `size` elements, which holds what the past one does: where the caller has
-  // bound the same memory to both, as the executor does, there is nothing to copy.
+  // The data of an output cache with rows of `size` elements, which begins as a copy of the past cache. The executor
+  // binds the same memory to both; then there is nothing to copy.
   static void* Present(const Call& call, size_t index, const Tensor& past, const Arguments& arguments, int64_t size,
                        int64_t element_bytes) {
     past.Expect({arguments.batch, arguments.kv_heads, arguments.capacity, size});

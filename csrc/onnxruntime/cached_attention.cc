@@ -1,4 +1,4 @@
-// Attention over the cache on the CPU, by the launcher cached_attention.h.
+// The node CachedAttention on the CPU, by the launcher cached_attention.h.
 #include "cached_attention/cached_attention.h"
 
 #include <cstring>

@@ -1,4 +1,4 @@
-// The 3x3 convolutions of the VQGAN (export/graph/functions.py) by the launcher convolution.h.
+// The nodes of the VQGAN's 3x3 convolutions (export/graph/functions.py) on the CPU, by the launcher convolution.h.
 #include "convolution/convolution.h"
 
 #include <array>
@@ -21,7 +21,7 @@ constexpr std::array<Operand, count> FirstOperands() {
   return operands;
 }
 
-// The four nodes differ in how many of the operands they have, and in the size of the result.
+// The four nodes differ in the number of their operands and in the size of the result.
 struct Plain {
   static constexpr const char* kName = "Convolution";
   static constexpr size_t kOperandCount = 3;

@@ -1,4 +1,4 @@
-// The library of the CPU's kernels.
+// The library of the CPU kernels.
 #include "onnxruntime/kernels.h"
 #include "onnxruntime/operator.h"
 

@@ -1,4 +1,4 @@
-// The library of the kernels for ONNX Runtime's CUDA provider; built for the host's fibers, for the CPU in its place.
+// The library of the kernels for ONNX Runtime's CUDA provider. The host build registers them for the CPU provider.
 #include "onnxruntime/cuda.h"
 
 namespace healthgpt {

@@ -1,4 +1,4 @@
-// What the nodes on a GPU share: their stream, and what becomes of a launcher's status.
+// What the nodes on a GPU share: their operators, their stream, and the error of a launcher's status.
 #pragma once
 
 #include <stdexcept>

@@ -1,4 +1,4 @@
-// Attention over the cache on a GPU, by cached_attention/cuda.h.
+// The node CachedAttention on a GPU, by cached_attention/cuda.h.
 #include "cached_attention/cuda.h"
 #include "onnxruntime/attention_node.h"
 #include "onnxruntime/cuda.h"
@@ -12,7 +12,7 @@ class CudaAttention {
   using Arguments = cuda::CachedAttentionArguments;
   static constexpr cuda::Storage kStorage = storage;
 
-  // They are on the GPU, so that a captured graph sees new ones: the caller keeps them in the caches.
+  // The lengths are on the GPU, so that a captured graph reads new ones. The executor keeps them within the caches.
   static void CheckLengths(const Tensor&, const Arguments&) {}
 
   static void Copy(const Call& call, void* to, const void* from, int64_t bytes) {

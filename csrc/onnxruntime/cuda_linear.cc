@@ -1,4 +1,4 @@
-// The linears on a GPU, of any number of rows: hlora_linear/rows.h.
+// The nodes Linear and HLoraLinear on a GPU, by hlora_linear/rows.h.
 #include "hlora_linear/rows.h"
 #include "onnxruntime/cuda.h"
 #include "onnxruntime/linear_node.h"
@@ -32,8 +32,8 @@ cuda::Matrix MatrixOf(const MatrixOperand& operand) {
   return matrix;
 }
 
-// A copy of a stored matrix whose rows begin where wide loads may; none where they do already, where rows begin within
-// a byte, or where the matrix is only known when the graph runs.
+// A copy of a stored matrix with a stride that wide loads can read. There is no copy if the matrix has such a stride
+// already, if its rows begin inside a byte, or if it is not a constant of the graph.
 class WideMatrix {
  public:
   WideMatrix(const Attributes& attributes, size_t index) {

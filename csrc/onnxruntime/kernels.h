@@ -1,4 +1,4 @@
-// The operators of the domain "healthgpt" that the CPU has kernels for.
+// The operators of the domain "healthgpt" with CPU kernels.
 #pragma once
 
 #include "hlora_linear/hlora_linear.h"
@@ -8,7 +8,7 @@ namespace healthgpt {
 
 const OrtCustomOp* LinearOperator();
 const OrtCustomOp* HLoraLinearOperator();
-// ONNX Runtime infers one type of output per operator, so there is one for each type of cache.
+// ONNX Runtime infers one output type per operator, so there is an operator for each type of cache.
 const OrtCustomOp* CachedAttentionOperator(Storage cache);
 const OrtCustomOp* ConvolutionOperator();
 const OrtCustomOp* EnlargedConvolutionOperator();

@@ -1,11 +1,11 @@
-// The library that SessionOptions.register_custom_ops_library opens: it gives the session our kernels for the nodes of
-// the domain "healthgpt". Without it, ONNX Runtime runs the same nodes by the function bodies in the graph.
+// The entry point for SessionOptions.register_custom_ops_library. It gives a session our kernels for the nodes of the
+// domain "healthgpt". Without it, ONNX Runtime runs the function bodies of these nodes.
 #include "onnxruntime/operator.h"
 
 namespace healthgpt {
 namespace {
 
-// Sessions point into the domain, so it stays for as long as the library.
+// Sessions keep pointers into the domain, so it lives as long as the library.
 class Domain {
  public:
   explicit Domain(const OrtApi& api) : api_(api) {
@@ -30,7 +30,7 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
                                                                                const OrtApiBase* base) {
   const OrtApi* api = base->GetApi(kOrtApiVersion);
   if (api == nullptr) {
-    // CreateStatus has been where it is since version 1.
+    // CreateStatus has had the same offset since version 1.
     return base->GetApi(1)->CreateStatus(kOrtFail, "the kernels of healthgpt-edge need ONNX Runtime 1.17 or newer");
   }
   return healthgpt::Guarded(*api, "healthgpt kernels", [&] {

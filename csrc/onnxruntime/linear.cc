@@ -1,4 +1,4 @@
-// The linears on the CPU, by the launcher hlora_linear.h.
+// The nodes Linear and HLoraLinear on the CPU, by the launcher hlora_linear.h.
 #include "hlora_linear/hlora_linear.h"
 #include "onnxruntime/kernels.h"
 #include "onnxruntime/linear_node.h"

@@ -7,8 +7,6 @@ namespace {
 
 constexpr int64_t kBlockStep = 4, kLargestBlock = 256;
 
-}  // namespace
-
 MatrixOperand ReadMatrix(const Tensor& values, const Tensor& scales, int64_t block_size) {
   if (values.rank != 2 || values.shape[0] < 1 || values.shape[1] < 1) {
     throw std::invalid_argument(std::string(values.name) + " must be a matrix that is not empty, found " +
@@ -28,13 +26,16 @@ MatrixOperand ReadMatrix(const Tensor& values, const Tensor& scales, int64_t blo
   if (block_size < kBlockStep || block_size > kLargestBlock || block_size % kBlockStep != 0) {
     throw std::invalid_argument("block_size must be a multiple of 4 up to 256, found " + std::to_string(block_size));
   }
-  if (!scales.given)
+  if (!scales.given) {
     throw std::invalid_argument(std::string(values.name) + " is quantised and must come with " + scales.name);
+  }
   scales.Expect({(matrix.channels + block_size - 1) / block_size, matrix.outputs});
   matrix.scales = scales.As<float>();
   matrix.block_size = block_size;
   return matrix;
 }
+
+}  // namespace
 
 LinearOperands ReadLinear(Call& call, int64_t block_size, int64_t experts) {
   const Tensor x = call.Input(0), bias = call.Input(3);

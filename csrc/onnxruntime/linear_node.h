@@ -1,4 +1,4 @@
-// The nodes healthgpt::Linear and healthgpt::HLoraLinear (export/graph/functions.py) for whatever computes them.
+// The nodes healthgpt::Linear and healthgpt::HLoraLinear (export/graph/functions.py), for the CPU and for a GPU.
 #pragma once
 
 #include "onnxruntime/operator.h"
@@ -36,11 +36,10 @@ constexpr Operand kHLoraLinearInputs[] = {
     {"adapter_out_scale", kOrtFloat32, kOrtOptional},
 };
 
-// Both throw on shapes and types that do not go together. No experts: the first four inputs alone.
+// The operands of a node; without experts only the first four inputs. Throws if shapes or types do not fit together.
 LinearOperands ReadLinear(Call& call, int64_t block_size, int64_t experts);
-MatrixOperand ReadMatrix(const Tensor& values, const Tensor& scales, int64_t block_size);
 
-// Launcher(attributes) is made with the session and called as launcher(operands, call).
+// A Launcher(attributes, has_adapters) is made with the session and called as launcher(operands, call).
 template <class Launcher>
 class LinearKernel {
  public:
@@ -49,7 +48,7 @@ class LinearKernel {
                                         kHLoraLinearInputs[3]};
   static constexpr Operand kOutputs[] = {{"y", kOrtFloat32}};
 
-  // A float matrix has no blocks, whatever the attribute says.
+  // Float matrices have no blocks, so they ignore the attribute.
   explicit LinearKernel(const Attributes& attributes)
       : block_size_(attributes.Integer("block_size", 0, INT64_MAX)), launcher_(attributes, false) {}
 

@@ -11,7 +11,7 @@ std::string Brackets(const int64_t* shape, size_t rank) {
   return text + "]";
 }
 
-// The type and shape of a value, given back to ONNX Runtime when done with.
+// The type and shape of a value. ONNX Runtime's description is released at the end of its scope.
 class Description {
  public:
   Description(const OrtApi& api, const OrtValue* value) : api_(api) {
@@ -47,7 +47,7 @@ Tensor Read(const OrtApi& api, const Operand& operand, const OrtValue* value) {
   size_t elements = 0;
   Check(api, api.GetTensorShapeElementCount(description.info(), &elements));
   tensor.elements = static_cast<int64_t>(elements);
-  // There is no function that gives const memory; no kernel writes to an input but as its own output.
+  // No function gives const memory. A kernel never writes to an input, unless the same memory is its output.
   Check(api, api.GetTensorMutableData(const_cast<OrtValue*>(value), &tensor.data));
   tensor.given = true;
   return tensor;
@@ -117,7 +117,7 @@ void* Call::Output(size_t index, const int64_t* shape, size_t rank) const {
 
 void Call::Run(void* call, size_t count, Parallel::Task task, void* state) {
   const Call& self = *static_cast<const Call*>(call);
-  // ONNX Runtime's threads know no exceptions of ours: they are kept on this side and reported on the caller's.
+  // Exceptions must not reach ONNX Runtime's threads. A task's failure is recorded and thrown on the caller's thread.
   struct Shared {
     Parallel::Task task;
     void* state;

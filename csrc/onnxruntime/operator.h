@@ -1,6 +1,6 @@
-// From a kernel class to an ONNX Runtime operator.
+// Turns a kernel class into an ONNX Runtime operator.
 //
-// A kernel class names its inputs and outputs, reads its attributes when it is made and computes when it is called:
+// A kernel class names its inputs and outputs, reads its attributes in the constructor, and computes in Compute:
 //
 //   struct Kernel {
 //     static constexpr const char* kName;
@@ -10,8 +10,8 @@
 //   };
 //   const OrtCustomOp* op = Operator<Kernel>();
 //
-// Both throw on anything amiss; the exception ends here, as the status that ONNX Runtime raises where the session is
-// used. A graph may come from anyone, so a kernel checks every shape before it hands out a pointer.
+// Both throw if anything is wrong. Here the exception becomes a status, which ONNX Runtime raises where the session is
+// used. A graph may come from anyone, so a kernel checks every shape before it passes a pointer on.
 #pragma once
 
 #include <cstddef>
@@ -28,22 +28,22 @@
 
 namespace healthgpt {
 
-// What tells one library of kernels from another; each defines these two.
-const char* Provider();  // that its kernels are for; null for the CPU
+// Each library of kernels defines these two.
+const char* Provider();  // the execution provider of its kernels; null for the CPU
 std::vector<const OrtCustomOp*> Operators();
 
 struct Operand {
   const char* name;
-  OrtElementType type;  // kOrtUndefined takes every type
+  OrtElementType type;  // kOrtUndefined accepts every type
   OrtCharacteristic characteristic = kOrtRequired;
 };
 
-// An input as it came. Nothing of it is allocated.
+// A view of an input.
 struct Tensor {
   static constexpr size_t kMostDimensions = 8;
 
   const char* name = "";
-  bool given = false;  // an optional input may be absent
+  bool given = false;  // false for an optional input that is absent
   OrtElementType type = kOrtUndefined;
   size_t rank = 0;
   int64_t shape[kMostDimensions] = {};
@@ -65,9 +65,9 @@ void Check(const OrtApi& api, OrtStatus* status);
 class Attributes {
  public:
   Attributes(const OrtApi& api, const OrtKernelInfo* info) : api_(api), info_(info) {}
-  // The integer called `name`; throws unless it is there and in range.
+  // The integer attribute `name`. Throws if it is missing or out of range.
   int64_t Integer(const char* name, int64_t smallest, int64_t largest) const;
-  // The input at `index`, or one not given where its value is not known before the graph runs.
+  // The input at `index`; not `given` if it is not a constant of the graph.
   Tensor Constant(size_t index, const Operand& operand) const;
 
  private:
@@ -75,20 +75,20 @@ class Attributes {
   const OrtKernelInfo* info_;
 };
 
-// One call of a kernel: its inputs, its outputs, and the threads it may use.
+// One call of a kernel: its inputs, its outputs, and its threads.
 class Call {
  public:
   Call(const OrtApi& api, OrtKernelContext* context, const Operand* inputs)
       : api_(api), context_(context), inputs_(inputs) {}
 
   Tensor Input(size_t index) const;
-  // The memory of an output of this shape, new or bound by the caller.
+  // The memory of an output of this shape: new, or bound by the caller.
   void* Output(size_t index, const int64_t* shape, size_t rank) const;
 
-  // ONNX Runtime's own threads, so that --threads counts for all nodes alike.
+  // ONNX Runtime's own threads, so that --threads applies to all nodes.
   Parallel Threads() { return Parallel(this, &Call::Run); }
 
-  // What a GPU's kernels follow each other in; null on the CPU.
+  // The CUDA stream of this call; null on the CPU.
   void* Stream() const;
 
  private:
@@ -99,7 +99,7 @@ class Call {
   const Operand* inputs_;
 };
 
-// Runs `function`; what it throws becomes the status returned.
+// Runs `function` and returns its exception, if any, as a status.
 template <class Function>
 OrtStatus* Guarded(const OrtApi& api, const char* name, Function function) noexcept {
   try {
@@ -121,7 +121,7 @@ struct LoadedKernel {
   Kernel kernel;
 };
 
-// The description of `Kernel`, which lives as long as the library.
+// The operator of `Kernel`. It lives as long as the library.
 template <class Kernel>
 const OrtCustomOp* Operator() {
   static const OrtCustomOp op = [] {

@@ -1,8 +1,8 @@
-// Arrays from Python by DLPack, the exchange that NumPy, PyTorch, CuPy and JAX share: where they lie, what they hold.
-// Memory without such an owner is given by the array interface, NumPy's (version 3) or CUDA's, which is an address.
+// Arrays from Python through DLPack, the protocol that NumPy, PyTorch, CuPy and JAX share. Objects without it can have
+// NumPy's (version 3) or CUDA's array interface, which names an address.
 //
-// The structures are those of dlpack.h 0.8, which its authors keep as they are; declared here, so that building needs
-// no download. An array is borrowed for a call: its owner stays alive in the capsule, or with the caller.
+// The structures are those of dlpack.h 0.8, whose authors keep them unchanged. They are declared here so that building
+// needs no download. An array is borrowed for a call: the capsule, or the caller, keeps its owner alive.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -24,7 +24,7 @@ struct DLTensor {
   uint8_t type_bits;
   uint16_t type_lanes;
   int64_t* shape;
-  int64_t* strides;  // null for an array without gaps, row by row
+  int64_t* strides;  // null for a contiguous row-major array
   uint64_t byte_offset;
 };
 
@@ -33,7 +33,7 @@ class Array {
   enum Code : uint8_t { kInt = 0, kUnsigned = 1, kFloat = 2, kBFloat = 4 };
   static constexpr int32_t kCpu = 1, kCuda = 2;
 
-  // Throws ValueError unless it lies on `device` without gaps.
+  // Throws ValueError unless the array is on `device` and contiguous.
   Array(const char* name, const pybind11::handle& object, int32_t device) : name_(name) {
     namespace py = pybind11;
     const char* interface = device == kCuda ? "__cuda_array_interface__" : "__array_interface__";
@@ -44,7 +44,7 @@ class Array {
     }
     const auto found = object.attr("__dlpack_device__")().cast<py::tuple>()[0].cast<int>();
     if (found != device) throw py::value_error(Text(device == kCuda ? "must lie on the GPU" : "must lie on the CPU"));
-    // -1: the caller orders the work on it, by the stream that he gives.
+    // -1: no synchronisation. The caller passes a stream in which the work on the array is ordered.
     capsule_ = device == kCuda ? object.attr("__dlpack__")(py::arg("stream") = -1) : object.attr("__dlpack__")();
     tensor_ = static_cast<const DLTensor*>(PyCapsule_GetPointer(capsule_.ptr(), "dltensor"));
     if (tensor_ == nullptr) throw py::error_already_set();
@@ -57,7 +57,7 @@ class Array {
     elements_ = stride;
   }
 
-  Array(const Array&) = delete;  // the tensor may be its own
+  Array(const Array&) = delete;  // tensor_ may point to own_
   Array& operator=(const Array&) = delete;
 
   std::vector<int64_t> shape() const { return {tensor_->shape, tensor_->shape + tensor_->dimensions}; }
@@ -71,10 +71,11 @@ class Array {
     return reinterpret_cast<Type*>(static_cast<char*>(tensor_->data) + tensor_->byte_offset);
   }
 
-  // Throws ValueError unless it has this shape and type.
+  // Throws ValueError unless the array has this shape and type.
   const Array& Expect(const std::vector<int64_t>& expected, Code code, int bits) const {
-    if (shape() != expected)
+    if (shape() != expected) {
       throw pybind11::value_error(Text("must be " + Brackets(expected) + ", got " + Brackets(shape())));
+    }
     if (!is(code, bits)) {
       static constexpr const char* kNames[] = {"int", "uint", "float", "handle", "bfloat"};
       throw pybind11::value_error(Text("must hold " + std::string(kNames[code]) + std::to_string(bits) + ", got " +
@@ -96,7 +97,7 @@ class Array {
     if (interface.contains("strides") && !interface["strides"].is_none()) {
       throw py::value_error(Text("must be without gaps, row by row"));
     }
-    // Byte order, kind and bytes, as "<f4".
+    // Byte order, kind and number of bytes, such as "<f4".
     const auto type = interface["typestr"].cast<std::string>();
     static const std::string kKinds = "iuf";
     const size_t code = type.size() == 3 && type[0] != '>' ? kKinds.find(type[1]) : std::string::npos;
@@ -117,7 +118,7 @@ class Array {
   std::string name_;
   pybind11::object capsule_;
   const DLTensor* tensor_;
-  std::vector<int64_t> shape_;  // of `own_`, what an array interface says
+  std::vector<int64_t> shape_;  // of own_, which describes an array interface
   DLTensor own_ = {};
   int64_t elements_ = 0;
 };

@@ -1,4 +1,4 @@
-// healthgpt_edge._kernels: the machine's ceilings as Python functions.
+// healthgpt_edge._kernels: the machine's measured limits (ceilings/ceilings.h) as Python functions.
 #include "ceilings/ceilings.h"
 
 #include <pybind11/pybind11.h>

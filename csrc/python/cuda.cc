@@ -1,5 +1,5 @@
-// healthgpt_edge._cuda: the CUDA launchers as Python functions on arrays that lie on the GPU. Built for the host's
-// fibers it is _cuda_host, on NumPy arrays, and can also plant faults for its tests.
+// healthgpt_edge._cuda: the CUDA launchers as Python functions on arrays on the GPU. The host build is _cuda_host,
+// which takes NumPy arrays and can also plant faults for tests.
 #include "python/cuda.h"
 
 #include <pybind11/stl.h>

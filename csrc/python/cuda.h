@@ -1,4 +1,4 @@
-// What the CUDA bindings share: where their arrays lie, and what becomes of a launcher's status.
+// What the CUDA bindings share: the device of their arrays, and the exception of a launcher's status.
 #pragma once
 
 #include "cuda/storage.h"
@@ -6,7 +6,7 @@
 
 namespace healthgpt {
 
-// The module is built twice: for the GPU, and for the host's fibers (csrc/cuda/host), where arrays lie on the CPU.
+// The module is built for the GPU and, with arrays on the CPU, for the host's fibers (csrc/cuda/host).
 #ifdef HEALTHGPT_CUDA_HOST
 constexpr int32_t kDevice = Array::kCpu;
 #else
@@ -15,7 +15,7 @@ constexpr int32_t kDevice = Array::kCuda;
 
 inline Array DeviceArray(const char* name, const pybind11::handle& object) { return Array(name, object, kDevice); }
 
-// The memory of a float32 array of this shape.
+// The data of a float32 array of this shape.
 inline float* Floats(const char* name, const pybind11::handle& object, const std::vector<int64_t>& shape) {
   return DeviceArray(name, object).Expect(shape, Array::kFloat, 32).data<float>();
 }
@@ -25,7 +25,7 @@ inline float* OptionalFloats(const char* name, const pybind11::handle& object, c
 
 inline cuda::Stream StreamOf(uintptr_t stream) { return reinterpret_cast<cuda::Stream>(stream); }
 
-// ValueError for what a launcher refuses, RuntimeError for what CUDA does.
+// ValueError for an error of a launcher's checks, RuntimeError for one of CUDA.
 inline void Raise(cuda::Status status) {
   if (status == nullptr) return;
   if (status[0] == '[') throw pybind11::value_error(status);

@@ -1,4 +1,4 @@
-// Decode attention on a GPU as a Python function. Checks shapes, then calls; no arithmetic.
+// Attention on a GPU as a Python function, which checks shapes and calls the launcher.
 #include <pybind11/stl.h>
 
 #include "cached_attention/cuda.h"
@@ -75,14 +75,14 @@ void CachedAttention(const py::object& packed, const py::object& cosine, const p
 void BindAttention(py::module_& module) {
   module.def("cached_attention_workspace_bytes", &AttentionWorkspaceBytes, py::arg("batch"), py::arg("tokens"),
              py::arg("heads"), py::arg("kv_heads"), py::arg("head_size"), py::arg("capacity"),
-             "Bytes of workspace; zeros before its first use.");
+             "Bytes of workspace, which must be zeros before its first use.");
   module.def("cached_attention", &CachedAttention, py::arg("packed"), py::arg("cosine"), py::arg("sine"),
              py::arg("past_length"), py::arg("keys"), py::arg("values"), py::arg("output"), py::arg("workspace"),
              py::arg("storage") = "float16", py::arg("window") = 0, py::arg("key_scales") = py::none(),
              py::arg("value_scales") = py::none(), py::arg("stream") = 0,
-             "Attention [B, S, H * D] over caches [B, K, M, D], which take the new keys and values in, and int8 ones "
-             "their scales [B, K, M]; packed [B, S, (H + 2 K) * D] holds queries, keys and values. Operands as in "
-             "csrc/cached_attention/cuda.h.");
+             "Attention [B, S, H * D] over caches [B, K, M, D]. Appends the new keys and values to the caches; int8 "
+             "caches have scales [B, K, M]. packed [B, S, (H + 2 K) * D] holds queries, keys and values. Operands as "
+             "in csrc/cached_attention/cuda.h.");
 }
 
 }  // namespace healthgpt

@@ -1,4 +1,4 @@
-// What stands between the VQGAN's convolutions on a GPU, as Python functions. Checks shapes, then calls; no arithmetic.
+// The operations between the VQGAN's convolutions on a GPU as Python functions, which check shapes and call a launcher.
 #include <pybind11/stl.h>
 
 #include "python/cuda.h"
@@ -9,7 +9,7 @@ namespace py = pybind11;
 namespace healthgpt {
 namespace {
 
-// The memory of an image of this shape.
+// The data of an image of this shape.
 void* Image(const char* name, const py::object& object, const std::vector<int64_t>& shape, cuda::Storage storage) {
   const Array array = DeviceArray(name, object);
   const int bits = storage == cuda::Storage::kFloat32 ? 32 : 16;

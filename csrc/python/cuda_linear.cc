@@ -1,4 +1,4 @@
-// The H-LoRA linear on a GPU as Python functions. Checks shapes, then calls; no arithmetic.
+// The H-LoRA linear on a GPU as Python functions, which check shapes and call a launcher.
 #include <pybind11/stl.h>
 
 #include "hlora_linear/cuda.h"
@@ -11,7 +11,7 @@ namespace py = pybind11;
 namespace healthgpt {
 namespace {
 
-// A matrix [C, O] in the GPU's memory, kept alive by its owners.
+// A matrix [C, O] in GPU memory, with the Python objects that own the memory.
 struct StoredMatrix {
   StoredMatrix(py::object given, const std::string& storage, std::pair<int64_t, int64_t> shape, py::object given_scales,
                int64_t block_size, std::optional<int64_t> stride)
@@ -70,7 +70,7 @@ int64_t LinearWorkspaceBytes(int64_t rows, const StoredMatrix& weight, const Sto
       Matrices<cuda::HLoraLinearArguments>(rows, weight, adapter_in, adapter_out, experts));
 }
 
-// x (S, C) or, for pairs, (S, 2 C), and what is multiplied with it and added to it.
+// The operands that both launchers have. x is (S, C), or (S, 2 C) for pairs.
 template <class Arguments>
 Arguments Operands(const py::object& x, const StoredMatrix& weight, const py::object& y, const py::object& bias,
                    const StoredMatrix* adapter_in, const StoredMatrix* adapter_out, int64_t experts,
@@ -130,7 +130,7 @@ void HLoraPrefill(const py::object& x, const StoredMatrix& weight, const py::obj
 void HLoraLinearRows(const py::object& x, const StoredMatrix& weight, const py::object& y, const py::object& bias,
                      const StoredMatrix* adapter_in, const StoredMatrix* adapter_out, int64_t experts,
                      const py::object& expert_of, const py::object& route_bias, uintptr_t stream) {
-  // Never freed: at the process' end CUDA may be gone before it.
+  // Never freed: at the end of the process CUDA may already be gone.
   static auto& workspaces = *new std::shared_ptr(cuda::Workspaces::Get());
   const auto arguments =
       Operands<cuda::HLoraLinearArguments>(x, weight, y, bias, adapter_in, adapter_out, experts, expert_of, route_bias);
@@ -151,14 +151,14 @@ void BindLinear(py::module_& module) {
            py::arg("block_size") = 0, py::arg("stride") = py::none());
   module.def("hlora_linear_workspace_bytes", &LinearWorkspaceBytes, py::arg("rows"), py::arg("weight"),
              py::arg("adapter_in") = py::none(), py::arg("adapter_out") = py::none(), py::arg("experts") = 0,
-             "Bytes of workspace for at most so many rows; zeros before its first use.");
+             "Bytes of workspace for at most this many rows; they must be zeros before the first use.");
   module.def("hlora_linear", &HLoraLinear, py::arg("x"), py::arg("weight"), py::arg("y"), py::arg("workspace"),
              py::arg("bias") = py::none(), py::arg("adapter_in") = py::none(), py::arg("adapter_out") = py::none(),
              py::arg("experts") = 0, py::arg("expert_of") = py::none(), py::arg("route_bias") = py::none(),
              py::arg("epsilon") = py::none(), py::arg("pair_input") = false, py::arg("residual") = py::none(),
              py::arg("stream") = 0,
-             "y [S, O] = x W + b + gate(x R) * (x A) B for at most 32 rows; operands as in csrc/hlora_linear/cuda.h, "
-             "an epsilon normalises x.");
+             "y [S, O] = x W + b + gate(x R) * (x A) B for at most 32 rows. Operands as in csrc/hlora_linear/cuda.h; "
+             "with an epsilon x is normalised.");
 #ifndef HEALTHGPT_WITHOUT_CUBLASLT
   module.def("hlora_prefill_workspace_bytes", &PrefillWorkspaceBytes, py::arg("rows"), py::arg("weight"),
              py::arg("adapter_in") = py::none(), py::arg("adapter_out") = py::none(), py::arg("experts") = 0,
@@ -173,8 +173,8 @@ void BindLinear(py::module_& module) {
              py::arg("bias") = py::none(), py::arg("adapter_in") = py::none(), py::arg("adapter_out") = py::none(),
              py::arg("experts") = 0, py::arg("expert_of") = py::none(), py::arg("route_bias") = py::none(),
              py::arg("stream") = 0,
-             "y [S, O] = x W + b + gate(x R) * (x A) B for any number of rows, with working memory of its own for each "
-             "stream; operands as in csrc/hlora_linear/cuda.h.");
+             "y [S, O] = x W + b + gate(x R) * (x A) B for any number of rows, with its own working memory for each "
+             "stream. Operands as in csrc/hlora_linear/cuda.h.");
   module.attr("hlora_linear_version") = cuda::kHLoraLinearVersion;
 #endif
 }

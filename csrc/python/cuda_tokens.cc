@@ -1,4 +1,5 @@
-// What stands around the layers of a decode step on a GPU: the choice of a token, and rows of tables.
+// The choice of a token and the lookup of table rows on a GPU as Python functions, which check shapes and call a
+// launcher.
 #include <pybind11/stl.h>
 
 #include "gather_rows/cuda.h"
@@ -73,13 +74,13 @@ void TokenSelection(const py::object& logits, const py::object& step, const py::
 void BindTokens(py::module_& module) {
   module.def("gather_rows", &GatherRows, py::arg("ids"), py::arg("table"), py::arg("output"),
              py::arg("storage") = "float16", py::arg("widen") = false, py::arg("stream") = 0,
-             "output [S, C] = table [N, C][ids], as the table or widened to float32.");
+             "output [S, C] = table [N, C][ids], in the table's type or widened to float32.");
   module.def("token_selection", &TokenSelection, py::arg("logits"), py::arg("step"), py::arg("ids"), py::arg("token"),
              py::arg("first_id") = 0, py::arg("allowed") = py::none(), py::arg("penalty") = 1.0f,
              py::arg("seen") = py::none(), py::arg("temperature") = 0.0f, py::arg("top_p") = 1.0f,
              py::arg("times") = py::none(), py::arg("past_length") = py::none(), py::arg("stream") = 0,
-             "Chooses ids [T, B] at the GPU's own step [B]; operands as in csrc/token_selection/cuda.h, the bits of "
-             "allowed in int32.");
+             "Writes the ids [T, B] of the steps [B], which are on the GPU. Operands as in "
+             "csrc/token_selection/cuda.h; the bits of `allowed` are in int32.");
 }
 
 }  // namespace healthgpt

@@ -1,4 +1,4 @@
-// healthgpt_edge._kernels: the launchers as Python functions on NumPy arrays. Checks shapes, then calls; no arithmetic.
+// healthgpt_edge._kernels: the CPU launchers as functions on NumPy arrays, which check shapes and call a launcher.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -61,7 +61,7 @@ void CheckShape(const char* name, const py::array& array, const std::vector<int6
 
 bool IsHalf(const py::array& array) { return array.dtype().kind() == 'f' && array.itemsize() == 2; }
 
-// A matrix as the exporter stores it, kept alive by its arrays.
+// A matrix as the exporter stores it, with the arrays that own its memory.
 struct StoredMatrix {
   StoredMatrix(const py::array& given, const std::optional<Floats>& scales_given, int64_t block_size,
                const std::optional<std::vector<int64_t>>& shape)
@@ -76,7 +76,7 @@ struct StoredMatrix {
       matrix.storage = Storage::kFloat32;
     } else if (IsHalf(values)) {
       matrix.storage = Storage::kFloat16;
-    } else if (py::isinstance<py::array_t<uint16_t>>(values)) {  // NumPy itself knows no bfloat16
+    } else if (py::isinstance<py::array_t<uint16_t>>(values)) {  // NumPy itself has no bfloat16
       matrix.storage = Storage::kBFloat16;
     } else {
       throw py::value_error(
@@ -157,7 +157,7 @@ Floats HLoraLinear(const Floats& x, const StoredMatrix& weight, const std::optio
 
 using Lengths = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
 
-// Whether the kernel can write to it as it lies.
+// Whether the kernel can write to the array in place.
 bool IsCache(const py::array& array) {
   const char kind = array.dtype().kind();
   const ssize_t bytes = array.itemsize();
@@ -309,16 +309,17 @@ PYBIND11_MODULE(_kernels, module) {
              py::arg("adapter_in") = py::none(), py::arg("adapter_out") = py::none(), py::arg("experts") = 0,
              py::arg("target") = py::none(), py::arg("threads") = 1,
              "y [S, O] = x W + b + gate(x R) * (x A) B, float32; operands as in csrc/hlora_linear/hlora_linear.h.");
-  module.def("cached_attention", &CachedAttention, py::arg("query"), py::arg("key"), py::arg("value"),
-             py::arg("cosine"), py::arg("sine"), py::arg("past_length"), py::arg("keys"), py::arg("values"),
-             py::arg("window") = 0, py::arg("target") = py::none(), py::arg("threads") = 1,
-             py::arg("key_scales") = py::none(), py::arg("value_scales") = py::none(),
-             "Attention [B, S, H * D] over caches [B, K, M, D], which take the new keys and values in; operands as in "
-             "csrc/cached_attention/cached_attention.h.");
+  module.def(
+      "cached_attention", &CachedAttention, py::arg("query"), py::arg("key"), py::arg("value"), py::arg("cosine"),
+      py::arg("sine"), py::arg("past_length"), py::arg("keys"), py::arg("values"), py::arg("window") = 0,
+      py::arg("target") = py::none(), py::arg("threads") = 1, py::arg("key_scales") = py::none(),
+      py::arg("value_scales") = py::none(),
+      "Attention [B, S, H * D] over caches [B, K, M, D]. Appends the new keys and values to the caches. Operands "
+      "as in csrc/cached_attention/cached_attention.h.");
   module.def("convolution", &Convolution, py::arg("x"), py::arg("weight"), py::arg("bias"),
              py::arg("norm_weight") = py::none(), py::arg("norm_bias") = py::none(), py::arg("residual") = py::none(),
              py::arg("groups") = 0, py::arg("enlarge") = 1, py::arg("target") = py::none(), py::arg("threads") = 1,
-             "A 3x3 convolution [B, H, W, O] with what stands around it; operands as in "
+             "A 3x3 convolution [B, H, W, O] with normalisation, swish, bias and residual. Operands as in "
              "csrc/convolution/convolution.h.");
   BindCeilings(module);
 }

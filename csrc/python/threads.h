@@ -1,4 +1,5 @@
-// Threads for a call from Python: started with the call and joined at its end. A session has ONNX Runtime's pool.
+// Threads for a call from Python, started with the call and joined at its end. Sessions use ONNX Runtime's pool
+// instead.
 #pragma once
 
 #include <atomic>
@@ -26,7 +27,7 @@ class Threads {
     std::vector<std::thread> others;
     try {
       for (size_t i = 1; i < static_cast<Threads*>(pool)->count_ && i < count; ++i) others.emplace_back(work);
-    } catch (const std::exception&) {  // the system has no more threads: those that there are do the work
+    } catch (const std::exception&) {  // the system has no more threads: those already started do the work
     }
     work();
     for (std::thread& other : others) other.join();
