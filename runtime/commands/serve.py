@@ -40,7 +40,10 @@ def serve(
         kernels=kernels,
         prefix_cache_bytes=keep_pictures << 20,
     )
-    if together > 1 and any(session.group(task, together) is None for task in session.bundle.manifest.tasks):
+    tasks = session.bundle.manifest.tasks
+    for task in tasks:  # now, for otherwise it stops somebody's answer: for 2 to 3 s with M3
+        session.drafts.agree(task)
+    if together > 1 and any(session.group(task, together) is None for task in tasks):
         note("requests are done one by one: this executor takes one sequence a pass, or rounds by how many there are")
     # Who asks may be gone, as at the end of stdin.
     with suppress(ConnectionError):

@@ -464,6 +464,18 @@ def test_requests_that_cannot_be_done_together_are_not_without_a_word(golden_bun
     assert ("requests are done one by one" in said) == (not grouped)
 
 
+def test_drafts_are_tested_before_the_first_request(golden_bundle, monkeypatch):
+    """Not in the midst of somebody's answer."""
+    tested: list[str] = []
+    monkeypatch.setattr("healthgpt_edge.drafting.drafts.rows_agree", lambda executor, task: not tested.append(task))
+    monkeypatch.setattr("healthgpt_edge.serving.Server.run", lambda server: tested.append("ready"))
+    with Path(os.devnull).open() as source, Path(os.devnull).open("w") as target:
+        monkeypatch.setattr(sys, "stdin", source)
+        monkeypatch.setattr(sys, "stdout", target)
+        serve(golden_bundle("m3"), threads=1, verify=False)
+    assert sorted(tested[:-1]) == ["comprehension", "generation"] and tested[-1] == "ready"
+
+
 def test_the_process_ends_with_its_requests(golden_bundle):
     """With 0; and its stderr says nothing of what it was asked, however wrong that is."""
     broken = dicom(np.zeros((8, 8), np.uint16), PatientName=SECRET)[:-60]
