@@ -7,7 +7,7 @@ BENCH_WORK ?= bench-work
 BENCH_OPTIONS ?= --picture
 NATIVE := $(shell find csrc tests/csrc -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: setup demo test bench peers neon lint format clean
+.PHONY: setup demo test bench peers neon avx512 lint format clean
 
 setup: .venv/installed
 
@@ -38,6 +38,10 @@ neon: setup
 	    -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_EXE_LINKER_FLAGS=-static
 	$(BIN)/cmake --build build/neon --target compare_targets
 	qemu-aarch64-static build/neon/compare_targets
+
+# AVX-512 with AVX2's instructions in the place of its own, by Debian's libsimde-dev.
+avx512: setup
+	EMULATED=Avx512 $(BIN)/python -m pytest tests/csrc/test_sanitizers.py
 
 lint: setup
 	$(BIN)/ruff check .

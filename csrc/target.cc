@@ -10,6 +10,9 @@
 namespace healthgpt {
 
 bool IsSupported(Target target) {
+#ifdef EMULATED_TARGET  // in tests
+  if (target == Target::EMULATED_TARGET) return IsSupported(Target::kAvx2);
+#endif
   switch (target) {
     case Target::kPortable:
       return true;

@@ -1,8 +1,11 @@
-// Compares the kernels of every instruction set this machine has with the portable ones, without Python: so it can be
-// cross-compiled and run under an emulator (`make neon`).
+// Compares the kernels of every instruction set this machine has with the portable ones, and their results for some
+// rows with those for all rows at once, which must have the same bits. Without Python: so it can be cross-compiled and
+// run under an emulator (`make neon`).
 #include <cmath>
 #include <cstdio>
+#include <cstring>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "cached_attention/cached_attention.h"
@@ -65,121 +68,181 @@ double Distance(const std::vector<float>& found, const std::vector<float>& expec
   return most / largest;
 }
 
-double CompareLinear(Target target, Storage storage, int64_t rows, int64_t channels, int64_t outputs) {
-  constexpr int64_t kRank = 36, kExperts = 4;
-  const int64_t block = storage == Storage::kInt4 || storage == Storage::kInt8 ? 64 : 0;
-  const Stored weight(storage, channels, outputs, block), into(storage, channels, kRank + kExperts, block);
-  const Stored out_of(storage, kRank, outputs, block);
-  const std::vector<float> x = Normal(rows * channels), bias = Normal(outputs);
-  std::vector<float> y[2];
-  for (int i = 0; i < 2; ++i) {
-    y[i].resize(static_cast<size_t>(rows * outputs));
-    const healthgpt::HLoraLinearArguments arguments = {rows,        kExperts,    x.data(),      weight.matrix,
-                                                       bias.data(), into.matrix, out_of.matrix, y[i].data()};
-    healthgpt::HLoraLinear(arguments, healthgpt::Parallel(), i == 0 ? target : Target::kPortable);
+// What the kernels of one target were found to do.
+struct Report {
+  Target target;
+  const char* name;
+  double largest = 0;
+  bool good = true;
+
+  void Compare(const std::string& what, const std::vector<float>& found, const std::vector<float>& expected,
+               double tolerance) {
+    const double distance = Distance(found, expected);
+    largest = std::fmax(largest, distance);
+    if (distance <= tolerance) return;
+    std::printf("%s, %s: relative difference %.2e\n", name, what.c_str(), distance);
+    good = false;
   }
-  return Distance(y[0], y[1]);
+
+  // `part` must be what `all` holds from `at` on, to the last bit.
+  void SameBits(const std::string& what, const std::vector<float>& part, const std::vector<float>& all, int64_t at) {
+    if (std::memcmp(part.data(), all.data() + at, part.size() * sizeof(float)) == 0) return;
+    std::printf("%s, %s: not the bits of all at once\n", name, what.c_str());
+    good = false;
+  }
+};
+
+// In the order of Storage.
+constexpr const char* kStorages[] = {"float32", "float16", "bfloat16", "int8", "int4"};
+
+constexpr double kTolerance = 2e-5;
+// A number on the border between two bytes, or two float16, may fall either way.
+constexpr double kRoundedTolerance = 5e-3;
+
+void CompareLinear(Report& report, Storage storage, int64_t channels, int64_t outputs, int64_t block_size,
+                   int64_t experts) {
+  constexpr int64_t kRows = 40, kRank = 36;
+  const bool integer = storage == Storage::kInt4 || storage == Storage::kInt8;
+  const int64_t block = integer ? block_size : 0;
+  const Stored weight(storage, channels, outputs, block), into(storage, channels, kRank + experts, block);
+  const Stored out_of(storage, kRank, outputs, block);
+  const std::vector<float> bias = Normal(outputs);
+  std::vector<float> x = Normal(kRows * channels);
+  // Without adapters, numbers that bytes hold as they are.
+  for (int64_t i = 0; experts == 0 && i < kRows * channels; ++i) {
+    x[i] = i % channels % block_size == 0 ? 127.0f : std::round(std::fmin(std::fmax(40 * x[i], -127.0f), 127.0f));
+  }
+  const auto run = [&](Target target, int64_t first, int64_t rows) {
+    std::vector<float> y(static_cast<size_t>(rows * outputs));
+    healthgpt::HLoraLinearArguments arguments;
+    arguments.rows = rows;
+    arguments.experts = experts;
+    arguments.x = x.data() + first * channels;
+    arguments.weight = weight.matrix;
+    arguments.bias = bias.data();
+    arguments.adapter_in = into.matrix;
+    arguments.adapter_out = out_of.matrix;
+    arguments.y = y.data();
+    healthgpt::HLoraLinear(arguments, healthgpt::Parallel(), target);
+    return y;
+  };
+  const std::string what = std::string("linear of ") + kStorages[static_cast<int>(storage)] + ", " +
+                           std::to_string(channels) + " x " + std::to_string(outputs);
+  const std::vector<float> all = run(report.target, 0, kRows);
+  report.Compare(what, all, run(Target::kPortable, 0, kRows), integer && experts > 0 ? kRoundedTolerance : kTolerance);
+  for (const int64_t rows : {1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 16, 17, 24, 39}) {
+    const int64_t first = (kRows - rows) / 2;
+    report.SameBits(what + ", rows " + std::to_string(rows), run(report.target, first, rows), all, first * outputs);
+  }
 }
 
-double CompareAttention(Target target, Storage cache, int64_t tokens, int64_t past, int64_t size) {
-  constexpr int64_t kHeads = 4, kKvHeads = 2;
-  const int64_t capacity = past + tokens + 3;
-  const std::vector<float> query = Normal(tokens * kHeads * size), key = Normal(tokens * kKvHeads * size);
-  const std::vector<float> value = Normal(tokens * kKvHeads * size), turns = Normal(tokens * size / 2, 0.5f);
+void CompareAttention(Report& report, Storage cache, int64_t group, int64_t past, int64_t size, int64_t window) {
+  constexpr int64_t kTokens = 100, kKvHeads = 2;
+  const int64_t heads = group * kKvHeads, capacity = past + kTokens + 3;
+  const std::vector<float> query = Normal(kTokens * heads * size), key = Normal(kTokens * kKvHeads * size);
+  const std::vector<float> value = Normal(kTokens * kKvHeads * size), turns = Normal(kTokens * size / 2, 0.5f);
   const Stored old_keys(cache, kKvHeads * capacity, size, 0), old_values(cache, kKvHeads * capacity, size, 0);
   const std::vector<float> scales = Normal(kKvHeads * capacity, 0.02f);
-  std::vector<float> output[2];
-  for (int i = 0; i < 2; ++i) {
+  // All tokens, in calls of so many each.
+  const auto run = [&](Target target, const std::vector<int64_t>& pieces) {
     std::vector<uint8_t> keys = old_keys.bytes, values = old_values.bytes;
     std::vector<float> key_scales = scales, value_scales = scales;
-    output[i].resize(static_cast<size_t>(tokens * kHeads * size));
-    healthgpt::CachedAttentionArguments arguments;
-    arguments.batch = 1;
-    arguments.tokens = tokens;
-    arguments.heads = kHeads;
-    arguments.kv_heads = kKvHeads;
-    arguments.head_size = size;
-    arguments.capacity = capacity;
-    arguments.past_length = &past;
-    arguments.query = query.data();
-    arguments.key = key.data();
-    arguments.value = value.data();
-    arguments.cosine = arguments.sine = turns.data();
-    arguments.cache = cache;
-    arguments.keys = keys.data();
-    arguments.values = values.data();
-    arguments.key_scales = key_scales.data();
-    arguments.value_scales = value_scales.data();
-    arguments.output = output[i].data();
-    healthgpt::CachedAttention(arguments, healthgpt::Parallel(), i == 0 ? target : Target::kPortable);
-  }
-  return Distance(output[0], output[1]);
+    std::vector<float> output(static_cast<size_t>(kTokens * heads * size));
+    int64_t first = 0;
+    for (const int64_t tokens : pieces) {
+      const int64_t length = past + first;
+      healthgpt::CachedAttentionArguments arguments;
+      arguments.batch = 1;
+      arguments.tokens = tokens;
+      arguments.heads = heads;
+      arguments.kv_heads = kKvHeads;
+      arguments.head_size = size;
+      arguments.capacity = capacity;
+      arguments.window = window;
+      arguments.past_length = &length;
+      arguments.query = query.data() + first * heads * size;
+      arguments.key = key.data() + first * kKvHeads * size;
+      arguments.value = value.data() + first * kKvHeads * size;
+      arguments.cosine = arguments.sine = turns.data() + first * size / 2;
+      arguments.cache = cache;
+      arguments.keys = keys.data();
+      arguments.values = values.data();
+      arguments.key_scales = key_scales.data();
+      arguments.value_scales = value_scales.data();
+      arguments.output = output.data() + first * heads * size;
+      healthgpt::CachedAttention(arguments, healthgpt::Parallel(), target);
+      first += tokens;
+    }
+    return output;
+  };
+  const std::string what = std::string("attention of ") + kStorages[static_cast<int>(cache)] + ", " +
+                           std::to_string(group) + " x " + std::to_string(size);
+  const std::vector<float> all = run(report.target, {kTokens});
+  report.Compare(what, all, run(Target::kPortable, {kTokens}),
+                 cache == Storage::kFloat32 ? kTolerance : kRoundedTolerance);
+  report.SameBits(what + ", one by one", run(report.target, std::vector<int64_t>(kTokens, 1)), all, 0);
+  report.SameBits(what + ", in pieces", run(report.target, {2, 3, 4, 5, 6, 7, 8, 9, 10, 13, 24, 9}), all, 0);
 }
 
-double CompareConvolution(Target target, bool half, int64_t side, int64_t channels, int64_t outputs, int64_t enlarge) {
-  const int64_t pixels = 2 * side * side;
-  const std::vector<float> x = Normal(pixels * channels), residual = Normal(pixels * enlarge * enlarge * outputs);
+void CompareConvolution(Report& report, bool half, int64_t side, int64_t channels, int64_t outputs, int64_t enlarge) {
+  const int64_t pixels = side * side, y_pixels = pixels * enlarge * enlarge;
+  const std::vector<float> x = Normal(2 * pixels * channels), residual = Normal(2 * y_pixels * outputs);
   const Stored weight(half ? Storage::kFloat16 : Storage::kFloat32, 9 * channels, outputs, 0);
   const std::vector<float> bias = Normal(outputs);
   const std::vector<float> norm_weight = Normal(channels), norm_bias = Normal(channels);
-  std::vector<float> y[2];
-  for (int i = 0; i < 2; ++i) {
-    y[i].resize(residual.size());
+  const auto run = [&](Target target, int64_t first, int64_t pictures) {
+    std::vector<float> y(static_cast<size_t>(pictures * y_pixels * outputs));
     healthgpt::ConvolutionArguments arguments;
-    arguments.batch = 2;
+    arguments.batch = pictures;
     arguments.height = arguments.width = side;
     arguments.channels = channels;
     arguments.outputs = outputs;
     arguments.groups = channels / 4;
     arguments.enlarge = enlarge;
-    arguments.x = x.data();
+    arguments.x = x.data() + first * pixels * channels;
     arguments.norm_weight = norm_weight.data();
     arguments.norm_bias = norm_bias.data();
     arguments.weight = weight.matrix.values;
     arguments.half = half;
     arguments.bias = bias.data();
-    arguments.residual = residual.data();
-    arguments.y = y[i].data();
-    healthgpt::Convolution(arguments, healthgpt::Parallel(), i == 0 ? target : Target::kPortable);
-  }
-  return Distance(y[0], y[1]);
+    arguments.residual = residual.data() + first * y_pixels * outputs;
+    arguments.y = y.data();
+    healthgpt::Convolution(arguments, healthgpt::Parallel(), target);
+    return y;
+  };
+  const std::string what = "convolution of " + std::to_string(channels) + " x " + std::to_string(outputs);
+  const std::vector<float> both = run(report.target, 0, 2);
+  report.Compare(what, both, run(Target::kPortable, 0, 2), kTolerance);
+  report.SameBits(what + ", one picture", run(report.target, 1, 1), both, y_pixels * outputs);
 }
 
 }  // namespace
 
 int main() {
-  const struct {
-    Target target;
-    const char* name;
-  } targets[] = {
-      {Target::kNeon, "neon"}, {Target::kAvx2, "avx2"}, {Target::kAvxVnni, "avx-vnni"}, {Target::kAvx512, "avx512"}};
   bool good = true;
-  for (const auto& [target, name] : targets) {
-    if (!healthgpt::IsSupported(target)) continue;
-    double worst = 0;
+  for (Report report : {Report{Target::kNeon, "neon"}, Report{Target::kAvx2, "avx2"},
+                        Report{Target::kAvxVnni, "avx-vnni"}, Report{Target::kAvx512, "avx512"}}) {
+    if (!healthgpt::IsSupported(report.target)) continue;
     for (const Storage storage :
          {Storage::kFloat32, Storage::kFloat16, Storage::kBFloat16, Storage::kInt8, Storage::kInt4}) {
-      for (const int64_t rows : {1, 2, 3, 4, 19}) {
-        worst = std::fmax(worst, CompareLinear(target, storage, rows, 259, 514));
-        worst = std::fmax(worst, CompareLinear(target, storage, rows, 31, 33));
+      for (const int64_t experts : {0, 4}) {
+        CompareLinear(report, storage, 259, 514, 64, experts);
+        CompareLinear(report, storage, 31, 33, 32, experts);
       }
     }
     for (const Storage cache : {Storage::kFloat32, Storage::kFloat16, Storage::kInt8}) {
-      for (const int64_t tokens : {1, 5, 80}) {
-        worst = std::fmax(worst, CompareAttention(target, cache, tokens, 130, 96));
-        worst = std::fmax(worst, CompareAttention(target, cache, tokens, 3, 10));
-      }
+      CompareAttention(report, cache, 1, 130, 96, 0);
+      CompareAttention(report, cache, 3, 3, 10, 50);
     }
     for (const bool half : {false, true}) {
       for (const int64_t enlarge : {1, 2}) {
-        worst = std::fmax(worst, CompareConvolution(target, half, 11, 20, 70, enlarge));
-        worst = std::fmax(worst, CompareConvolution(target, half, 4, 64, 3, enlarge));
+        CompareConvolution(report, half, 11, 20, 70, enlarge);
+        CompareConvolution(report, half, 4, 64, 3, enlarge);
       }
     }
-    // Rounding alone; a value on the border between two bytes may fall either way.
-    const bool agrees = worst < 5e-3;
-    std::printf("%s: largest relative difference %.2e%s\n", name, worst, agrees ? "" : " IS TOO MUCH");
-    good = good && agrees;
+    std::printf("%s: largest relative difference %.2e%s\n", report.name, report.largest,
+                report.good ? "" : ", NOT AS IT SHOULD BE");
+    good = good && report.good;
   }
   return good ? 0 : 1;
 }

@@ -1,6 +1,10 @@
-"""The kernels' tests once more on a build with the address and undefined-behaviour sanitizers."""
+"""The kernels' tests once more on a build with the address and undefined-behaviour sanitizers.
+
+There an instruction set that this processor may not have is emulated: AVX-VNNI, or by `make avx512` AVX-512.
+"""
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -28,6 +32,13 @@ sys.exit(pytest.main([*sys.argv[2:], "-x", "-p", "no:cacheprovider"]))
 def sanitized():
     """The folder of a sanitized build."""
     return build("_kernels", "compare_targets", sanitized=True)
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="emulates x86's instructions")
+def test_emulated_instructions_do_what_they_stand_for(sanitized):
+    build("check_emulation", sanitized=True)
+    done = subprocess.run([sanitized / "check_emulation"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
 
 
 def test_instruction_sets_agree_under_sanitizers(sanitized):
