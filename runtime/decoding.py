@@ -14,7 +14,7 @@ import numpy as np
 from .checks import is_real, is_whole
 from .drafting import Drafter
 from .errors import GenerationError
-from .executors import Choice, RunAhead, Sequence
+from .executors import Choice, Context, RunAhead
 from .steps import Seat, Step, Steps, finish
 
 # Tokens that a device decodes before the host looks: a row of codes; of text, where what comes after the end is lost.
@@ -226,9 +226,9 @@ class Decoded(NamedTuple):
     by_pass: list[int]
 
 
-def decode(sequence: Sequence, logits: np.ndarray, grammar: Grammar, selector: Selector, **options: Any) -> Decoded:
+def decode(context: Context, logits: np.ndarray, grammar: Grammar, selector: Selector, **options: Any) -> Decoded:
     """What `decoding` does, by itself."""
-    return finish(decoding(Seat(sequence), logits, grammar, selector, **options))
+    return finish(decoding(Seat(context), logits, grammar, selector, **options))
 
 
 def decoding(

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import numpy as np
 
-from .executors import Group, Sequence
+from .executors import Context, Group, Sequence
 
 T = TypeVar("T")
 
@@ -27,7 +27,7 @@ class Seat:
 class Step(NamedTuple):
     """A pass that appends token_ids int64 [S] to a sequence, one where it goes on with others in a group.
 
-    What it gives are logits [last_positions, rows], as Sequence.forward.
+    It gives logits [last_positions, rows], as Context.forward does.
     """
 
     sequence: Sequence
@@ -37,7 +37,8 @@ class Step(NamedTuple):
     group: Group | None
 
     def alone(self) -> np.ndarray:
-        return self.sequence.forward(self.token_ids, self.last_positions, self.full_vocabulary)
+        """Make the pass of a sequence that is in no group."""
+        return cast(Context, self.sequence).forward(self.token_ids, self.last_positions, self.full_vocabulary)
 
 
 Steps = Generator[Step, np.ndarray, T]

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import PromptError
+from ..together import MAX_TOGETHER
 
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A directory written by `export`.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
@@ -20,7 +21,10 @@ Device = Annotated[
 Kernels = Annotated[bool, typer.Option("--kernels/--no-kernels", help="Native kernels, where they are built.")]
 Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Check the hashes of the weights first.")]
 Together = Annotated[
-    int, typer.Option("--together", min=1, max=64, metavar="N", help="Do up to N at a time; each takes its own memory.")
+    int,
+    typer.Option(
+        "--together", min=1, max=MAX_TOGETHER, metavar="N", help="Do up to N at a time; each takes its own memory."
+    ),
 ]
 # What is asked.
 InputImage = Annotated[Path | None, typer.Option("--image", help="PNG, JPEG or DICOM file; may be left out.")]

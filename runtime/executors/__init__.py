@@ -40,8 +40,12 @@ class Sequence(Protocol):
 
     @property
     def room(self) -> int | None:
-        """How many tokens it takes before `forward` refuses more; None where the caches grow."""
+        """How many tokens it takes before a pass refuses more; None where the caches grow."""
         ...
+
+
+class Context(Sequence, Protocol):
+    """A sequence with caches of its own."""
 
     def forward(self, token_ids: np.ndarray, last_positions: int = 1, full_vocabulary: bool = False) -> np.ndarray:
         """Append token_ids int64 [S] and return float32 logits [last_positions, rows].
@@ -49,10 +53,6 @@ class Sequence(Protocol):
         Row 0 is the task's `first_logit` id, or id 0 with `full_vocabulary`.
         """
         ...
-
-
-class Context(Sequence, Protocol):
-    """A sequence with caches of its own."""
 
     @property
     def memory_bytes(self) -> int:
@@ -83,7 +83,7 @@ class Group(Protocol):
     def forward(
         self, token_ids: Mapping[Sequence, int], full_vocabulary: Collection[Sequence]
     ) -> dict[Sequence, np.ndarray]:
-        """Append a token to each sequence that has joined; logits [1, rows] of each, as of Sequence.forward."""
+        """Append a token to each sequence that has joined; logits [1, rows] of each, as of Context.forward."""
         ...
 
 

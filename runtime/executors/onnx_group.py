@@ -19,14 +19,8 @@ class OnnxMember:
 
     room: int | None = None
 
-    def __init__(self, group: OnnxGroup, length: int) -> None:
-        self._group, self.length = group, length
-
-    def forward(self, token_ids: np.ndarray, last_positions: int = 1, full_vocabulary: bool = False) -> np.ndarray:
-        """As Sequence.forward, of one token while no other sequence is in the group."""
-        if len(token_ids) != 1 or last_positions != 1:
-            raise ExecutorError(f"a sequence of a group takes one token a pass, got {len(token_ids)}")
-        return self._group.forward({self: int(token_ids[0])}, [self] if full_vocabulary else [])[self]
+    def __init__(self, length: int) -> None:
+        self.length = length
 
 
 class OnnxGroup:
@@ -48,7 +42,7 @@ class OnnxGroup:
     def join(self, context: Context) -> Iterator[Sequence]:
         self._reserve(context.length)
         self._caches.restore(context.caches(context.length), len(self._members))
-        member = OnnxMember(self, context.length)
+        member = OnnxMember(context.length)
         del context  # with what it holds, if nobody else wants it
         self._members.append(member)
         try:
