@@ -1,1 +1,1 @@
-"""The CUDA kernels on a GPU, checked and timed: `benchmarks/gpu.sh`. Needs PyTorch and the built module alone."""
+"""Checks and times the CUDA kernels on a GPU: see `benchmarks/gpu.sh`. Needs only PyTorch and the built module."""

@@ -1,9 +1,9 @@
-"""Check, then time, the CUDA kernels: `benchmarks/gpu.sh` calls this.
+"""Check and then time the CUDA kernels. `benchmarks/gpu.sh` calls this.
 
     python -m benchmarks.gpu MODULE --out FILE [--seconds N]
 
-MODULE is the built _cuda; given the host's _cuda_host, all is rehearsed at small sizes. Results are written after every
-part, so that what a time limit cuts off leaves the rest; parts that were not reached are named in the file.
+MODULE is the built _cuda. With the host build _cuda_host everything is rehearsed at small sizes. Results are written
+after every part, so that a time limit loses only the rest; the file names the parts that were not reached.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from .steps import STEPS, DecodeStep, OriginalStep
 
 ROWS = [1, 2, 4, 8, 16, 32]
 PAST = 700
-REHEARSED_PAST = 60  # from here a rehearsed picture's codes, and the room for them, reach into the next chunk of 64
+REHEARSED_PAST = 60  # from here a rehearsed picture's codes, and the room for them, reach the next chunk of 64
 
 
 def ceilings(device: Device) -> Iterator[dict[str, Any]]:
-    """Bytes per second of the best of several passes over memory, and operations per second of a float16 product.
+    """The best bytes per second of several passes over memory, and the operations per second of a float16 product.
 
-    A pass is an ordinary launch: a copy in a CUDA graph came to 2757 GB/s on an H200 whose products read 3600.
+    Passes are ordinary launches. In a CUDA graph, a copy reached 2757 GB/s on an H200 whose products read 3600.
     """
     size_bytes = 1 << (16 if device.rehearses else 32)
     source = device.normal(size_bytes // 4)
     target = torch.empty_like(source)
-    passes: dict[str, tuple[int, Callable[[], Any]]] = {  # bytes moved: read, and written where there is something to
+    passes: dict[str, tuple[int, Callable[[], Any]]] = {  # the bytes read and written
         "copy": (2 * size_bytes, lambda: target.copy_(source)),
         "addition": (2 * size_bytes, lambda: torch.add(source, 1, out=target)),
         "sum": (size_bytes, source.sum),
@@ -74,7 +74,7 @@ def linears(device: Device, system: str, ranks: list[int], storages: list[str], 
 
 
 def prefill(device: Device) -> Iterator[dict[str, Any]]:
-    """M3's linears for the 600 tokens of a prompt with a picture."""
+    """M3's linears for a prompt of 600 tokens, which has a picture."""
     if not hasattr(device.kernels, "hlora_prefill"):
         yield {"absent": "built without cuBLASLt"}
         return
@@ -85,12 +85,12 @@ def prefill(device: Device) -> Iterator[dict[str, Any]]:
 
 
 def step(device: Device, storage: str, rank: int) -> Iterator[dict[str, Any]]:
-    """The M3 decode step; that of a picture has rank 256."""
+    """The decode step of M3. For pictures the rank is 256."""
     past, decoder = (REHEARSED_PAST, TINY) if device.rehearses else (PAST, DECODERS["m3"])
     ours = DecodeStep(device, decoder, rank, storage, past)
     expected = ours.expected(0)
     ours.run()
-    error = check(f"decode step {storage}", ours.logits, expected, 2e-2)  # the caches round the new keys on the way
+    error = check(f"decode step {storage}", ours.logits, expected, 2e-2)  # the caches round the new keys and values
     result = {"storage": storage, "rank": rank, "error": error, "bytes": ours.size_bytes}
     assert int(ours.token[0]) == int(ours.logits.argmax()) == int(ours.ids[0, 0])
     assert int(ours.step[0]) < STEPS
@@ -103,7 +103,7 @@ def step(device: Device, storage: str, rank: int) -> Iterator[dict[str, Any]]:
 
 
 def attention(device: Device) -> Iterator[dict[str, Any]]:
-    """One layer's decode attention, caches gone through in turn."""
+    """The attention of one layer's decode step, on several caches in turn."""
     for system, decoder in {"m3": TINY}.items() if device.rehearses else DECODERS.items():
         for past in [REHEARSED_PAST] if device.rehearses else [PAST, 3000]:
             size, heads, kv_heads = decoder.head_size, decoder.heads, decoder.kv_heads
@@ -135,14 +135,14 @@ def attention(device: Device) -> Iterator[dict[str, Any]]:
                 "past": past,
                 "bytes": cache_bytes,
                 "ours": device.measure([lambda pair=pair, given=given: call(*pair, *given) for pair in caches]),
-                # Without rotating, appending or widening.
+                # PyTorch's neither rotates, appends nor widens.
                 "torch_attention": device.measure([lambda pair=pair: peer(*pair) for pair in caches]),
             }
             assert torch.isfinite(output).all()
 
 
 def whole_picture(device: Device) -> Iterator[dict[str, Any]]:
-    """All codes of a picture, each chosen and looked up on the GPU, then the picture: no word with the host between."""
+    """All codes of a picture, each chosen and looked up on the GPU without an exchange with the host."""
     count = 8 if device.rehearses else 1024
     past, decoder = (REHEARSED_PAST, TINY) if device.rehearses else (PAST, DECODERS["m3"])
     for storage in ("float16", "int4"):
@@ -162,7 +162,7 @@ def whole_picture(device: Device) -> Iterator[dict[str, Any]]:
 
 
 def picture(device: Device) -> Iterator[dict[str, Any]]:
-    """The VQGAN's decoder without its four attention blocks, 1024 codes to a picture of 256 by 256."""
+    """The VQGAN's decoder without its four attention blocks: 1024 codes become a picture of 256 x 256."""
     shape = ((32, 32), 1, 3, 64) if device.rehearses else ((512, 256, 128, 128), 3, 32, 8192)
     one = Picture(device, *shape)
     with torch.inference_mode():
@@ -179,7 +179,7 @@ def picture(device: Device) -> Iterator[dict[str, Any]]:
 
 
 def parts(device: Device) -> dict[str, Callable[[], Iterator[dict[str, Any]]]]:
-    """In the order of what matters most, for time may run out."""
+    """The parts of the benchmark by name. The most important come first, because time may run out."""
     halves, integers = ["float16"], ["int4", "int8"]
     return {
         "ceilings": lambda: ceilings(device),
@@ -206,7 +206,7 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     end = time.monotonic() + arguments.seconds
     device = Device(arguments.module)
-    commit = os.environ.get("COMMIT", "")  # a copy of the tree on a bare machine may have neither git nor its history
+    commit = os.environ.get("COMMIT", "")  # for machines without git or without its history
     if not commit and shutil.which("git"):
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     todo = parts(device)
@@ -226,11 +226,11 @@ def main() -> None:
                 write()
                 if time.monotonic() > end:
                     break
-        except Exception as error:  # the other parts may still have something to say
+        except Exception as error:  # continue with the other parts
             results["failed"][name] = f"{type(error).__name__}: {error}"
             traceback.print_exc()
         if time.monotonic() > end:
-            results["not_reached"].append(name)  # or not to its end
+            results["not_reached"].append(name)  # or not completed
         print(f"{name}: {len(results[name])} results, {time.monotonic() - begin:.0f} s", flush=True)
         if not device.rehearses:
             torch.cuda.empty_cache()

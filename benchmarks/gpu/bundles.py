@@ -1,12 +1,12 @@
-"""Whole bundles by ONNX Runtime's CUDA provider: checked, then timed. `benchmarks/gpu.sh` calls this.
+"""Check and then time whole bundles with ONNX Runtime's CUDA provider. `benchmarks/gpu.sh` calls this.
 
     python -m benchmarks.gpu.bundles WORK --export [--rehearse LIBRARY]
     python -m benchmarks.gpu.bundles WORK --out FILE [--seconds N] [--rehearse LIBRARY]
 
-The first writes the bundles, which takes no GPU. The second checks and times them: the trained phantom must give the
-ids that the CPU gives, and a full-size M3 with random weights what `healthgpt_edge.bench` asks. Results are written
-after every bundle. To rehearse, LIBRARY holds the CUDA nodes for the host's fibers (the target
-healthgpt_onnxruntime_cuda_host), a phantom is all, and times mean nothing.
+The first command writes the bundles, without a GPU. The second checks and times them: the trained phantom must give the
+same ids as on the CPU, and a full-size M3 with random weights must pass the checks of `healthgpt_edge.bench`. Results
+are written after every bundle. With --rehearse, LIBRARY is the host build of the CUDA nodes (the target
+healthgpt_onnxruntime_cuda_host); it runs only a phantom, and its times mean nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import traceback
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch  # before onnxruntime: it brings the CUDA libraries and cuDNN along
+import torch  # before onnxruntime, because it loads the CUDA libraries and cuDNN
 
 from benchmarks import full_size, phantom
 from benchmarks.systems import SYSTEMS
@@ -36,11 +36,11 @@ REHEARSED_ROWS = "pp3,tg2@3"
 
 
 class WrongAnswer(Exception):
-    """A bundle gives other ids on the GPU than on the CPU."""
+    """A bundle gives different ids on the GPU and on the CPU."""
 
 
 class Case(NamedTuple):
-    """A bundle: of which model, how it is stored, and the seconds that checking and timing it takes."""
+    """A bundle: its model, its precision, its caches, and the seconds that checking and timing it take."""
 
     model: str
     precision: str
@@ -53,7 +53,7 @@ class Case(NamedTuple):
 
     def export(self, work: Path) -> None:
         bundle = work / self.name
-        shutil.rmtree(bundle, ignore_errors=True)  # of a run before
+        shutil.rmtree(bundle, ignore_errors=True)  # from an earlier run
         if self.model == "phantom":
             phantom.export(bundle, self.precision, cache=self.cache)
             return
@@ -70,8 +70,8 @@ CASES = [
 
 
 def check_phantom(bundle: Path, new_tokens: int) -> None:
-    """The trained phantom must give the CPU's ids for every kind of question."""
-    # By the standard bodies there: our kernels for the CPU round activations to 8 bits, which these do not.
+    """Check that the trained phantom gives the CPU's ids for every kind of question."""
+    # On the CPU by the standard bodies: our CPU kernels quantise activations to 8 bits, the CUDA kernels do not.
     sessions = [
         load(bundle, tasks=("comprehension",), device=device, kernels=device == "cuda") for device in ("cuda", "cpu")
     ]
@@ -123,7 +123,7 @@ def main() -> None:
             results[case.name] = bench.run(work / case.name, rows, device="cuda", repeat=1 if arguments.rehearse else 5)
             times = {f"{row['task']} {row['row']}": row["p50_ms"] for row in results[case.name]["rows"]}
             print(case.name, results[case.name]["settings"]["executor"], json.dumps(times), flush=True)
-        except Exception as error:  # the other bundles may still have something to say
+        except Exception as error:  # continue with the other bundles
             results["failed"][case.name] = f"{type(error).__name__}: {error}"
             traceback.print_exc()
         if arguments.out:

@@ -1,4 +1,4 @@
-"""Where the benchmark runs: a GPU, timed by events; or, to rehearse it, the host's fibers, whose times mean nothing."""
+"""Where the benchmark runs: on a GPU, timed by events, or rehearsed on the host's fibers, whose times mean nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 def summary(samples: list[float]) -> dict[str, float]:
-    """Percentiles of milliseconds."""
+    """The percentiles of samples in milliseconds."""
     ordered = sorted(samples)
 
     def at(share: float) -> float:
@@ -22,7 +22,7 @@ def summary(samples: list[float]) -> dict[str, float]:
 
 
 class Device:
-    """The kernels, and how a call of them is timed."""
+    """The kernels, and the timing of calls."""
 
     def __init__(self, module: Path) -> None:
         self.rehearses = module.name.startswith("_cuda_host")
@@ -63,17 +63,17 @@ class Device:
         return torch.full(shape, torch.nan, device=self.name)
 
     def copies(self, size_bytes: int) -> int:
-        """How many sets of operands to go through in turn, so that none is read from the cache."""
+        """How many sets of operands to use in turn, so that none is read from the L2 cache."""
         if self.rehearses:
             return 2
         cache = torch.cuda.get_device_properties(0).L2_cache_size
         return max(2, min(64, -(-4 * cache // size_bytes)))
 
     def captured(self, call: Callable[[], Any]) -> Callable[[], Any]:
-        """The call as a CUDA graph, made after one that warms up."""
+        """The call as a CUDA graph, captured after a first call to warm up."""
         if self.rehearses:
             return call
-        torch.cuda.synchronize()  # another stream does not wait for what makes the operands
+        torch.cuda.synchronize()  # the other stream does not wait until the operands are made
         with torch.cuda.stream(torch.cuda.Stream()):
             call()
         torch.cuda.synchronize()
@@ -83,7 +83,7 @@ class Device:
         return graph.replay
 
     def seconds(self, call: Callable[[], Any]) -> float:
-        """By the clock on the wall, from an idle device to an idle device."""
+        """The elapsed time of a call, from an idle device to an idle device."""
         self.synchronize()
         begin = time.perf_counter()
         call()
@@ -95,7 +95,7 @@ class Device:
             torch.cuda.synchronize()
 
     def measure(self, calls: list[Callable[[], Any]], graph: bool = True, samples: int = 30) -> dict[str, float]:
-        """Milliseconds of one call, all called in turn: as a CUDA graph, or one launch after another."""
+        """Milliseconds per call of `calls`, made in turn, as a CUDA graph or as separate launches."""
 
         def run_all() -> None:
             for call in calls:
@@ -118,11 +118,11 @@ class Device:
 
 
 class WrongResult(Exception):
-    """What was to be timed does not give what it should."""
+    """An operation to be timed gives a wrong result."""
 
 
 def check(name: str, found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> float:
-    """The largest difference relative to the largest expected value; raises where it is too much, or not a number."""
+    """The largest difference relative to the largest expected value. Raises WrongResult if it is too large or NaN."""
     error = float((found.double() - expected.double()).abs().max() / expected.double().abs().max())
     if not error <= tolerance:
         raise WrongResult(f"{name} is wrong by {error:.2e}, allowed are {tolerance:.0e}")

@@ -1,8 +1,8 @@
-"""The GPU code in a library that nvcc made: what one GPU runs stays, the rest becomes zeros.
+"""Keeps the code for one GPU in a library that nvcc made, and replaces the other GPU code by zeros.
 
-The ELF section .nv_fatbin holds fat binaries, one after another: a header, then entries, each of them code for one
-architecture with a header of its own. Nothing moves, so that everything that points there still does; zeros take no
-room in a compressed wheel, and CUDA only looks at entries for the GPU that it finds.
+The ELF section .nv_fatbin holds fat binaries, one after another. Each has a header and entries; an entry has its own
+header and code for one architecture. Nothing is moved, so all pointers stay valid. Zeros take no room in a compressed
+wheel, and CUDA reads only the entries for the GPU that it finds.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import NamedTuple
 SECTION = b".nv_fatbin"
 MAGIC = 0xBA55ED50
 MACHINE_CODE = 2  # the kind of an entry; 1 is PTX
-FAT_BINARY = struct.Struct("<I2xHQ")  # magic; size of this header and of all entries, in bytes
-# Kind; size of this header and of the payload; of that, size before padding where compressed, else 0; architecture;
-# size when decompressed.
+FAT_BINARY = struct.Struct("<I2xHQ")  # magic; size of this header; size of all entries, in bytes
+# Kind; size of this header; size of the payload; size of a compressed payload without padding, otherwise 0;
+# architecture; decompressed size.
 ENTRY = struct.Struct("<H2xIQI8xI24xQ")
-ELF_SECTION = struct.Struct("<I20xQQ")  # where its name is among the names; offset, size
+ELF_SECTION = struct.Struct("<I20xQQ")  # the name's offset in the names' section; offset; size
 
 
 class Entry(NamedTuple):
@@ -33,7 +33,7 @@ class Entry(NamedTuple):
 
 
 def section(library: bytes | bytearray, name: bytes) -> range:
-    """The bytes of a section of a 64-bit ELF file, none where it has no such section; raises ValueError for no ELF."""
+    """A section's bytes in a 64-bit ELF file, empty if it has no such section. Raises ValueError for other files."""
     if library[:6] != b"\x7fELF\x02\x01":
         raise ValueError("no library of a 64-bit Linux")
     (table,) = struct.unpack_from("<40xQ", library)
@@ -49,7 +49,7 @@ def section(library: bytes | bytearray, name: bytes) -> range:
 
 
 def entries(library: bytes | bytearray) -> Iterator[Entry]:
-    """All code for GPUs; raises ValueError for what is laid out in any other way, or cut off."""
+    """All entries of GPU code. Raises ValueError if the section has another layout or is cut off."""
     try:
         place = section(library, SECTION)
         at, end = place.start, place.stop
@@ -73,7 +73,7 @@ def entries(library: bytes | bytearray) -> Iterator[Entry]:
 
 
 def kernels(library: bytes | bytearray, entry: Entry) -> list[str]:
-    """The mangled names of the kernels of an entry; raises ValueError where it cannot be decompressed."""
+    """The mangled names of an entry's kernels. Raises ValueError if it cannot be decompressed."""
     payload = bytes(library[entry.begin : entry.begin + (entry.compressed_size or entry.size)])
     if entry.compressed_size:
         import zstandard
@@ -86,10 +86,10 @@ def kernels(library: bytes | bytearray, entry: Entry) -> list[str]:
 
 
 def keep_only(library: bytearray, architecture: int, is_used: Callable[[list[str]], bool]) -> int:
-    """Zero, in place, all code that is not machine code for `architecture` with kernels that are used.
+    """Overwrite all GPU code with zeros, except machine code for `architecture` with kernels that are used.
 
-    Returns how many bytes of code stay, 0 for a library without any for GPUs; raises ValueError where it has some, but
-    none for this architecture.
+    Returns the number of bytes of code that remain, 0 for a library without GPU code. Raises ValueError if a library
+    has GPU code, but none for this architecture.
     """
     found = list(entries(library))
     architectures = Counter(entry.architecture for entry in found if entry.kind == MACHINE_CODE)

@@ -1,4 +1,4 @@
-"""One H-LoRA linear: ours, beside what a user would run instead, over shapes, ranks, rows and stored types."""
+"""One H-LoRA linear: our kernel and its alternatives, for several shapes, ranks, rows and stored types."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .device import Device, check
 from .matrices import Matrix, random_matrix
 
 EXPERTS = 4
-TOLERANCE = 1e-3  # of sums of float32 products against PyTorch's float32
+TOLERANCE = 1e-3  # for sums of float32 products against float64
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Linear:
 
 
 class Original:
-    """The original's arithmetic in 16 bits, launch by launch: its weights are [O, C], [R, C], [O, R] and [E, C]."""
+    """The original's arithmetic in 16 bits, launch by launch, with weights [O, C], [R, C], [O, R] and [E, C]."""
 
     def __init__(self, linear: Linear, dtype: torch.dtype) -> None:
         rank = linear.adapter_out.floats().shape[0]
@@ -71,11 +71,12 @@ def original_linear(
 ) -> torch.Tensor:
     gates = functional.softmax(functional.linear(x, route), dim=-1, dtype=torch.float32).to(x.dtype)
     low = gates.repeat_interleave(repeats, dim=-1) * functional.linear(x, lora_a)
-    return functional.linear(x, weight) + functional.linear(low, lora_b) * 1.0  # times its scaling, here in B
+    # The original multiplies by the scaling, which is part of B here: 1.0 costs the same.
+    return functional.linear(x, weight) + functional.linear(low, lora_b) * 1.0
 
 
 def formula(x: torch.Tensor, linear: Linear) -> torch.Tensor:
-    """In float64, on the device."""
+    """The expected result in float64, computed on the device."""
     rank = linear.adapter_out.floats().shape[0]
     low = x.double() @ linear.adapter_in.floats().double()
     gates = low[:, rank:].softmax(-1).repeat_interleave(rank // EXPERTS, dim=-1)
@@ -89,7 +90,7 @@ def workspace(device: Device, linear: Linear, rows: int) -> torch.Tensor:
 
 
 def measure_compiled(device: Device, originals: list[Original], x: torch.Tensor) -> dict[str, Any]:
-    """The original's arithmetic by torch.compile, or why there is none: it needs a compiler that is not ours."""
+    """The original's arithmetic with torch.compile, or the reason why it fails: it needs a compiler on the machine."""
     compiled = original_linear if device.rehearses else torch.compile(original_linear)
     try:
         return device.measure([lambda one=one: compiled(x, *one.operands()) for one in originals])
@@ -100,7 +101,7 @@ def measure_compiled(device: Device, originals: list[Original], x: torch.Tensor)
 def measure(
     device: Device, shape: tuple[int, int], rank: int, storage: str, rows_list: list[int], peers: bool, compiles: bool
 ) -> Iterator[dict[str, Any]]:
-    """One row of results for each number of rows. Compiling the peer takes seconds, so it is asked for apart."""
+    """One result for each number of rows. `compiles` also times the compiled peer, which takes seconds to compile."""
     channels, outputs = shape
     first = Linear.random(device, channels, outputs, rank, storage)
     sets = [first] + [
@@ -144,7 +145,7 @@ def measure(
 
 
 def measure_prefill(device: Device, shape: tuple[int, int], rank: int, storage: str, rows: int) -> dict[str, Any]:
-    """One linear of many rows: ours by cuBLASLt, and the original's arithmetic, which calls the same library."""
+    """One linear of many rows: ours with cuBLASLt, and the original's arithmetic, which uses the same library."""
     linear = Linear.random(device, *shape, rank, storage)
     x, y = device.normal(rows, shape[0]), device.poisoned(rows, shape[1])
     needed = device.kernels.hlora_prefill_workspace_bytes(rows, **linear.kernels())

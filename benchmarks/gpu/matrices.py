@@ -1,4 +1,4 @@
-"""Random matrices as the exporter stores them, made on the device itself."""
+"""Random matrices as the exporter stores them, made on the device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FLOATS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 @dataclass
 class Matrix:
-    """A stored matrix [C, O]: the kernels' view of it, and what it stands for."""
+    """A stored matrix [C, O], with the kernels' description of it."""
 
     kernel: Any
     values: torch.Tensor
@@ -42,7 +42,7 @@ class Matrix:
 
 
 def random_matrix(device: Device, channels: int, outputs: int, storage: str) -> Matrix:
-    """Rows are padded so that each begins where 16-byte loads may: a loader pads while it copies to the GPU."""
+    """A random matrix whose rows are padded for wide loads, as a loader does when it copies a matrix to the GPU."""
     per_row = {"int8": 16, "int4": 32}.get(storage, 8)
     stride = -(-outputs // per_row) * per_row
     scales = None
@@ -53,7 +53,7 @@ def random_matrix(device: Device, channels: int, outputs: int, storage: str) -> 
     else:
         values = device.integers(0, 256, (channels, stride // 2), torch.uint8)
     if storage not in FLOATS:
-        step = channels**-0.5 / (74 if storage == "int8" else 4.6)  # integers drawn evenly have this deviation
+        step = channels**-0.5 / (74 if storage == "int8" else 4.6)  # the deviation of uniform integers
         scales = device.normal(-(-channels // BLOCK_SIZE), outputs, scale=step)
     block_size = 0 if scales is None else BLOCK_SIZE
     kernel = device.kernels.Matrix(values, storage, (channels, outputs), scales, block_size, stride)

@@ -1,4 +1,4 @@
-"""The VQGAN's decoder with random weights: our small kernels between a library's convolutions, beside PyTorch alone."""
+"""The VQGAN's decoder with random weights: our kernels between a library's convolutions, and PyTorch alone."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Norm:
 
 
 class Picture:
-    """Codes to a picture: widths and residual blocks as released, or smaller; images are [B, C, H, W] channels-last."""
+    """From codes to a picture, with the released sizes or smaller ones. Images are [B, C, H, W], channels-last."""
 
     def __init__(self, device: Device, widths: tuple[int, ...], blocks: int, grid: int, codes: int = 8192) -> None:
         self.device, self.grid = device, grid
@@ -57,7 +57,7 @@ class Picture:
             *(Norm(device, after), Convolution(device, after, after, 3), shortcut),
         )
 
-    # --- ours: pointers of channels-last images, whose memory is [B, H * W, C] ---
+    # --- ours: the kernels see channels-last images as [B, H * W, C] ---
 
     def _norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
         y = torch.empty_like(x)
@@ -92,18 +92,21 @@ class Picture:
         device.kernels.image_levels(x, levels, stream=device.stream)
         return levels
 
-    # --- the same by PyTorch alone, upsampling by a 3x3 convolution on the large image's size ---
+    # --- PyTorch alone ---
 
     def _plain_norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
         y = functional.group_norm(x, GROUPS, *norm.halves, eps=EPSILON)
         return y * torch.sigmoid(y)
 
     def plain(self) -> torch.Tensor:
-        """The arithmetic of `ours`, for a check; the original's larger convolution is timed in `original`."""
+        """The arithmetic of `ours`, for checking it."""
         return self._by_torch(self._plain_upsampled)
 
     def original(self) -> torch.Tensor:
-        """As the original runs it: nearest, then a 3x3 convolution on the large image (its weights are random)."""
+        """The original's upsampling, for timing: nearest neighbour, then a 3x3 convolution on the large image.
+
+        The weights of this convolution are random, so the picture is not that of `ours`.
+        """
         return self._by_torch(
             lambda x, one: functional.conv2d(functional.interpolate(x, scale_factor=2.0), self._large(one), padding=1)
         )

@@ -1,6 +1,6 @@
 """The results of benchmarks/gpu.sh as tables: `python -m benchmarks.gpu.report benchmarks/results/gpu.json`.
 
-A share is of the best bandwidth that was measured in the same run: the bytes that must be read, over the time it took.
+A share is the bytes that must be read, divided by the time and by the best bandwidth measured in the same run.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def milliseconds(result: Results, name: str) -> str:
     return f"{result[name]['p50_ms']:.4f}" if "p50_ms" in result.get(name, {}) else ""
 
 
-def share(result: Results, name: str, bandwidth: float, size: str = "bytes") -> str:
-    return f"{result[size] / (result[name]['p50_ms'] / 1e3) / bandwidth:.0%}"
+def share(result: Results, name: str, bandwidth: float) -> str:
+    return f"{result['bytes'] / (result[name]['p50_ms'] / 1e3) / bandwidth:.0%}"
 
 
 def steps(results: Results, bandwidth: float) -> str:
@@ -83,7 +83,7 @@ def others(results: Results) -> str:
 
 
 def report(results: Results) -> str:
-    """Markdown."""
+    """All tables as Markdown."""
     machine = ", ".join(f"{key} {value}" for key, value in results["machine"].items() if value is not None)
     lines = [f"# CUDA kernels\n\n{machine}; commit {results['commit']}.\n"]
     if results["ceilings"]:

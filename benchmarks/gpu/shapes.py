@@ -1,4 +1,4 @@
-"""Sizes of the released systems' decoders, and small ones to rehearse with."""
+"""The sizes of the released systems' decoders, and of a small one for rehearsals."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..systems import SYSTEMS
 
 @dataclass(frozen=True)
 class Decoder:
-    """Linears are (channels, outputs); head_rows are the logits that a step of a picture makes."""
+    """Linears are (channels, outputs). head_rows is the number of logits in a step of a picture."""
 
     hidden: int
     layers: int
@@ -21,7 +21,7 @@ class Decoder:
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
-        """Queries, keys and values as one matrix and gate and up as one, as Phi-3 has them."""
+        """As in Phi-3, queries, keys and values are one matrix, and gate and up are one matrix."""
         width = self.heads * self.head_size
         return {
             "qkv": (self.hidden, width + 2 * self.kv_heads * self.head_size),
@@ -31,7 +31,7 @@ class Decoder:
         }
 
 
-# Qwen's queries, keys and values are three matrices in the release: here as one, like its gate and up.
+# Qwen's release has three matrices for queries, keys and values, and two for gate and up. Here they are joined.
 DECODERS = {
     name: Decoder(
         *(one.hidden, one.layers, one.heads, one.kv_heads, one.hidden // one.heads, one.intermediate),

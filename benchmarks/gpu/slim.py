@@ -2,10 +2,10 @@
 
     python -m benchmarks.gpu.slim WHEELS OUT --architecture 90
 
-Such a machine may limit what can be copied to it. The wheel of onnxruntime-gpu has 255 MB, nearly all of it kernels for
-other GPUs or other models. The architecture is the GPU's compute capability without its point, such as 90. The result
-runs and exports bundles; `benchmarks.gpu.wheels` unpacks it. pip cannot install it, for its list of files is that of
-the whole wheel. Needs zstandard.
+Such a machine may limit the size of files copied to it. The wheel of onnxruntime-gpu has 255 MB, nearly all of them
+kernels for other GPUs or other models. The architecture is the GPU's compute capability without the point, such as 90.
+The results run and export bundles. `benchmarks.gpu.wheels` unpacks them; pip cannot install them, because their lists
+of files are those of the whole wheels. Needs zstandard.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from .fat_binaries import keep_only
 
 LEFT_OUT = re.compile(
     r"onnxruntime/(capi/libonnxruntime(\.so|_providers_tensorrt)|(tools|quantization|transformers)/)"
-    # Only tokenizers are used, and what imports them wants the configurations.
+    # Of transformers only tokenizers are used, and the configurations that their modules import.
     r"|transformers/models/.*/(feature_extraction|image_processing|modeling|modular|processing|video_processing)_"
 )
-# Of ONNX Runtime's kernels: mixtures of experts, attention and products other than those that a graph of ours has.
-# (5flash is a namespace; other kernels only mention it, such as those that prepare every attention's mask.)
+# ONNX Runtime's kernels that no graph of ours uses: mixtures of experts, and other kinds of attention and products.
+# ("5flash" is the mangled namespace; kernels that only mention flash attention are used, such as those for masks.)
 UNUSED = re.compile("moe|5flash|fpa_intb|cutlass|kernel_mha|deep_gemm|paged")
-USED = "attentionkernel"  # the memory-efficient attention, whose names say cutlass as well
+USED = "attentionkernel"  # the memory-efficient attention, although its names contain "cutlass"
 
 
 def is_used(kernels: list[str]) -> bool:
-    """Whether a bundle may call any of these, which are linked together."""
+    """Whether a bundle may call any of these kernels, which are linked together."""
     names = " ".join(kernels).lower()
     return USED in names or not UNUSED.search(names)
 
 
 def slim(wheel: Path, out: Path, architecture: int) -> None:
-    """Write `wheel` to the file `out` without what is not needed; raises ValueError saying what is wrong with it."""
+    """Write the needed files of `wheel` to the file `out`. Raises ValueError if something is wrong with the wheel."""
     partial = out.with_name(f"{out.name}.part")
     try:
         with zipfile.ZipFile(wheel) as whole, zipfile.ZipFile(partial, "w", zipfile.ZIP_LZMA) as rest:

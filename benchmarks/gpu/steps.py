@@ -1,4 +1,4 @@
-"""A whole decode step of a decoder with random weights, as one CUDA graph of our kernels, beside the original's."""
+"""A whole decode step of a decoder with random weights, by our kernels and by the original's arithmetic."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from .device import Device
-from .linears import Linear, Original, workspace
+from .linears import EXPERTS, Linear, Original, workspace
 from .matrices import Matrix, random_matrix
 from .shapes import Decoder
 
@@ -32,9 +32,9 @@ class Layer:
 
 
 class DecodeStep:
-    """One sequence at a context of `past` tokens: embedding, layers, head and the choice of the next token.
+    """A step of one sequence with a context of `past` tokens: embedding, layers, head and the choice of a token.
 
-    With `new_tokens` every run lengthens the context, for which there is so much room; without, all runs are alike.
+    With `new_tokens` every run lengthens the context, up to that many tokens. Without, every run is the same.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class DecodeStep:
             )
             for _ in range(decoder.layers)
         ]
-        # As the exporter stores it (export/quantize.py): the head keeps 8 bits where the base has 4.
+        # As the exporter stores it (export/quantize.py): with a base of 4 bits, the head has 8.
         head_storage = "int8" if storage == "int4" else storage
         self.head: Matrix = random_matrix(device, hidden, decoder.head_rows, head_storage)
         self.table = device.normal(decoder.head_rows, hidden, dtype=half)
@@ -68,7 +68,7 @@ class DecodeStep:
         self.attended = device.poisoned(1, 1, decoder.heads * size)
         self.gate_up = device.poisoned(1, decoder.linears["gate_up"][1])
         self.logits = device.poisoned(1, decoder.head_rows)
-        # One after the other they share one; attention has other counters.
+        # All linears share a workspace, as they run one after another. Attention has another number of counters.
         largest = max((workspace(device, one, 1) for one in self.layers[0].linears), key=torch.Tensor.numel)
         head_bytes = device.kernels.hlora_linear_workspace_bytes(1, self.head.kernel)
         self.memory = largest if largest.numel() >= head_bytes else device.zeros(head_bytes, dtype=torch.uint8)
@@ -77,7 +77,7 @@ class DecodeStep:
 
     @property
     def size_bytes(self) -> int:
-        """What a step has to read: matrices, and the filled part of the caches."""
+        """The bytes that a step must read: the matrices, and the filled part of the caches."""
         cached = 2 * self.decoder.kv_heads * self.decoder.head_size * int(self.past) * 2 * len(self.layers)
         return self.head.size_bytes + cached + sum(one.size_bytes for layer in self.layers for one in layer.linears)
 
@@ -106,31 +106,22 @@ class DecodeStep:
         kernels.token_selection(self.logits, self.step, self.ids, self.token, past_length=past, stream=stream)
 
     def expected(self, token: int) -> torch.Tensor:
-        """The logits by PyTorch in float32, from a token and the caches as they are."""
-        return self._forward(
-            token, torch.float32, [[one.floats() for one in _matrices(layer)] for layer in self.layers]
-        )
+        """The logits by PyTorch in float32, from a token and the present caches."""
+        hidden = self.table[token][None].float()
+        for layer in self.layers:
+            attended = self._attend(_adapted(_normalised(hidden), layer.qkv), layer)
+            hidden = hidden + _adapted(attended, layer.o)
+            gate, up = _adapted(_normalised(hidden), layer.gate_up).chunk(2, -1)
+            hidden = hidden + _adapted(functional.silu(gate) * up, layer.down)
+        return _normalised(hidden) @ self.head.floats()
 
-    def _forward(self, token: int, dtype: torch.dtype, floats: list[list[torch.Tensor]]) -> torch.Tensor:
+    def _attend(self, packed: torch.Tensor, layer: Layer) -> torch.Tensor:
         decoder, past = self.decoder, int(self.past)
-        hidden = self.table[token][None].to(dtype)
-        for layer, matrices in zip(self.layers, floats, strict=True):
-            qkv, o, gate_up, down = (matrices[at : at + 3] for at in range(0, 12, 3))
-            packed = _adapted(functional.rms_norm(hidden, hidden.shape[-1:], eps=EPSILON), *qkv)
-            attended = self._attend(packed, layer, past, dtype)
-            hidden = hidden + _adapted(attended, *o)
-            gate, up = _adapted(functional.rms_norm(hidden, hidden.shape[-1:], eps=EPSILON), *gate_up).chunk(2, -1)
-            hidden = hidden + _adapted(functional.silu(gate) * up, *down)
-        normed = functional.rms_norm(hidden, hidden.shape[-1:], eps=EPSILON)
-        return normed @ self.head.floats().to(dtype) if decoder.head_rows else normed
-
-    def _attend(self, packed: torch.Tensor, layer: Layer, past: int, dtype: torch.dtype) -> torch.Tensor:
-        decoder = self.decoder
         heads = packed.view(-1, decoder.head_size)
         query, key, value = heads.split([decoder.heads, decoder.kv_heads, decoder.kv_heads])
         query, key = (_rotate(one, self.cosine[0], self.sine[0]) for one in (query, key))
-        keys, values = layer.keys[0].to(dtype).clone(), layer.values[0].to(dtype).clone()
-        keys[:, past], values[:, past] = key.half().to(dtype), value.half().to(dtype)
+        keys, values = layer.keys[0].float(), layer.values[0].float()
+        keys[:, past], values[:, past] = key.half().float(), value.half().float()
         group = decoder.heads // decoder.kv_heads
         seen = [one[:, : past + 1].repeat_interleave(group, dim=0) for one in (keys, values)]
         scores = (query[:, None] @ seen[0].mT * decoder.head_size**-0.5).softmax(-1)
@@ -138,7 +129,7 @@ class DecodeStep:
 
 
 class OriginalStep:
-    """The same step launch by launch in float16, as the original runs it."""
+    """The same step as in the original: launch by launch in float16."""
 
     def __init__(self, step: DecodeStep) -> None:
         self.step = step
@@ -171,15 +162,15 @@ class OriginalStep:
         return functional.linear(self._norm(hidden), self.head).float().argmax(-1)
 
 
-def _matrices(layer: Layer) -> list[Matrix]:
-    return [one for linear in layer.linears for one in (linear.weight, linear.adapter_in, linear.adapter_out)]
+def _normalised(x: torch.Tensor) -> torch.Tensor:
+    return functional.rms_norm(x, x.shape[-1:], eps=EPSILON)
 
 
-def _adapted(x: torch.Tensor, weight: torch.Tensor, into: torch.Tensor, out_of: torch.Tensor) -> torch.Tensor:
-    rank = len(out_of)
-    low = x @ into
-    gates = low[:, rank:].softmax(-1)
-    return x @ weight + (gates.repeat_interleave(rank // gates.shape[-1], dim=-1) * low[:, :rank]) @ out_of
+def _adapted(x: torch.Tensor, linear: Linear) -> torch.Tensor:
+    out_of = linear.adapter_out.floats()
+    rank, low = len(out_of), x @ linear.adapter_in.floats()
+    gates = low[:, rank:].softmax(-1).repeat_interleave(rank // EXPERTS, dim=-1)
+    return x @ linear.weight.floats() + (gates * low[:, :rank]) @ out_of
 
 
 def _rotate(heads: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:

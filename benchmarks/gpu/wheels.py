@@ -1,8 +1,8 @@
-"""Unpack wheels into a folder to import from: on a machine without a network, all that pip would fetch came along.
+"""Unpack wheels into a folder to import from, on a machine without a network.
 
     python -m benchmarks.gpu.wheels WHEELS SITE
 
-Wheels for other Pythons are passed over.
+Wheels for other Pythons are skipped.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def is_for(name: str, version: tuple[int, int]) -> bool:
 
 
 def unpack(folder: Path, site: Path, version: tuple[int, int]) -> Iterator[str]:
-    """Unpack what is for Python `version`; yields names. Raises SystemExit for what is no wheel."""
+    """Unpack the wheels for Python `version` and yield their names. Raises SystemExit for a damaged one."""
     for path in sorted(folder.glob("*.whl")):
         if not is_for(path.name, version):
             continue

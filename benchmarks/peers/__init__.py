@@ -1,4 +1,5 @@
-"""What people would run instead: each module times one peer at M3's sizes and prints one JSON object.
+"""Peers: other programs for the same job. Each module times one of them at M3's sizes and prints one JSON object.
 
-They run by an interpreter of their own, so they import neither each other's packages nor healthgpt_edge's.
+Peers run in an environment of their own, so they share no packages with each other or, except for pytorch.py, with
+healthgpt_edge.
 """

@@ -1,4 +1,4 @@
-"""What every peer shares: its options, its clock, its report. Needs nothing but Python."""
+"""What the peers share: options, clock and report. Needs only Python's standard library."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RANKS = SYSTEMS["m3"].ranks
 
 
 def parse_arguments(description: str | None, **variants: Any) -> argparse.Namespace:
-    """The options that the driver gives to every peer."""
+    """Parse the options that the driver passes to every peer. `variants` are those of the option --variant."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--work", type=Path, required=True, help="where files of several gigabytes may stay")
     parser.add_argument("--threads", type=int, required=True)
@@ -36,13 +36,13 @@ def system(arguments: argparse.Namespace) -> System:
 
 
 class Report:
-    """Rows of samples, printed as one JSON object at the end."""
+    """Rows of samples, which are printed as one JSON object at the end."""
 
     def __init__(self, version: str, note: str) -> None:
         self._report: dict[str, Any] = {"version": version, "note": note, "checks": [], "rows": []}
 
     def check(self, name: str, distance: float, tolerance: float) -> None:
-        """A distance that must be small, or nothing is timed."""
+        """Record a distance. Exits if it is above the tolerance, before anything is timed."""
         self._report["checks"].append({"name": name, "distance": distance, "tolerance": tolerance})
         if not distance <= tolerance:
             raise SystemExit(f"{name} must agree to {tolerance:g}, found {distance:.3g}; nothing was timed")
@@ -56,7 +56,7 @@ class Report:
 
 
 def absent(reason: str) -> NoReturn:
-    """The peer cannot run here; says why in place of a report."""
+    """Print the reason why the peer cannot run here, in place of a report, and exit."""
     print(json.dumps({"absent": reason}))
     sys.exit(0)
 
@@ -71,7 +71,7 @@ def milliseconds(action: Callable[[], object], count: int = 1) -> list[float]:
 
 
 def proportional_memory() -> int | None:
-    """PSS of this process in bytes."""
+    """The PSS of this process in bytes; None if the system does not tell it."""
     try:
         lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     except OSError:

@@ -1,7 +1,7 @@
-"""onnxruntime-genai at int4, without adapters: it has no plain way to give every linear a LoRA of its own.
+"""onnxruntime-genai in int4, without adapters: it has no simple way to give every linear its own LoRA.
 
-Its model is built once from the random base checkpoint in WORK, by its own builder, which needs PyTorch, onnx and a
-newer transformers than the exporter's.
+Its own builder makes the model once, from the random base checkpoint in WORK. The builder needs PyTorch, onnx and a
+newer transformers than the exporter.
 """
 
 from __future__ import annotations
@@ -19,18 +19,17 @@ from .common import Report, absent, parse_arguments, system
 
 MAX_LENGTH = 2048
 VOCABULARY = SYSTEMS["m3"].base_vocab
-# Activations are rounded to 8 bits per block.
-TOLERANCE = 0.1
+TOLERANCE = 0.1  # activations are quantised to 8 bits per block
 INSTALL = "pip install onnxruntime-genai onnx onnx_ir torch==2.13.0 transformers"
 
 
 def build(work: Path, layers: int, out: Path) -> None:
-    """Quantise the random base as its documentation says: blocks of 32, activations in 8 bits."""
+    """Quantise the random base as the documentation recommends: blocks of 32, activations in 8 bits."""
     base = work / "m3" / "base"
     config = base / "config.json"
     if not config.exists() or json.loads(config.read_text())["num_hidden_layers"] != layers:
         absent(f"it needs a checkpoint of {layers} layers in WORK/m3 (python -m benchmarks.random_checkpoint)")
-    # Found, not imported: the builder's folder has to be the first place that its modules are looked for.
+    # Run as a script, not imported: the builder's folder must come first in the import path of its modules.
     package = importlib.util.find_spec("onnxruntime_genai")
     assert package is not None and package.origin is not None
     builder = Path(package.origin).parent / "models" / "builder.py"
@@ -62,7 +61,7 @@ def main() -> None:
 
     def generator() -> genai.Generator:
         parameters = genai.GeneratorParams(model)
-        # No end token may stop it: min_length forbids them.
+        # min_length forbids end tokens, which would stop the generation.
         parameters.set_search_options(max_length=MAX_LENGTH, min_length=MAX_LENGTH, do_sample=False)
         return genai.Generator(model, parameters)
 

@@ -1,6 +1,6 @@
-"""Random GGUF files of a system's sizes: a model as llama.cpp's quantiser would store it, and plain LoRA adapters.
+"""Random GGUF files of a system's sizes: a model as llama.cpp's quantiser stores it, and plain LoRA adapters.
 
-Blocks are filled with random bytes and fixed scales that give weights of the usual spread: no time depends on more.
+Blocks have random bytes and fixed scales that give weights of the usual spread. Times do not depend on more.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NAMES = {
     "mlp.down_proj": "ffn_down",
 }
 SPREAD = 0.02
-# Values per block, and the fields of a block: fixed numbers, or None for random bytes.
+# For each type the values per block, and the fields of a block with a fixed number, or None for random bytes.
 _BLOCKS: dict[Type, tuple[int, list[tuple[str, str, float | None]]]] = {
     Type.Q4_0: (32, [("d", "<f2", SPREAD / 4.6), ("qs", "16u1", None)]),
     Type.Q4_K: (
@@ -37,7 +37,7 @@ _BLOCKS: dict[Type, tuple[int, list[tuple[str, str, float | None]]]] = {
 
 
 def write_model(path: Path, system: System, linear: Type) -> None:
-    """All linears in `linear`, embedding too; the head in Q6_K and the norms in float32, as llama-quantize does."""
+    """Write a model: linears and embedding in `linear`, head in Q6_K, norms in float32, as llama-quantize does."""
     writer = GGUFWriter(path, ARCHITECTURE)
     writer.add_context_length(4096)
     writer.add_embedding_length(system.hidden)
@@ -69,7 +69,7 @@ def write_model(path: Path, system: System, linear: Type) -> None:
 
 
 def write_adapter(path: Path, system: System, rank: int) -> None:
-    """A plain LoRA of this rank on all linears, float16 as llama.cpp's converter writes it."""
+    """Write a plain LoRA of this rank on all linears, in float16 as from llama.cpp's converter."""
     writer = GGUFWriter(path, ARCHITECTURE)
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
@@ -92,7 +92,7 @@ def _write(
     tensors: list[tuple[str, tuple[int, int], Type]],
     values: Callable[[tuple[int, int], Type], np.ndarray],
 ) -> None:
-    """Write one tensor after the other, so that gigabytes take little memory."""
+    """Write one tensor after another, so that a file of gigabytes takes little memory."""
     for name, shape, kind in tensors:
         if kind in _BLOCKS:
             rows, columns = shape

@@ -1,6 +1,6 @@
-"""llama.cpp through llama-cpp-python: a random GGUF of M3's sizes with plain LoRA, flash attention off.
+"""llama.cpp through llama-cpp-python: a random GGUF of M3's sizes with plain LoRA, without flash attention.
 
-Plain LoRA has no router, so its work is a little smaller than H-LoRA's. Files are written to WORK once.
+Plain LoRA has no router, so it does a little less work than H-LoRA. The files are written to WORK once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ except ImportError as error:
     absent(f"{error.name} is not installed: pip install llama-cpp-python gguf")
 
 CONTEXT_TOKENS = 2048
-# llama.cpp rounds activations to 8 bits per block, in another grouping for one row than for many.
+# llama.cpp quantises activations to 8 bits per block, and groups them differently for one row and for many.
 TOLERANCE = 0.1
 PICTURE_PROMPT, PICTURE_CODES = 600, 1024
 
@@ -36,7 +36,7 @@ class Model:
         parameters = llama_cpp.llama_context_default_params()
         parameters.n_ctx = parameters.n_batch = CONTEXT_TOKENS
         parameters.n_threads = parameters.n_threads_batch = threads
-        parameters.flash_attn_type = 0  # off: faster here, as issue 3 found
+        parameters.flash_attn_type = 0  # off, which is faster here (issue 3)
         self._context = llama_cpp.llama_init_from_model(self._model, parameters)
         if not self._model or not self._context:
             raise SystemExit(f"llama.cpp cannot load {path.name}")
@@ -44,7 +44,7 @@ class Model:
         self._random = np.random.default_rng(0)
 
     def adapt(self, path: Path | None) -> None:
-        """Use this adapter, or none."""
+        """Use this adapter, or none if the path is None."""
         adapters = [] if path is None else [llama_cpp.llama_adapter_lora_init(self._model, str(path).encode())]
         if None in adapters:
             raise SystemExit(f"llama.cpp cannot load {path.name if path else ''}")
@@ -54,11 +54,11 @@ class Model:
             raise SystemExit("llama.cpp refused the adapter")
 
     def forget(self, length: int = 0) -> None:
-        """Keep the first `length` tokens only."""
+        """Keep only the first `length` tokens."""
         llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(self._context), 0, length, -1)
 
     def forward(self, count: int) -> None:
-        """Append `count` random tokens and compute the logits of the last."""
+        """Append `count` random tokens and compute the logits of the last one."""
         tokens = (llama_cpp.llama_token * count)(*self._random.integers(0, self._vocab, count).tolist())
         if llama_cpp.llama_decode(self._context, llama_cpp.llama_batch_get_one(tokens, count)):
             raise SystemExit("llama.cpp failed to decode")
@@ -72,7 +72,7 @@ class Model:
 
 
 def decoding_distance(model: Model) -> float:
-    """How far the last logits of a decoded prompt are from those of the same prompt, prefilled."""
+    """The relative distance of a prompt's last logits between decoding it and prefilling it."""
     results = []
     for steps in ([16], [8] + [1] * 8):
         model.forget()
@@ -94,8 +94,7 @@ def main() -> None:
     folder = arguments.work / f"llama-{sizes.layers}-layers"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{arguments.variant}.gguf"
-    # A file that was cut short must not pass for a whole one.
-    partial = folder / "partial.gguf"
+    partial = folder / "partial.gguf"  # an interrupted file must not look complete
     if not path.exists():
         write_model(partial, sizes, GGMLQuantizationType[arguments.variant])
         partial.rename(path)
@@ -104,7 +103,7 @@ def main() -> None:
         if not adapter.exists():
             write_adapter(partial, sizes, RANKS[task])
             partial.rename(adapter)
-    # Its chatter goes to stderr; stdout is the report's.
+    # llama.cpp's own messages go to stderr. stdout is only for the report.
     begin = time.perf_counter()
     model = Model(path, arguments.threads)
     print(f"loaded in {time.perf_counter() - begin:.1f} s", file=sys.stderr)
@@ -128,7 +127,7 @@ def main() -> None:
         report.row(f"pp{arguments.prefill}", task, prefills)
         report.row(f"tg{arguments.decode}@{arguments.context}", task, steps)
     if arguments.picture:
-        # The language model's part of a picture: generation's adapter is the last one set.
+        # The language model's part of a picture. The adapter set last is generation's.
         model.forget()
         begin = time.perf_counter()
         model.forward(PICTURE_PROMPT)

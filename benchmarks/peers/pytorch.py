@@ -1,8 +1,8 @@
-"""The original's arithmetic in PyTorch eager, bf16 or fp32: decoder with H-LoRA, CLIP tower, VQGAN decoder.
+"""The original's arithmetic in eager PyTorch, in bf16 or fp32: decoder with H-LoRA, CLIP tower, VQGAN decoder.
 
-To spare memory only some decoder layers are made, all different and together far larger than the cache; their time is
-scaled to the whole model. Runs by the project's own interpreter, for the towers are export/reference's; the decoder is
-written here because the reference keeps its caches in float32.
+To save memory only some decoder layers are made. They have different weights and are together far larger than the
+processor's caches; their time is scaled to the whole model. This peer runs in the project's own environment, because it
+uses the towers of export/reference. The decoder is written here, because the reference keeps its caches in float32.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ except ImportError as error:
 
 MADE_LAYERS = 4
 POSITIONS = 2048
-# bf16 keeps 8 bits of every intermediate result.
+# With bf16 every intermediate result has 8 bits.
 TOLERANCES = {"fp32": 1e-4, "bf16": 5e-2}
 EXPERTS, EPSILON = SYSTEMS["m3"].experts, 1e-5
 VISION_LAYERS = {"comprehension": 23, "generation": 1}
@@ -35,11 +35,11 @@ HEAD_ROWS = {"comprehension": SYSTEMS["m3"].vocab, "generation": SYSTEMS["m3"].p
 
 
 class HLoraLinear(nn.Module):
-    """W x + scaling * B (gate(R x) * A x), all in the type of the weights but the softmax; names as released."""
+    """W x + scaling * B (gate(R x) * A x), in the type of the weights except for the softmax; released names."""
 
     def __init__(self, outputs: int, inputs: int, rank: int, dtype: torch.dtype) -> None:
         super().__init__()
-        # Uniform, for it is made many times faster than normal.
+        # Uniform random numbers are much faster to make than normal ones.
         self.weight = nn.Parameter(_uniform(outputs, inputs, dtype))
         for name, shape in {
             "lora_A": (rank, inputs),
@@ -58,7 +58,7 @@ class HLoraLinear(nn.Module):
 
 
 class Layer(nn.Module):
-    """A Phi-3 decoder layer, its cache in place; attention by PyTorch's own fused function."""
+    """A Phi-3 decoder layer with a cache written in place and PyTorch's fused attention."""
 
     def __init__(self, system: System, rank: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class Layer(nn.Module):
 
 
 class Stack:
-    """Some decoder layers on random hidden states, and the rotary tables of all positions."""
+    """Some decoder layers on random hidden states, with the rotary tables of all positions."""
 
     def __init__(self, system: System, layers: int, rank: int, dtype: torch.dtype) -> None:
         self.system, self.dtype = system, dtype
@@ -105,7 +105,7 @@ class Stack:
 
 
 def check_layer(report: Report, stack: Stack, task: str, rank: int, name: str) -> None:
-    """The first layer must compute what the reference's does on the same weights in float32."""
+    """Check the first layer against the reference's in float32 with the same weights."""
     system = stack.system
     config = LanguageConfig(
         *("phi3", 1, system.hidden, system.heads, system.heads, system.hidden // system.heads, system.intermediate),
@@ -131,7 +131,7 @@ def time_language(report: Report, arguments, dtype: torch.dtype) -> None:
         head = _uniform(HEAD_ROWS[task], system.hidden, dtype)
 
         def step(tokens: int, past: int, stack: Stack = stack, head: Tensor = head) -> float:
-            """Milliseconds of the whole model: the layers' scaled, and the head's."""
+            """Milliseconds for the whole model: the layers' scaled time and the head's."""
             x = stack.random(tokens)
             layers = milliseconds(lambda: stack.forward(x, past))[0]
             return layers * scale + milliseconds(lambda: functional.linear(x[:, -1], head))[0]
@@ -145,7 +145,7 @@ def time_language(report: Report, arguments, dtype: torch.dtype) -> None:
 
 
 def time_pictures(report: Report, arguments, dtype: torch.dtype) -> None:
-    """The VQGAN decoder, channels last, and the vision tower, each checked against itself in float32."""
+    """Time the VQGAN decoder, channels-last, and the vision tower. Both are checked against themselves in float32."""
     codes = torch.randint(0, 8192, (1, 32, 32))
     vqgan = Vqgan(VqConfig(8192, 256, 256, 128, (1, 1, 2, 4), 2, (32,), 256)).eval()
     expected = vqgan.decode(codes)

@@ -1,4 +1,4 @@
-"""The released files of one HealthGPT system: checked together, read one tensor at a time."""
+"""The released files of a HealthGPT system, checked against each other and read one tensor at a time."""
 
 from __future__ import annotations
 

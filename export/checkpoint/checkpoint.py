@@ -1,4 +1,4 @@
-"""Checkpoint: opens every part of a release, checks that the parts fit each other, and gives out their tensors."""
+"""Checkpoint opens all parts of a release, checks that they fit together, and reads their tensors."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from .vqgan import MAX_CODES, VqConfig, find_file, is_training_state, read_vqgan
 
 
 class Checkpoint:
-    """A released system: configurations as attributes, tensors by name, read only when asked for.
+    """A released system. Its configurations are attributes; its tensors are read by name, each when it is asked for.
 
-    `template` is the prompt template, `tokens` the ids of the added image tokens (None if none are added), `tasks` the
+    `template` is the prompt template, `tokens` the ids of the added image tokens (None if there are none), `tasks` the
     task configurations by name.
     """
 
@@ -51,8 +51,9 @@ class Checkpoint:
         self._plugins = plugins
         self.tokens: SpecialTokens | None = self._special_tokens(codes)
         if self.template != "qwen":
-            # The original always adds tokens here. It sets every row from the tokenizer's size on to the mean row, old
-            # padding rows too. Where their number is unknown they are left out: a mean never has the greatest logit.
+            # The original always adds tokens to these systems. It sets every row from the tokenizer's size on to the
+            # mean row, also the base's padding rows. If their number is unknown they are left out here, which changes
+            # no answer: a mean row never has the largest logit.
             added = 0 if self.tokens is None else self.tokens.codes + MARKERS
             self.language = replace(self.language, vocab=self._tokenizer_size + added)
         self.generation = read_generation(base, self.language.vocab)
@@ -75,7 +76,8 @@ class Checkpoint:
                     f"{label(plugin.sources[0].path)}: expected no vocabulary rows (the base ties its embedding and "
                     "head), found some"
                 )
-            # hidden_states[-2] and hidden_states[1] in Hugging Face's numbering, where 0 is the input.
+            # Hugging Face's hidden_states[-2] for comprehension and hidden_states[1] for generation, where
+            # hidden_states[0] is the input of the first layer.
             vision_layers = self.vision.layers - 1 if task == "comprehension" else 1
             alpha = 2.0 * rank if hlora_alpha is None else hlora_alpha
             self.tasks[task] = TaskConfig(task, rank, experts, alpha, vision_layers)
@@ -93,11 +95,11 @@ class Checkpoint:
         hlora_alpha: float | None = None,
         codes: int | None = None,
     ) -> Checkpoint:
-        """Open and check the files of a release. Any fault is a CheckpointError that names file, key, expected, found.
+        """Open and check the files of a release. Raises CheckpointError with file, key, expected and found.
 
         base, vision: Hugging Face folders. comprehension, generation, fusion: plugin files. vqgan: the folder of
         model.yaml and last.ckpt. hlora_alpha: alpha of the plugins (None: twice the rank). codes: the number of codes,
-        needed only to add the image tokens to a release whose files do not tell it.
+        needed only to add the image tokens if no file of the release contains it.
         """
         if comprehension is None and generation is None:
             raise CheckpointError("expected a comprehension or a generation plugin, found neither")
@@ -129,39 +131,40 @@ class Checkpoint:
         self.close()
 
     def close(self) -> None:
-        """Unmap the files; tensors already handed out stay valid."""
+        """Unmap the files. Tensors that were already read stay valid."""
         for part in (self._base, self._vision, self._vqgan, *self._plugins.values()):
             if part is not None:
                 part.close()
 
     def provenance(self) -> dict[str, list[str]]:
-        """The names of the files this was read from, by role. No paths: they would tell about the exporting machine."""
+        """The names of the files by role, without full paths, which would reveal details of the exporting machine."""
         names = {"base": [label(self.base_dir)], "vision": [label(self._vision_dir)]}
         names |= {task: [label(source.path) for source in plugin.sources] for task, plugin in self._plugins.items()}
         return names
 
     def base_tensor(self, name: str) -> torch.Tensor:
-        """A tensor of the base by its name after `model.`, or `lm_head.weight`, in the file's dtype."""
+        """A tensor of the base in the file's dtype, by its name after `model.`, or `lm_head.weight`."""
         if name == "lm_head.weight":
             return self._base.read("model.embed_tokens.weight" if self.language.tied else name)
         return self._read(self._base, f"model.{name}")
 
     def adapter(self, task: str, layer: int, linear: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """A [R, C], B [O, R] and the router [E, C] of one linear, float32."""
+        """A [R, C], B [O, R] and the router [E, C] of one linear, in float32."""
         plugin = self._plugin(task)
         keys = [adapter_key(layer, linear, part) for part in PARTS]
         reduce, expand, router = (self._read(plugin, key).float() for key in keys)
         return reduce, expand, router
 
     def task_owns(self, task: str, name: str) -> bool:
-        """Whether a plugin file of the task has `name`; otherwise it is the base's, for every task."""
+        """Whether a plugin file of the task has the tensor `name`. If not, every task uses the base's."""
         return self._plugin(task).owns(name)
 
     def task_tensor(self, task: str, name: str) -> torch.Tensor:
-        """`mm_projector.{0,2}.{weight,bias}`, `embed_tokens.weight` or `lm_head.weight` as the task sees it.
+        """`mm_projector.{0,2}.{weight,bias}`, `embed_tokens.weight` or `lm_head.weight` of one task.
 
-        Vocabulary rows that no plugin has are the base's. Where tokens are added, their rows, which may be old padding
-        rows, are the mean of the tokenizer's rows, and the table is float32 [vocab, hidden].
+        If no plugin has vocabulary rows, they are the base's. If tokens are added to these, the table is float32
+        [vocab, hidden], and the rows of the added tokens (some of which may be the base's padding rows) are the mean of
+        the tokenizer's rows.
         """
         plugin = self._plugin(task)
         if plugin.owns(name) or name not in ROWS:
@@ -175,11 +178,11 @@ class Checkpoint:
         return table
 
     def vision_tensor(self, name: str) -> torch.Tensor:
-        """A tensor of CLIP's vision tower by its name after `vision_model.`, in the file's dtype."""
+        """A tensor of CLIP's vision tower in the file's dtype, by its name after `vision_model.`."""
         return self._read(self._vision, PREFIX + name)
 
     def vq_tensor(self, name: str) -> torch.Tensor:
-        """A tensor of the VQGAN by its taming name, in the file's dtype."""
+        """A tensor of the VQGAN in the file's dtype, by its name in taming-transformers."""
         if self._vqgan is None:
             raise CheckpointError(f"VQGAN: expected tensor {name}, found a checkpoint without a VQGAN")
         return self._read(self._vqgan, name)
@@ -198,9 +201,9 @@ class Checkpoint:
             raise CheckpointError(f"{key}: expected the name of a tensor of this release, found none such") from error
 
     def _special_tokens(self, asked: int | None) -> SpecialTokens | None:
-        """The image tokens. VQGAN, vocabulary rows of the plugins and caller must agree on their number."""
+        """The image tokens. The VQGAN, the plugins' vocabulary rows and the caller must agree on their number."""
         if self.template == "qwen":
-            # Qwen's system adds no tokens: its rows are the base's, and it draws no pictures.
+            # The system on Qwen adds no tokens: it uses the base's rows and makes no pictures.
             if asked is not None or self.vq is not None or "generation" in self._plugins:
                 raise CheckpointError("template: expected phi3 or phi4 for image tokens, found qwen")
             return None

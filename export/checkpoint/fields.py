@@ -1,4 +1,4 @@
-"""Typed access to the values of a configuration file, with bounds checked."""
+"""Typed access to the values of a configuration file, with checks of their bounds."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from healthgpt_edge.errors import CheckpointError
 from .files import label
 
 REQUIRED: Any = object()
-# A key is part of the file: it may be of any length.
+# Keys come from the file and can have any length.
 MAX_NAME_LETTERS = 200
 
 
 class _Repr(reprlib.Repr):
-    """Values cut short: a YAML file of aliases can be a billion values long when written out."""
+    """Shortens values in messages: written out in full, a YAML file of aliases can have a billion values."""
 
     def repr_int(self, x: int, level: int) -> str:
-        # Python refuses to write very long integers in decimal; YAML takes them in hexadecimal.
+        # Python refuses to write very long integers in decimal. YAML can contain them in hexadecimal.
         return super().repr_int(x, level) if x.bit_length() < 10_000 else f"an integer of {x.bit_length()} bits"
 
 
@@ -28,7 +28,7 @@ _repr = _Repr().repr
 
 
 class Fields:
-    """One object of a configuration file; every getter names the file and the key when a value is wrong."""
+    """One object of a configuration file. Every method raises CheckpointError with file and key for a wrong value."""
 
     def __init__(self, path: Path, values: object, prefix: str = "") -> None:
         self.path, self.prefix = path, prefix
@@ -64,7 +64,7 @@ class Fields:
         return tuple(float(item) for item in value)
 
     def integers(self, key: str, low: int, high: int, most: int) -> tuple[int, ...]:
-        """A list of 1 to `most` integers; a bare integer counts as a list of one."""
+        """A list of 1 to `most` integers. A single integer counts as a list of one."""
         value = self._get(key, REQUIRED)
         items = value if isinstance(value, list) else [value]
         if not 1 <= len(items) <= most or not all(type(item) is int and low <= item <= high for item in items):
@@ -72,14 +72,14 @@ class Fields:
         return tuple(items)
 
     def require(self, key: str, *allowed: object, default: object = REQUIRED) -> Any:
-        """The value of `key`, which must be one of `allowed`: anything else would change the model's arithmetic."""
+        """The value of `key`, which must be one of `allowed`. Others would change the model's arithmetic."""
         value = self._get(key, default)
         if not any(type(value) is type(item) and value == item for item in allowed):
             raise self.error(key, " or ".join(map(repr, allowed)), value)
         return value
 
     def only(self, known: Iterable[str]) -> None:
-        """Refuse keys whose meaning is not known here."""
+        """Refuse keys that are not `known`."""
         for key in self.values:
             if key not in known:
                 raise self.error(str(key), "no such setting (its meaning is not implemented)", self.values[key])
@@ -93,5 +93,5 @@ class Fields:
 
 
 def _is_number(value: object, low: float, high: float) -> bool:
-    """Whether a value is a number within finite bounds: neither NaN, nor an integer that no float holds."""
+    """Whether a value is a number within the bounds. NaN and integers too large for a float are not."""
     return type(value) in (int, float) and low <= value <= high

@@ -1,4 +1,4 @@
-"""Read a released file: where its tensors are, and one tensor when asked; never code."""
+"""Reading released files: small text files, and tensors one at a time. No code in them is ever run."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ import torch
 
 from healthgpt_edge.errors import CheckpointError
 
-# The largest real one is Qwen2.5's vocabulary, 2.8 MB.
+# The largest text file of a release is Qwen2.5's vocabulary of 2.8 MB.
 MAX_TEXT_BYTES = 32 << 20
 LFS_POINTER = b"version https://git-lfs"
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 
 def label(path: Path) -> str:
-    """A file's name in messages: folder and name, enough to tell the base's config.json from CLIP's."""
+    """A file's name in messages: its folder and name, so that the base's config.json and CLIP's differ."""
     return str(Path(path.parent.name) / path.name)
 
 
 def require_file(path: Path) -> Path:
-    """`path`, if it is a file that may be read. Raises CheckpointError otherwise."""
+    """`path`, if it is a readable file. Raises CheckpointError otherwise."""
     try:
         if not path.is_file():
             found = "a folder" if path.is_dir() else "something else" if path.exists() else "nothing"
@@ -39,7 +39,7 @@ def require_file(path: Path) -> Path:
 
 
 def read_bytes(path: Path, limit_bytes: int = MAX_TEXT_BYTES) -> bytes:
-    """A small file."""
+    """The content of a small file."""
     size = require_file(path).stat().st_size
     if size > limit_bytes:
         raise CheckpointError(f"{label(path)}: expected at most {limit_bytes} bytes, found {size}")
@@ -50,7 +50,7 @@ def read_bytes(path: Path, limit_bytes: int = MAX_TEXT_BYTES) -> bytes:
 
 
 def read_text(path: Path, limit_bytes: int = MAX_TEXT_BYTES) -> str:
-    """A small UTF-8 file, its lines ended by newlines alone."""
+    """The content of a small UTF-8 file, with all line ends as newlines."""
     try:
         text = read_bytes(path, limit_bytes).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -59,7 +59,7 @@ def read_text(path: Path, limit_bytes: int = MAX_TEXT_BYTES) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A small JSON file that holds one object."""
+    """The object in a small JSON file."""
     try:
         value = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
@@ -71,7 +71,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What a file says about one tensor, before any of its values is read."""
+    """A file's description of one tensor, known before any value is read."""
 
     path: Path
     shape: tuple[int, ...]
@@ -82,14 +82,14 @@ class Entry:
 
 
 class TensorSource(ABC):
-    """Named tensors of one part of a release. `entries` is known at once; values are read when asked for."""
+    """The named tensors of one part of a release. `entries` is known from the start; values are read on request."""
 
     path: Path
     entries: Mapping[str, Entry]
 
     @abstractmethod
     def read(self, key: str) -> torch.Tensor:
-        """The tensor `key` in the file's dtype; a CheckpointError if a value is not finite."""
+        """The tensor `key` in the file's dtype. Raises CheckpointError if a value is not finite."""
 
     @abstractmethod
     def close(self) -> None:
@@ -98,7 +98,7 @@ class TensorSource(ABC):
     def require(
         self, expected: Mapping[str, tuple[int, ...]], ignored: Callable[[str], bool] = lambda key: False
     ) -> None:
-        """Check that the file holds the `expected` tensors, key to shape, and no others except `ignored` ones."""
+        """Check that the file holds the `expected` tensors (shapes by key) and no others, except `ignored` ones."""
         missing = [key for key in expected if key not in self.entries]
         if missing:
             raise CheckpointError(
@@ -117,7 +117,7 @@ class TensorSource(ABC):
 
 
 def require_tensor(key: str, entry: Entry, shape: tuple[int, ...]) -> None:
-    """Check what a file says about one tensor against the shape it must have."""
+    """Check a tensor's type and shape, without reading its values."""
     if entry.dtype not in DTYPES:
         allowed = ", ".join(DTYPES.values())
         raise CheckpointError(f"{label(entry.path)}: {key}: expected one of {allowed}, found {entry.dtype}")
@@ -126,13 +126,16 @@ def require_tensor(key: str, entry: Entry, shape: tuple[int, ...]) -> None:
 
 
 def require_finite(path: Path, key: str, tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor`, if every value is finite. Minimum and maximum decide: a NaN spreads to both, and nothing is copied."""
+    """`tensor`, if every value is finite. Raises CheckpointError otherwise.
+
+    Minimum and maximum suffice, because NaN becomes both of them; they need no copy of the tensor.
+    """
     if tensor.numel() and not all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor)):
         raise CheckpointError(f"{label(path)}: {key}: expected finite values, found NaN or infinity")
     return tensor
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an error, with its class."""
+    """An error's class and the first line of its message."""
     lines: Iterable[str] = str(error).splitlines()
     return f"{type(error).__name__}: {next(iter(lines), '')}"[:300]

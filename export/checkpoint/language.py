@@ -1,4 +1,4 @@
-"""The base language model: its configuration, its generation settings, its tensors' names and shapes."""
+"""The base language model: its configuration, its generation settings, and its tensors' names and shapes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 from .fields import Fields
 from .files import read_json
 
-# Far above any released model, far below what could exhaust memory by itself.
+# Far above every released model, and too small to exhaust the memory on their own.
 MAX_LAYERS, MAX_WIDTH, MAX_VOCABULARY, MAX_POSITIONS = 512, 1 << 18, 1 << 22, 1 << 24
 
 Architecture = Literal["phi3", "qwen2"]
@@ -23,7 +23,7 @@ QWEN2_LINEARS = (
     "mlp.up_proj",
     "mlp.down_proj",
 )
-# Settings that greedy decoding of one sequence obeys, or that do not affect it: sampling, beams, the caller's limits.
+# Settings that greedy decoding of one sequence follows, or that do not affect it: sampling, beams, length limits.
 GENERATION_KEYS = (
     "_from_model_config",
     "bos_token_id",
@@ -51,8 +51,9 @@ GENERATION_KEYS = (
 class LanguageConfig:
     """The decoder's dimensions.
 
-    `base_vocab` counts the base's vocabulary rows, `vocab` those with the added tokens. With a `sliding_window` of w, a
-    position sees itself and the w positions before it. `tied`: the base's head is its embedding.
+    `base_vocab` is the number of the base's vocabulary rows; `vocab` is the number with the added tokens. With a
+    `sliding_window` of w, a position sees itself and the w positions before it. `tied`: the base's head is its
+    embedding.
     """
 
     architecture: Architecture
@@ -72,7 +73,7 @@ class LanguageConfig:
 
     @property
     def linears(self) -> tuple[str, ...]:
-        """The linears of a decoder layer that carry an adapter, in the order of use."""
+        """The linears of a decoder layer in the order of use. Each has an adapter."""
         return PHI3_LINEARS if self.architecture == "phi3" else QWEN2_LINEARS
 
     def linear_shape(self, linear: str) -> tuple[int, int]:
@@ -91,20 +92,20 @@ class LanguageConfig:
         }[linear]
 
     def has_bias(self, linear: str) -> bool:
-        """Qwen's q, k and v carry a bias; nothing else does."""
+        """Whether a linear has a bias: only Qwen's q, k and v have one."""
         return linear in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationConfig:
-    """The base's default settings that greedy decoding obeys."""
+    """The base's settings that greedy decoding follows."""
 
     eos_ids: tuple[int, ...]
     repetition_penalty: float
 
 
 def read_language(base: Path) -> LanguageConfig:
-    """Read config.json of the base. Settings that would change the arithmetic and are not implemented are refused."""
+    """Read config.json of the base. Raises CheckpointError for settings that would need other arithmetic."""
     fields = Fields(base / "config.json", read_json(base / "config.json"))
     architecture: Architecture = fields.require("model_type", "phi3", "qwen2")
     fields.require("hidden_act", "silu")
@@ -122,7 +123,7 @@ def read_language(base: Path) -> LanguageConfig:
         raise fields.error("num_attention_heads", f"heads of equal even width in {hidden}", heads)
     if heads % kv_heads:
         raise fields.error("num_key_value_heads", f"a divisor of {heads}", kv_heads)
-    # Qwen's window is off unless use_sliding_window is true, whatever its size says.
+    # Qwen has no window unless use_sliding_window is true, even if the file has a size.
     window = fields.values.get("sliding_window") if architecture == "phi3" else None
     if window is not None:
         window = fields.integer("sliding_window", 1, MAX_POSITIONS)
@@ -146,7 +147,7 @@ def read_language(base: Path) -> LanguageConfig:
 
 
 def _rope_theta(fields: Fields) -> float:
-    """The base of the rotary angles. Scaling is refused. transformers 5 writes it into `rope_parameters`."""
+    """The base of the rotary angles, which transformers 5 writes into `rope_parameters`. Scaling is refused."""
     place = fields
     for key in ("rope_scaling", "rope_parameters"):
         if fields.values.get(key) is not None:
@@ -160,7 +161,7 @@ def _rope_theta(fields: Fields) -> float:
 
 
 def read_generation(base: Path, vocab: int) -> GenerationConfig:
-    """Read generation_config.json of the base. Sampling settings are ignored; others that change a token refused."""
+    """Read generation_config.json of the base. Sampling settings are ignored, unknown settings refused."""
     fields = Fields(base / "generation_config.json", read_json(base / "generation_config.json"))
     fields.only(GENERATION_KEYS)
     return GenerationConfig(

@@ -1,4 +1,4 @@
-"""The H-LoRA plugins: the adapters, projector and perhaps vocabulary rows of one task, from one or two files."""
+"""H-LoRA plugins: the adapters, the projector and possibly vocabulary rows of a task, in one or two files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ADAPTER = re.compile(r"model\.layers\.(\d{1,4})\.(\w+\.\w+)\.(lora_A|lora_B|lor
 
 
 def released_key(name: str) -> str:
-    """The key in a plugin file for one of the names of Checkpoint.task_tensor."""
+    """The key in a plugin file for a name as in Checkpoint.task_tensor."""
     return PREFIX + name if name.startswith("lm_head.") else f"{PREFIX}model.{name}"
 
 
@@ -36,7 +36,7 @@ def adapter_key(layer: int, linear: str, part: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class TaskConfig:
-    """One task's adapter sizes. `vision_layers` is the number of CLIP layers that its features pass through."""
+    """The adapter sizes of a task. `vision_layers` is the number of CLIP layers that compute its features."""
 
     name: Task
     rank: int
@@ -46,12 +46,12 @@ class TaskConfig:
 
     @property
     def scaling(self) -> float:
-        """The factor of B's product: alpha / rank * experts."""
+        """The factor of the adapter's output: alpha / rank * experts."""
         return self.alpha / self.rank * self.experts
 
 
 class Plugin:
-    """The union of a task's files. Where both have a key, the later one wins, as in the original."""
+    """The union of a task's files. If both have a key, the later file is used, as in the original."""
 
     def __init__(self, task: Task, adapters: Path, fusion: Path | None = None) -> None:
         self.task = task
@@ -76,7 +76,7 @@ class Plugin:
         return self._owner[key].read(key)
 
     def rows(self) -> dict[str, int]:
-        """The number of vocabulary rows, by the key of each tensor that has them."""
+        """The number of vocabulary rows of each tensor with such rows, by key."""
         keys = [released_key(name) for name in ROWS if self.owns(name)]
         return {key: self.entry(key).shape[0] for key in keys if len(self.entry(key).shape) == 2}
 
@@ -96,7 +96,7 @@ class Plugin:
         return rank[0], experts[0]
 
     def require(self, language: LanguageConfig, vision: VisionConfig, rank: int, experts: int) -> None:
-        """Check every tensor of the files against the shapes that the base and CLIP require."""
+        """Check every tensor of the files against the shapes that follow from the base and CLIP."""
         expected: dict[str, tuple[int, ...]] = {}
         for layer in range(language.layers):
             for linear in language.linears:
@@ -116,7 +116,7 @@ class Plugin:
         }
         rows = dict.fromkeys(ROWS, (language.vocab, hidden))
         if self.task == "generation":
-            # With the mean in their place, as for comprehension, all codes would be equally likely.
+            # Comprehension can use mean rows instead, but with mean rows all codes would be equally likely.
             needed |= rows
         for name, shape in needed.items():
             if not self.owns(name):
@@ -142,7 +142,7 @@ class Plugin:
 
 
 def _hint(key: str, language: LanguageConfig) -> str:
-    """Why an adapter does not belong here, as far as its key tells."""
+    """The reason why an adapter does not fit, if its key shows it."""
     match = _ADAPTER.fullmatch(key.removeprefix(PREFIX))
     if match is None:
         return ""

@@ -1,4 +1,4 @@
-"""Tensors in safetensors files: one file, or the shards that an index names."""
+"""Tensors in safetensors files: a single file, or shards with an index."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ SAFETENSORS_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch
 
 
 class SafetensorsSource(TensorSource):
-    """A folder of safetensors: one `model.safetensors`, or the shards that an index names.
+    """A folder with one `model.safetensors`, or with shards and an index.
 
-    A shard is opened anew for each tensor: otherwise its mapped pages would add up to the whole model.
+    A shard is opened anew for each tensor. Otherwise the mapped pages would add up to the whole model.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -64,7 +64,7 @@ class SafetensorsSource(TensorSource):
 
 
 def shards(index: Path) -> dict[str, set[str]]:
-    """The keys that the index promises for each shard's file name. Names must be of plain files in the same folder."""
+    """The keys of each shard by file name, as the index lists them. Shards must be files in the index's folder."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{label(index)}: expected a weight_map, found {type(weight_map).__name__}")

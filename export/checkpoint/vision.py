@@ -1,4 +1,4 @@
-"""CLIP's vision tower: its configuration, its preprocessing, its tensors' names and shapes."""
+"""CLIP's vision tower: its configuration, its preprocessing, and its tensors' names and shapes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from .pickles import PickleSource
 from .shards import SafetensorsSource
 
 MAX_IMAGE_SIZE = 4096
-# Width, layers and patch of both towers of that name, the better known one for pictures of 224 pixels.
+# Width, layers and patch size of both ViT-L/14 towers. The better known one is for pictures of 224 pixels.
 VIT_LARGE = (1024, 24, 14)
 PREFIX = "vision_model."
 
 
 @dataclass(frozen=True, slots=True)
 class VisionConfig:
-    """The tower's dimensions; `mean` and `std` apply to pixel values in [0, 1], in the order R, G, B."""
+    """The tower's dimensions. `mean` and `std` are for pixel values in [0, 1], in the order R, G, B."""
 
     hidden: int
     layers: int
@@ -33,17 +33,17 @@ class VisionConfig:
 
     @property
     def patches(self) -> int:
-        """How many features an image gives."""
+        """The number of an image's features."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
     def background(self) -> tuple[int, ...]:
-        """The colour that the original pads a picture with: the mean, truncated to 8 bits."""
+        """The colour with which the original pads a picture: the mean, truncated to 8 bits."""
         return tuple(int(mean * 255) for mean in self.mean)
 
 
 def read_vision(folder: Path) -> VisionConfig:
-    """config.json and preprocessor_config.json; absent values are those of Hugging Face's CLIP."""
+    """Read config.json and preprocessor_config.json. Missing values get the defaults of Hugging Face's CLIP."""
     fields = Fields(folder / "config.json", read_json(folder / "config.json"))
     if fields.require("model_type", "clip", "clip_vision_model") == "clip":
         fields = fields.section("vision_config")
@@ -58,7 +58,7 @@ def read_vision(folder: Path) -> VisionConfig:
     # hidden_states[-2] and hidden_states[1] must both exist.
     layers = fields.integer("num_hidden_layers", 2, MAX_LAYERS)
     if (hidden, layers, patch_size) == VIT_LARGE and image_size != 336:
-        # Nothing else would tell: the projector takes the features of either.
+        # No other check would notice the wrong tower: its features have the shape that the projector takes.
         raise fields.error("image_size", "336, as of the clip-vit-large-patch14-336 of every release", image_size)
 
     picture = Fields(folder / "preprocessor_config.json", read_json(folder / "preprocessor_config.json"))
@@ -85,7 +85,7 @@ def read_vision(folder: Path) -> VisionConfig:
 
 
 def open_vision(folder: Path) -> TensorSource:
-    """The tower's weights, as safetensors where there are any, otherwise as pytorch_model.bin."""
+    """The tower's weights, from safetensors files if there are any, otherwise from pytorch_model.bin."""
     if (folder / "model.safetensors").is_file() or (folder / "model.safetensors.index.json").is_file():
         return SafetensorsSource(folder)
     return PickleSource(folder / "pytorch_model.bin")
@@ -116,7 +116,7 @@ def vision_shapes(config: VisionConfig) -> dict[str, tuple[int, ...]]:
 
 
 def is_other_half(key: str) -> bool:
-    """Keys that HealthGPT never uses: CLIP's text tower, its projections, and position ids (a stored 0, 1, 2, ...)."""
+    """Whether HealthGPT never uses this key: CLIP's text tower, its projections, and position ids (0, 1, 2, ...)."""
     return key.startswith(("text_model.", "text_projection.", "visual_projection.")) or key in (
         "logit_scale",
         "vision_model.embeddings.position_ids",

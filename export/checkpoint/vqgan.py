@@ -1,4 +1,4 @@
-"""The VQGAN: model.yaml and last.ckpt of taming-transformers' GumbelVQ."""
+"""The VQGAN, a GumbelVQ of taming-transformers: model.yaml, and its tensors' names and shapes in last.ckpt."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .language import MAX_WIDTH
 TARGET = "taming.models.vqgan.GumbelVQ"
 MAX_CODES, MAX_SIDE, MAX_LEVELS, MAX_BLOCKS = 1 << 20, 4096, 12, 64
 MAX_YAML_BYTES = 1 << 20
-# All that may occur. dropout is off outside training.
+# All settings that may occur. dropout only matters in training.
 DDCONFIG_KEYS = (
     "attn_resolutions",
     "ch",
@@ -48,7 +48,7 @@ class VqConfig:
 
     @property
     def grid(self) -> int:
-        """The side of the code image: a picture is grid * grid codes."""
+        """The side of the code grid: a picture has grid * grid codes."""
         return self.resolution >> (len(self.multipliers) - 1)
 
     @property
@@ -58,18 +58,18 @@ class VqConfig:
 
 
 def find_file(folder: Path, name: str) -> Path:
-    """The path of model.yaml or last.ckpt: in `folder`, or where the published download has it."""
+    """The path of model.yaml or last.ckpt: in `folder` itself, or in the subfolder of the published download."""
     published = folder / {"model.yaml": "configs", "last.ckpt": "checkpoints"}[name] / name
     return published if published.is_file() and not (folder / name).exists() else folder / name
 
 
 def read_vqgan(folder: Path) -> VqConfig:
-    """Read model.yaml. Settings of taming that this package does not know are refused."""
+    """Read model.yaml. Raises CheckpointError for settings of taming that are not implemented here."""
     path = find_file(folder, "model.yaml")
     try:
         content = yaml.safe_load(read_text(path, MAX_YAML_BYTES))
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
-        # The last ones are what PyYAML makes of a tagged scalar that its pattern does not match, such as `!!int ""`.
+        # PyYAML raises the other errors for tagged scalars of a wrong form, such as `!!int ""`, or for deep nesting.
         raise CheckpointError(f"{label(path)}: expected YAML, found {type(error).__name__}") from error
     model = Fields(path, content).section("model")
     model.require("target", TARGET)
@@ -88,7 +88,7 @@ def read_vqgan(folder: Path) -> VqConfig:
     embed_dim = params.integer("embed_dim", 1, MAX_WIDTH)
     z_channels = ddconfig.integer("z_channels", 1, MAX_WIDTH)
     if embed_dim != z_channels:
-        # taming builds the quantiser's projection for z_channels and feeds it embed_dim.
+        # taming builds the quantiser's projection for z_channels inputs, but its inputs have embed_dim channels.
         raise params.error("embed_dim", f"z_channels, {z_channels}", embed_dim)
     attention = ddconfig.values.get("attn_resolutions")
     return VqConfig(
@@ -180,5 +180,5 @@ class _Tensors:
 
 
 def is_training_state(key: str) -> bool:
-    """Keys that only training needs and the original skips: discriminator, perceptual loss, averages of weights."""
+    """Whether only training needs this key: discriminator, perceptual loss, averages of weights. All are skipped."""
     return not key.startswith(("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv."))

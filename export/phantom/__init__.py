@@ -1,1 +1,1 @@
-"""A small HealthGPT trained on synthetic slices, so that accuracy means something on any machine."""
+"""A small HealthGPT trained on synthetic slices, with which accuracy can be measured on any machine."""

@@ -1,7 +1,7 @@
-"""Trains the phantom's VQGAN: as a vector-quantised autoencoder, written down in GumbelVQ's form.
+"""Trains the phantom's VQGAN as a vector-quantised autoencoder and stores it as a GumbelVQ.
 
-The nearest codebook row is an argmax of linear logits, argmin |z - e|^2 = argmax (2 e.z - |e|^2), so a codebook
-trained by moving averages (van den Oord et al., 2017, appendix A) is exactly a GumbelVQ whose `proj` is (2 e, -|e|^2).
+The nearest codebook row is an argmax of linear logits: argmin |z - e|^2 = argmax (2 e.z - |e|^2). So a codebook trained
+with moving averages (van den Oord et al., 2017, appendix A) equals a GumbelVQ whose `proj` is (2 e, -|e|^2).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CONFIG = VqConfig(
     codes=256,
     embed_dim=32,
     z_channels=32,
-    channels=32,  # the least that GroupNorm(32) allows
+    channels=32,  # the minimum for GroupNorm(32)
     multipliers=(1, 1, 2, 2),
     blocks=1,
     attention_resolutions=(16,),
@@ -33,7 +33,7 @@ CONFIG = VqConfig(
 )
 BATCH = 4
 LEARNING_RATE = 1.5e-3
-WARM_UP_STEPS = 150  # without quantisation, so that the first codebook is drawn from useful latents
+WARM_UP_STEPS = 150  # without quantisation, so that the codebook starts from useful latents
 COMMITMENT = 0.25
 DECAY = 0.98
 REVIVE_EVERY = 50
@@ -47,7 +47,7 @@ def to_input(pictures: np.ndarray) -> Tensor:
 
 
 def batches(seed: int, steps: int) -> Iterator[Tensor]:
-    """Batches of fresh training pictures, CT and MR in equal parts."""
+    """Batches of new training pictures, half CT and half MR."""
     rng = np.random.default_rng(seed)
     for _ in range(steps):
         subjects = [phantoms.phantom(int(s)) for s in rng.integers(phantoms.TRAINING_SEEDS, 2**31, BATCH // 2)]
@@ -55,7 +55,7 @@ def batches(seed: int, steps: int) -> Iterator[Tensor]:
 
 
 class MovingCodebook:
-    """Codebook rows as moving averages of the latents they were chosen for."""
+    """Codebook rows, each the moving average of the latents that chose it."""
 
     def __init__(self, latents: Tensor, codes: int) -> None:
         self.rows = latents[torch.randperm(len(latents))[:codes]].clone()  # [codes, z]
@@ -65,7 +65,7 @@ class MovingCodebook:
         self.sums = self.rows.clone()
 
     def choose(self, latents: Tensor) -> Tensor:
-        """[N, z] -> nearest row of each, int64 [N]."""
+        """Latents [N, z] -> the index of the nearest row for each, int64 [N]."""
         return torch.cdist(latents, self.rows).argmin(dim=1)
 
     def _means(self, latents: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,14 +82,14 @@ class MovingCodebook:
         self.rows = self.sums / self.counts.clamp(min=1e-4)[:, None]
 
     def revive(self, latents: Tensor) -> int:
-        """Move rows that are hardly chosen onto random latents of the batch; returns how many."""
+        """Replace rows that are rarely chosen by random latents of the batch. Returns their number."""
         dead = self.counts < 0.05
         self.rows[dead] = latents[torch.randint(len(latents), (int(dead.sum()),))]
         self.sums[dead], self.counts[dead] = self.rows[dead], 1.0
         return int(dead.sum())
 
     def write(self, model: Vqgan) -> None:
-        """Put the codebook into GumbelVQ's two tensors."""
+        """Write the codebook to GumbelVQ's `embed` and `proj`."""
         with torch.no_grad():
             model.quantize.embed.weight.copy_(self.rows)
             model.quantize.proj.weight.copy_(2 * self.rows[:, :, None, None])

@@ -1,9 +1,9 @@
-"""Pretrains the phantom's language model, whose weights are frozen afterwards.
+"""Pretrains the phantom's language model. Its weights are frozen afterwards.
 
-It never sees a picture. Half of its batches are written findings with questions and answers in the chat template; the
-other half teach what drawing a picture with codes needs from any language model: to copy 256 byte tokens that stand
-at a fixed distance. A model this small takes very long to find that distance by itself, so three heads start out
-attending to it (`place_copy_heads`); training is free to change them.
+It never sees a picture. Half of its batches are written findings with questions and answers in the chat template. The
+other half teach a skill that drawing with codes needs: copying 256 byte tokens from a fixed distance. So small a model
+takes very long to find that distance, so three heads attend to it from the start (`place_copy_heads`). Training may
+change them.
 """
 
 from __future__ import annotations
@@ -48,14 +48,15 @@ COPY_BATCH, TEXT_BATCH = 4, 24
 LEARNING_RATE = 2e-3
 IGNORED = -100  # cross entropy skips these labels
 
-# The shared part of every embedding, which the copy heads' queries and keys are read from.
+# All embeddings share a direction of this size, from which the copy heads compute queries and keys. SPREAD is the
+# deviation of the rest.
 MEAN_SIZE, SPREAD = 0.7, 0.5
-COPY_FREQUENCIES = 8  # the fastest ones: enough to tell neighbouring positions apart
+COPY_FREQUENCIES = 8  # the fastest ones, which are enough to distinguish neighbouring positions
 COPY_SHARPNESS = 6.4
 
 
 def new_model() -> HealthGPT:
-    """A random base, its adapters doing nothing."""
+    """A base with random weights and adapters that do nothing."""
     idle = TaskConfig("generation", rank=4, experts=4, alpha=8.0, vision_layers=1)
     model = HealthGPT(LANGUAGE, VISION, idle, GENERATION)
     direction = torch.randint(2, (LANGUAGE.hidden,)) * 2.0 - 1.0
@@ -76,14 +77,14 @@ def new_model() -> HealthGPT:
 
 
 def place_copy_heads(model: HealthGPT, distance: int) -> None:
-    """Let the first head of the first three layers attend to the token `distance` positions before its own.
+    """Make the first head of the first three layers attend to the token `distance` positions before its own.
 
-    A query (cos w d, -sin w d) and a key (1, 0) per frequency w, turned by their positions, give scores
-    cos(w (p_query - p_key - d)), whose sum over frequencies peaks at the distance d.
+    For each frequency w the query is (cos w d, -sin w d) and the key (1, 0). Rotated by their positions they give the
+    score cos(w (p_query - p_key - d)). The sum over all frequencies has its maximum at the distance d.
     """
     width = LANGUAGE.head_dim // 2
     mean = model.model.embed_tokens.weight.mean(dim=0).sign()
-    # What a normed embedding gives along the shared direction.
+    # The component of a normalised embedding along the shared direction.
     gain = LANGUAGE.hidden * MEAN_SIZE / math.hypot(MEAN_SIZE, SPREAD)
     with torch.no_grad():
         for layer in list(model.model.layers)[:3]:
@@ -100,7 +101,7 @@ def place_copy_heads(model: HealthGPT, distance: int) -> None:
 
 
 def copy_batch(words: Words, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Token ids and labels [B,T] of prompts with 256 bytes in the picture's place, copied in the answer."""
+    """Token ids and labels [B,T]: prompts with 256 bytes in place of the picture, and answers that copy them."""
     prompts = list(words.instructions().values())
     sequences, labels = [], []
     for _ in range(COPY_BATCH):
@@ -115,7 +116,7 @@ def copy_batch(words: Words, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
 
 
 def text_batch(words: Words, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Token ids and labels [B,T] of written findings, a question and its answer; the answer weighs like the rest."""
+    """Token ids and labels [B,T]: written findings, a question and its answer. All tokens have the same weight."""
     sequences = []
     for _ in range(TEXT_BATCH):
         seen, answers = findings(rng)
@@ -125,7 +126,7 @@ def text_batch(words: Words, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
 
 
 def pad(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Sequences as inputs and next-token labels, padded on the right: [B,T] each."""
+    """Inputs and next-token labels of the sequences, [B,T] each, padded on the right."""
     length = max(len(one) for one in sequences) - 1
     inputs = torch.full((len(sequences), length), END_OF_TEXT)
     labels = torch.full((len(sequences), length), IGNORED)
@@ -136,14 +137,14 @@ def pad(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 
 def copy_distance(words: Words) -> int:
-    """How far before the token that predicts code i the patch i stands."""
+    """The distance from patch i to the token that predicts code i."""
     prompt = next(iter(words.instructions().values()))
     after_picture = len(prompt) - 1 - prompt.index(IMAGE)
     return CODES + after_picture
 
 
 def train(seed: int, steps: int, words: Words, report: Callable[[str], None]) -> HealthGPT:
-    """A base trained for `steps` batches of each kind."""
+    """A base trained with `steps` batches of each kind."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     model = new_model()
@@ -169,7 +170,7 @@ def train(seed: int, steps: int, words: Words, report: Callable[[str], None]) ->
         if step % 25 == 0 or step == steps - 1:
             report(f"base {step}/{steps} copy {told[0]}, text {told[1]}")
     with torch.no_grad():
-        # The released tables carry padding rows that no token uses.
+        # Padding rows, which no token uses, as in the released tables.
         model.model.embed_tokens.weight[TOKENS:] = model.model.embed_tokens.weight[:TOKENS].mean(dim=0)
         model.lm_head.weight[TOKENS:] = model.lm_head.weight[:TOKENS].mean(dim=0)
     return model.requires_grad_(False).eval()

@@ -1,7 +1,7 @@
-"""The phantom's words: a small SentencePiece vocabulary with Phi-3's special tokens, prompts, written findings.
+"""The phantom's text: a small SentencePiece vocabulary with Phi-3's special tokens, prompts, written findings.
 
-The tokenizer files are those of a released Phi-3 base (`tokenizer.model`, `tokenizer_config.json`,
-`added_tokens.json`), and ids come from transformers' slow class on them, as in the original.
+The tokenizer has the same files as a released Phi-3 base (`tokenizer.model`, `tokenizer_config.json`,
+`added_tokens.json`). As in the original, transformers' slow class computes the ids.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from healthgpt_edge.phantoms import MODALITIES, QUADRANTS
 from healthgpt_edge.prompt import IMAGE, TEMPLATES
 
 PIECES = 448
-# In the order of the released tokenizer, from id 32000 there and from PIECES here.
+# In the order of the released tokenizer, where they begin at id 32000; here they begin at PIECES.
 SPECIAL = (
     "<|endoftext|>", "<|assistant|>", "<|placeholder1|>", "<|placeholder2|>", "<|placeholder3|>", "<|placeholder4|>",
     "<|system|>", "<|end|>", "<|placeholder5|>", "<|placeholder6|>", "<|user|>",
 )  # fmt: skip
 TOKENS = PIECES + len(SPECIAL)
-BASE_ROWS = 464  # padded, as the released table is
+BASE_ROWS = 464  # with padding rows, like the released table
 END_OF_TEXT, ASSISTANT, MARKER, END = (
     PIECES + SPECIAL.index(text) for text in ("<|endoftext|>", "<|assistant|>", "<|placeholder1|>", "<|end|>")
 )
 BEGIN = 1  # <s>
 FIRST_BYTE = 3  # SentencePiece's 256 byte tokens follow <unk>, <s> and </s>
 
-# Plain sentences beside the phantoms' own, so that the vocabulary has the pieces of ordinary English.
+# Ordinary sentences besides the phantoms' own, so that the vocabulary has pieces of common English words.
 ENGLISH = (
     "The patient lies on the table while the scanner takes the image slice by slice.",
     "A lesion is a region of tissue that looks brighter or darker than what is around it.",
@@ -46,7 +46,7 @@ ENGLISH = (
 
 
 def findings(rng: np.random.Generator) -> tuple[str, dict[str, str]]:
-    """Written findings of a made-up slice, and the answers to the questions about it."""
+    """Written findings of an invented slice, and the answers to the questions about it."""
     modality = MODALITIES[rng.integers(2)]
     count = int(rng.choice(4, p=phantoms.LESION_COUNT_ODDS))
     places = [QUADRANTS[i] for i in rng.integers(4, size=count)]
@@ -56,11 +56,11 @@ def findings(rng: np.random.Generator) -> tuple[str, dict[str, str]]:
 
 
 def training_text() -> list[str]:
-    """The sentences that the vocabulary is learnt from."""
+    """The lines from which the vocabulary is learnt."""
     rng = np.random.default_rng(0)
     words = [*phantoms.QUESTIONS.values(), *phantoms.INSTRUCTIONS.values(), TEMPLATES["phi3"].head.split("\n")[1][:-7]]
     answers = [*MODALITIES, "Yes", "No", *phantoms.COUNT_WORDS, *QUADRANTS]
-    # Behind a bracket a word starts without SentencePiece's space mark, as it does after the prompt's newlines.
+    # After a bracket a word has no SentencePiece space mark, just as after the prompt's newlines.
     lines = [f"({line}" for line in [*words, *answers]] * 20 + [*words, *answers] * 20
     return lines + list(ENGLISH) * 4 + [findings(rng)[0] for _ in range(200)]
 
@@ -118,7 +118,7 @@ def _added(text: str, rstrip: bool, special: bool) -> dict[str, object]:
 
 
 class Words:
-    """Token ids of prompts and answers."""
+    """Token ids of prompts and answers, from the tokenizer in a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.tokenizer = transformers.LlamaTokenizer.from_pretrained(folder)
@@ -129,7 +129,7 @@ class Words:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def prompt(self, text: str) -> list[int]:
-        """The ids of the phi3 template around `text` with a picture, the picture as IMAGE."""
+        """The ids of the phi3 template around `text`, with IMAGE for the picture."""
         return [*self.before_picture(), IMAGE, *self.after_picture(text)]
 
     def before_picture(self) -> list[int]:
@@ -139,21 +139,21 @@ class Words:
         return self.encode(f"\n{text}{TEMPLATES['phi3'].tail}")
 
     def without_picture(self, text: str) -> list[int]:
-        """The ids of the phi3 template around `text` alone."""
+        """The ids of the phi3 template around `text`, without a picture."""
         template = TEMPLATES["phi3"]
         return self.encode(template.head + text + template.tail)
 
     def written(self, context: str, question: str) -> list[int]:
-        """A prompt whose picture is replaced by words."""
+        """The ids of a prompt with the text `context` in place of the picture."""
         template = TEMPLATES["phi3"]
         return [*self.encode(template.head + context), *self.encode(f"\n{question}{template.tail}")]
 
     def answer(self, text: str) -> list[int]:
-        """The ids of an answer and the end token."""
+        """The ids of an answer with the end token."""
         return [*self.encode(text), END]
 
     def instructions(self) -> dict[str, list[int]]:
-        """The prompts of the generation tasks without `<start_index>`; raises unless they are of one length."""
+        """The prompts of the generation tasks without `<start_index>`. Raises ValueError if their lengths differ."""
         prompts = {kind: self.prompt(text) for kind, text in phantoms.INSTRUCTIONS.items()}
         lengths = {kind: len(prompt) for kind, prompt in prompts.items()}
         if len(set(lengths.values())) != 1:

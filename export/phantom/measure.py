@@ -1,4 +1,4 @@
-"""What the trained phantom is worth, by the PyTorch reference, on held-out phantoms: batched greedy decoding."""
+"""Measures the trained phantom on held-out phantoms, by the PyTorch reference with batched greedy decoding."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def chunks(items: Sequence[Item]) -> Iterator[Sequence[Item]]:
 
 @torch.no_grad()
 def greedy(model: HealthGPT, prompts: Tensor, pictures: Sequence[Picture], new_tokens: int) -> Tensor:
-    """Greedy ids [B, new_tokens] for prompts [B,T] of one length and their pictures, or none; no row stops early."""
+    """Greedy ids [B, new_tokens] for prompts [B,T] and their pictures, if any. No row stops early."""
     if pictures:
         features = model.image_features(model.vision_tower.normalise(enlarge(pictures)))
         embeddings = prompt_embeddings(model, prompts, features)
@@ -52,12 +52,12 @@ def greedy(model: HealthGPT, prompts: Tensor, pictures: Sequence[Picture], new_t
 
 
 def answers(model: HealthGPT, words: Words, count: int) -> dict[str, Any]:
-    """Exact match by question kind on `count` held-out phantoms, beside chance."""
+    """Exact match and chance level by question kind, on `count` held-out phantoms."""
     return ask(model, words, [question for subject in phantoms.held_out(count) for question in questions(subject)])
 
 
 def ask(model: HealthGPT, words: Words, asked: Sequence[Question]) -> dict[str, Any]:
-    """Exact match by question kind, beside chance."""
+    """Exact match and chance level by question kind."""
     given: dict[int, str] = {}
     for kind, text in phantoms.QUESTIONS.items():
         prompt = torch.tensor([words.prompt(text)])
@@ -75,9 +75,10 @@ def ask(model: HealthGPT, words: Words, asked: Sequence[Question]) -> dict[str, 
 
 @torch.no_grad()
 def drawings(answering: HealthGPT, drawing: HealthGPT, vqgan: Vqgan, words: Words, count: int) -> dict[str, Any]:
-    """What the model itself says of pictures that it drew from words: exact match by question kind, beside chance.
+    """Exact match and chance level by question kind, for questions about pictures that the model drew from words.
 
-    The words are the different ones that describe the first `count` held-out phantoms.
+    The comprehension task answers the questions. The instructions are the distinct ones for the first `count` held-out
+    phantoms.
     """
     by_length: dict[int, list[tuple[Drawing, list[int]]]] = {}
     for wanted in dict.fromkeys(one for subject in phantoms.held_out(count) for one in phantoms.drawings(subject)):
@@ -95,10 +96,10 @@ def drawings(answering: HealthGPT, drawing: HealthGPT, vqgan: Vqgan, words: Word
 
 @torch.no_grad()
 def pictures(model: HealthGPT, vqgan: Vqgan, words: Words, count: int) -> dict[str, Any]:
-    """PSNR and SSIM by task on `count` held-out phantoms, of the model, of the codes' ceiling, of a trivial baseline.
+    """PSNR and SSIM by task on `count` held-out phantoms, for the model, a ceiling and a trivial baseline.
 
-    The ceiling is the target after the VQGAN's own encoder and decoder. `valid_free_runs` is the share of greedy runs
-    that give exactly 256 codes, <end_index> and <|end|> with nothing holding them to it.
+    The ceiling is the target after the VQGAN's encoder and decoder. `valid_free_runs` is the share of unconstrained
+    greedy runs that give exactly 256 codes, <end_index> and <|end|>.
     """
     wanted = [task for subject in phantoms.held_out(count) for task in phantoms.tasks(subject)]
     prompts = {kind: torch.tensor([*ids, NEW_TOKENS.start]) for kind, ids in words.instructions().items()}

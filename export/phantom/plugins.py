@@ -1,7 +1,7 @@
 """Trains the two H-LoRA plugins on the frozen base and tower: answers about phantoms, and pictures of them.
 
-Only what the released files carry is learnt: the adapters, the projector, and for generation the rows of the new
-tokens in the embedding and the head. Prompts are those of the original; only answers and codes bear loss.
+Only the contents of the released files are trained: the adapters, the projector, and for generation the new tokens'
+rows in the embedding and the head. Prompts are those of the original. The loss is on answers and codes only.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ NEW_TOKENS = SpecialTokens(TOKENS, CODES)
 LEARNING_RATE = 1e-3
 ANSWER_BATCH = 6  # pictures, each with all its questions
 PICTURE_BATCH = 4
-# So many pictures more with exactly one lesion: only those can be asked where it is, the hardest question.
+# This share of pictures always has exactly one lesion: only then can one ask where it is, the hardest question.
 ONE_LESION_SHARE = 0.3
-# Codes replaced at random in the input, so that drawing relies on the picture more than on the codes before.
+# This share of input codes is replaced at random, so that drawing relies more on the picture than on earlier codes.
 WRONG_CODES = 0.2
-# From words alone the codes before are all there is, and only a few are wrong: as many as keep a drawing going after a
-# code that no training picture has there.
+# From words alone there is nothing but the earlier codes, so only a few are replaced: enough that a drawing continues
+# well after a code that no training picture has at that place.
 WRONG_CODES_OF_WORDS = 0.05
 
 
 def new_plugin(task: TaskConfig, base: dict[str, Tensor], tower: dict[str, Tensor]) -> HealthGPT:
-    """The frozen base and tower with a fresh plugin; for generation with rows for the new tokens.
+    """The frozen base and tower with a new plugin; for generation also with rows for the new tokens.
 
-    base, tower: state dicts by the names of HealthGPT and of VisionTower. A code's row starts as that of a byte, which
-    the base can copy already; the other new rows start as the mean, as in the original.
+    base, tower: state dicts with the names of HealthGPT and of VisionTower. A code's row starts as the row of a byte,
+    which the base can already copy. The other new rows start as the mean, as in the original.
     """
     rows = TOKENS + NEW_TOKENS.codes + MARKERS if task.name == "generation" else LANGUAGE.vocab
     model = HealthGPT(replace(LANGUAGE, vocab=rows), VISION, task, GENERATION)
@@ -61,7 +61,7 @@ def new_plugin(task: TaskConfig, base: dict[str, Tensor], tower: dict[str, Tenso
             codes = value[FIRST_BYTE : FIRST_BYTE + NEW_TOKENS.codes]
             state[name] = torch.cat([value[:TOKENS], mean, codes, mean, mean])
     state |= {f"vision_tower.{name}": value for name, value in tower.items()}
-    # A picture's features start around the mean embedding, where the base's attention expects tokens.
+    # A picture's features start near the mean embedding, where the base's attention expects tokens.
     state["model.mm_projector.2.bias"] = base["model.embed_tokens.weight"].mean(dim=0)
     model.load_state_dict(state)
     for name, parameter in model.named_parameters():
@@ -90,10 +90,10 @@ def descend(model: HealthGPT, optimizer: torch.optim.Optimizer, loss: Tensor) ->
 
 
 def branch(model: HealthGPT, prefix: Tensor, branches: Tensor) -> Tensor:
-    """Normed hidden states of several continuations of one prefix, each blind to the others.
+    """Normalised hidden states of several continuations of a prefix, none of which attends to another.
 
-    prefix [B,P,hidden], branches [B,K,S,hidden] -> [B,K,S,hidden]. One pass instead of K: most of a question about
-    a picture is the picture.
+    prefix [B,P,hidden], branches [B,K,S,hidden] -> [B,K,S,hidden]. One pass instead of K saves much, because most
+    tokens of a question about a picture are the picture's.
     """
     count, length = branches.shape[1:3]
     shared = prefix.shape[1]
@@ -110,7 +110,7 @@ def branch(model: HealthGPT, prefix: Tensor, branches: Tensor) -> Tensor:
 def train_comprehension(
     seed: int, steps: int, model: HealthGPT, words: Words, subjects: list[Phantom], report: Callable[[str], None]
 ) -> HealthGPT:
-    """Train the comprehension plugin for `steps` batches of pictures with all their questions."""
+    """Train the comprehension plugin with `steps` batches of pictures and all their questions."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     optimizer, schedule = optimiser(model, steps)
@@ -124,7 +124,7 @@ def train_comprehension(
             pictures.append((subject.ct, subject.mr)[modality])
             kinds = phantoms.questions(subject)
             kinds = kinds[: len(kinds) // 2] if modality == 0 else kinds[len(kinds) // 2 :]
-            # A fourth question always, so that the batch is rectangular.
+            # Always four questions, so that the batch is rectangular.
             asked.append([*kinds, kinds[rng.integers(len(kinds))]][:4])
         with torch.no_grad():
             features = model.image_features(model.vision_tower.normalise(enlarge(pictures)))
@@ -145,7 +145,7 @@ def train_comprehension(
 
 
 def _answer_labels(inputs: Tensor, labels: Tensor) -> Tensor:
-    """Labels [N,S] without those of the question: what follows the first <|assistant|> bears loss."""
+    """Labels [N,S] with only the answer's tokens: those after the first <|assistant|>."""
     return torch.where((inputs == ASSISTANT).cumsum(dim=1) > 0, labels, IGNORED)
 
 
@@ -163,7 +163,7 @@ def train_generation(
     keep: Callable[[HealthGPT], None],
     words_share: float = 0.0,
 ) -> HealthGPT:
-    """Train the generation plugin for `steps` batches of 4 pictures, a share of the batches drawn from words alone.
+    """Train the generation plugin with `steps` batches of 4 pictures. `words_share` of them are drawn from words alone.
 
     codes: the VQGAN's codes of each subject's CT and MR, int64 [len(subjects), 2, 256]. `keep` is called with the
     model every 200 steps.
@@ -173,7 +173,8 @@ def train_generation(
     optimizer, schedule = optimiser(model, steps)
     examples = _Examples(rng, model, words, subjects, codes)
     for step in range(steps):
-        # Without a share no number is drawn: the shipped plugin's first stage was trained by this sequence of them.
+        # With a share of 0 no random number is drawn, as when the first stage of the phantom in this repository was
+        # trained: its weights depend on the sequence of random numbers.
         from_words = words_share > 0 and bool(rng.random() < words_share)
         prompts, wanted = examples.from_words() if from_words else examples.from_pictures()
         wrong = torch.from_numpy(rng.random(wanted.shape) < (WRONG_CODES_OF_WORDS if from_words else WRONG_CODES))
@@ -197,7 +198,7 @@ def train_generation(
 
 
 class _Examples:
-    """Batches drawn at random: embedded prompts [B,T,hidden] and the codes that are wanted, [B,256]."""
+    """Random batches: embedded prompts [B,T,hidden] and the wanted codes [B,256]."""
 
     def __init__(
         self, rng: np.random.Generator, model: HealthGPT, words: Words, subjects: list[Phantom], codes: Tensor
@@ -206,7 +207,7 @@ class _Examples:
         self._instructions = {
             kind: torch.tensor([*prompt, NEW_TOKENS.start]) for kind, prompt in words.instructions().items()
         }
-        # Of all pictures, index and modality, with their prompts by length, for a batch is rectangular.
+        # Index, modality and prompt of every picture, by the prompt's length, so that a batch is rectangular.
         self._drawings: dict[int, list[tuple[int, int, list[int]]]] = {}
         for index, subject in enumerate(subjects):
             for modality, drawing in enumerate(phantoms.drawings(subject)):
@@ -236,7 +237,7 @@ class _Examples:
 
 
 def prompt_embeddings(model: HealthGPT, prompts: Tensor, features: Tensor) -> Tensor:
-    """Prompts [B,T] with one picture (IMAGE) in the same place, CLIP's features [B,P,C] -> [B,T-1+P,hidden]."""
+    """Prompts [B,T] with IMAGE in the same place, and CLIP's features [B,P,C] -> embeddings [B,T-1+P,hidden]."""
     at = int(prompts[0].argmin())
     before, after = model.model.embed_tokens(prompts[:, :at]), model.model.embed_tokens(prompts[:, at + 1 :])
     return torch.cat([before, model.model.mm_projector(features), after], dim=1)

@@ -1,4 +1,4 @@
-"""Writes the phantom in the released layout: base, CLIP, plugins and VQGAN, each in its maker's form.
+"""Writes the phantom in the released layout: base, CLIP, plugins and VQGAN, each in the format of its authors.
 
 base/     Hugging Face Phi-3: config.json, generation_config.json, model.safetensors (float16), tokenizer files
 vision/   Hugging Face CLIP: config.json, preprocessor_config.json, pytorch_model.bin (float32)
@@ -27,7 +27,7 @@ from .vision import CONFIG as VISION
 
 
 def released_files(folder: Path) -> dict[str, Path]:
-    """What Checkpoint.open takes for a phantom in `folder`."""
+    """The arguments of Checkpoint.open for a phantom in `folder`."""
     plugins = folder / "plugins"
     return {
         "base": folder / "base",
@@ -40,7 +40,7 @@ def released_files(folder: Path) -> dict[str, Path]:
 
 
 def write_base(folder: Path, model: HealthGPT) -> None:
-    """config.json, generation_config.json and model.safetensors; the tokenizer files are there already."""
+    """Write config.json, generation_config.json and model.safetensors. The tokenizer files are already there."""
     _write_json(
         folder / "config.json",
         {
@@ -113,7 +113,7 @@ def write_comprehension(folder: Path, model: HealthGPT) -> None:
 
 
 def write_generation(folder: Path, model: HealthGPT) -> None:
-    """The adapters and the projector in one file, the vocabulary rows in the fusion file."""
+    """Write the adapters and the projector to one file, and the vocabulary rows to the fusion file."""
     state = _halved(model.plugin_state(rows=True))
     rows = {key: state.pop(key) for key in [f"{PREFIX}{name}" for name in ROWS]}
     torch.save(state, folder / "gen_hlora_weights.bin")
@@ -142,7 +142,7 @@ def write_vqgan(folder: Path, model: Vqgan, config: VqConfig) -> None:
     }
     content = {"model": {"target": "taming.models.vqgan.GumbelVQ", "params": params}}
     (folder / "model.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
-    # A Lightning checkpoint holds more than the weights; readers must cope, so the phantom has some of it.
+    # A Lightning checkpoint holds more than the weights, and readers must accept that, so the phantom has some as well.
     lightning = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": "1.0.8"}
     torch.save({**lightning, "state_dict": _detached(model.state_dict())}, folder / "last.ckpt")
 

@@ -1,12 +1,16 @@
-"""Trains the phantom from nothing and writes it in the released layout.
+"""Trains the phantom from scratch and writes it in the released layout.
 
     python -m healthgpt_edge.export.phantom --seed 0 --out DIR
 
-The stages, each seeded and kept in DIR/work when it is done (a run that is cut off goes on with the next stage):
-the VQGAN; the CLIP tower, on labelled phantoms; the base language model, on words and on copying, never on pictures;
-then, with all of these frozen, the comprehension and the generation plugin, this one at first on pictures of pictures
-and then also on pictures from words. Progress goes to DIR/training.log, the figures on held-out phantoms to
-DIR/metrics.json.
+The stages, all of them seeded:
+1. the VQGAN;
+2. the CLIP tower, on labelled phantoms;
+3. the base language model, on text and on copying, never on pictures;
+4. with all of these frozen, the comprehension plugin;
+5. the generation plugin, first on pictures made from pictures, then also on pictures made from words.
+
+Each stage's result is kept in DIR/work, so an interrupted run continues with the next stage. Progress is logged in
+DIR/training.log; the figures on held-out phantoms are in DIR/metrics.json.
 """
 
 from __future__ import annotations
@@ -33,14 +37,14 @@ from . import autoencoder, base, measure, plugins, release, vision
 from .corpus import Words, write_tokenizer_files
 from .pictures import training_phantoms
 
-PICTURE_PHANTOMS = 800  # phantoms whose codes generation is trained on
+PICTURE_PHANTOMS = 800  # used to train generation
 CODES_BATCH = 16
-WORDS_SHARE = 0.6  # of the last stage's batches, those that draw from words
+WORDS_SHARE = 0.6  # the share of the last stage's batches that draw from words
 
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """How long each stage trains, in batches."""
+    """The length of each stage in batches, and the numbers of phantoms for training and for measuring."""
 
     vqgan: int = 1200
     vision: int = 1200
@@ -71,9 +75,9 @@ class Training:
             log.write(line + "\n")
 
     def stage(self, name: str, train: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The state of a stage: trained now, or kept from before; its seconds are kept beside it.
+        """The state of a stage: read from DIR/work, or else trained and stored there with the seconds that it took.
 
-        Those of all cores are the figure to compare: the elapsed ones grow with whatever else the machine does.
+        Compare `core_seconds`: elapsed seconds also depend on other programs on the machine.
         """
         path = self.out / "work" / f"{name}.pt"
         if not path.is_file():
@@ -85,12 +89,12 @@ class Training:
         return torch.load(path, weights_only=True)["state"]
 
     def spent(self, unit: str) -> dict[str, int]:
-        """The `seconds` or `core_seconds` of each stage that kept them."""
+        """The `seconds` or `core_seconds` of each stage that has them."""
         kept = {path.stem: torch.load(path, weights_only=True) for path in sorted((self.out / "work").glob("*.pt"))}
         return {name: round(stage[unit]) for name, stage in kept.items() if unit in stage}
 
     def run(self) -> dict[str, Any]:
-        """Every stage, the files, and the figures that went to metrics.json."""
+        """Run every stage and write all files. Returns the figures of metrics.json."""
         seed, steps, out = self.seed, self.steps, self.out
         vqgan = Vqgan(autoencoder.CONFIG)
         vqgan.load_state_dict(
@@ -101,7 +105,7 @@ class Training:
 
         tower = self.stage("vision", lambda: vision.train(seed, steps.vision, self.subjects, self.report).state_dict())
         base_state = self.stage("base", lambda: base.train(seed, steps.base, self.words, self.report).state_dict())
-        # As the release does it, the plugins are trained on the float16 numbers that the base's file holds.
+        # The plugins are trained on the float16 weights of the base's file, as for a release.
         base_state = {name: value.half().float() for name, value in base_state.items()}
 
         answering = plugins.new_plugin(plugins.COMPREHENSION_TASK, base_state, tower)
@@ -142,7 +146,7 @@ class Training:
         ).state_dict()
 
     def _measure(self, answering: HealthGPT, drawing: HealthGPT, vqgan: Vqgan) -> dict[str, Any]:
-        """Figures of what was written: the plugins' float16 numbers, computed in float32."""
+        """Measure the written model: weights rounded to float16, arithmetic in float32."""
         for model in (answering, drawing):
             model.requires_grad_(False).eval()
             plugin = {name: value.half().float() for name, value in model.state_dict().items() if "vision" not in name}
@@ -175,7 +179,7 @@ def encode(vqgan: Vqgan, subjects: list[Phantom]) -> Tensor:
 
 
 def train(out: Path, seed: int, steps: Steps | None = None, keep_work: bool = True) -> dict[str, Any]:
-    """Train every stage and write the released layout to `out`; returns the figures of metrics.json."""
+    """Train every stage and write the released layout to `out`. Returns the figures of metrics.json."""
     metrics = Training(out, seed, steps or Steps()).run()
     if not keep_work:
         shutil.rmtree(out / "work")

@@ -1,9 +1,9 @@
-"""Pretrains the phantom's CLIP tower on labelled phantoms, as a stand-in for CLIP's own training on captions.
+"""Pretrains the phantom's CLIP tower on labelled phantoms, in place of CLIP's training on captions.
 
-The features that the plugins will read are trained for what they will be asked: the first layer's (generation)
-for the pixels of each patch and around it, in full detail even where a low-resolution picture is shown; those before
-the last layer (comprehension) for where lesions are and, averaged, for modality and for the count, in all and in each
-quadrant. Then the tower is frozen.
+The two layers that the plugins read are trained for the plugins' tasks. Generation reads the first layer: its features
+must predict the pixels of each patch and its surroundings, in full detail even for a low-resolution input.
+Comprehension reads the layer before the last: its features must show lesions patch by patch, and their average must
+show the modality and the number of lesions, overall and per quadrant. Then the tower is frozen.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ COMPREHENSION_LAYERS, GENERATION_LAYERS = CONFIG.layers - 1, 1
 
 
 class Heads(nn.Module):
-    """What is asked of the features while the tower is trained, and thrown away afterwards."""
+    """The prediction heads of the tower's training, discarded afterwards."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Heads(nn.Module):
 
 
 def train(seed: int, steps: int, subjects: list[Phantom], report: Callable[[str], None]) -> VisionTower:
-    """A tower trained for `steps` batches of 8 pictures."""
+    """A tower trained with `steps` batches of 8 pictures."""
     torch.manual_seed(seed)
     tower, heads = VisionTower(CONFIG), Heads()
     _start_informed(tower)
@@ -62,7 +62,7 @@ def train(seed: int, steps: int, subjects: list[Phantom], report: Callable[[str]
     def losses(step: int) -> dict[str, Tensor]:
         batch = [subjects[i] for i in rng.integers(len(subjects), size=BATCH // 2)]
         pictures = both(batch)
-        # Every fourth batch is shown as super-resolution will show it, and asked for the full pictures' pixels.
+        # Every fourth batch is shown at low resolution, as in super-resolution, but predicts the full pictures' pixels.
         shown = [phantoms.downsample(picture) for picture in pictures] if step % 4 == 3 else pictures
         first = tower(tower.normalise(enlarge(shown)), GENERATION_LAYERS)  # [B, 256, C]
         pixels = 4 * functional.mse_loss(heads.pixels(first), patch_windows(pictures))
@@ -79,7 +79,7 @@ def _descend(
     losses: Callable[[int], dict[str, Tensor]],
     report: Callable[[str], None],
 ) -> None:
-    """AdamW on the sum of the losses of each step."""
+    """Minimise the sum of each step's losses with AdamW."""
     optimizer = torch.optim.AdamW(learned, learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
     for step in range(steps):
@@ -95,10 +95,10 @@ def _descend(
 
 
 def _start_informed(tower: VisionTower) -> None:
-    """Let what a small tower finds only slowly be readable from the start: brightness and place.
+    """Encode brightness and place from the start, which a small tower learns only slowly.
 
-    Every position gets a common vector, larger than what a patch adds to it: the norm in front of the layers divides
-    by a patch's length, so that how bright a flat patch is would be lost otherwise. On top comes its row and column.
+    All positions share a vector that is larger than a patch's own embedding. Without it, the norm before the layers
+    would divide a uniform patch by its length and lose its brightness. Row and column are added to this vector.
     """
     places = patch_places()  # [256, 2]
     waves = torch.cat([places, (math.pi * places).sin(), (math.pi * places).cos()], dim=1)
@@ -110,12 +110,12 @@ def _start_informed(tower: VisionTower) -> None:
 
 
 def both(subjects: Sequence[Phantom]) -> list[Picture]:
-    """The CT and the MR of each."""
+    """The CT and the MR of each phantom."""
     return [picture for subject in subjects for picture in (subject.ct, subject.mr)]
 
 
 def _late(tower: VisionTower, first: Tensor) -> Tensor:
-    """The features that comprehension reads, from those that generation reads."""
+    """Comprehension's features, computed from generation's."""
     for layer in tower.encoder.layers[GENERATION_LAYERS:COMPREHENSION_LAYERS]:
         first = layer(first)
     return first
@@ -126,7 +126,7 @@ def _in_quadrant(subject: Phantom, quadrant: str) -> int:
 
 
 def _late_losses(heads: Heads, subjects: Sequence[Phantom], late: Tensor) -> dict[str, Tensor]:
-    """Lesion centres patch by patch; their number and the modality from the average feature."""
+    """Losses of the lesion centres per patch, and of counts, quadrants and modality from the average feature."""
     centres = torch.from_numpy(np.stack([lesion_map(one) for one in subjects])).repeat_interleave(2, 0)
     counts = torch.tensor([len(one.lesions) for one in subjects]).repeat_interleave(2)
     places = torch.tensor([[_in_quadrant(one, name) for name in QUADRANTS] for one in subjects]).repeat_interleave(2, 0)

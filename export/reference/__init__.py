@@ -1,1 +1,1 @@
-"""The original model in plain PyTorch: the judge of every graph and kernel."""
+"""The original model in plain PyTorch, the reference for every graph and kernel."""

@@ -1,4 +1,4 @@
-"""CLIP's vision tower, written to be read: pixels to patch features.
+"""CLIP's vision tower in simple PyTorch: from pixels to patch features.
 
 Parameter names are those of Hugging Face's CLIP after `vision_model.`. Source: Radford et al., "Learning Transferable
 Visual Models From Natural Language Supervision", 2021 (arXiv 2103.00020). B batch, P patches, C channels.
@@ -13,7 +13,7 @@ from ..checkpoint import VisionConfig
 
 
 class Embeddings(nn.Module):
-    """One token per patch, a class token before them, a learnt position for each: [B,3,S,S] -> [B,1+P,C]."""
+    """A class token, then one token per patch, each with a learnt position: [B,3,S,S] -> [B,1+P,C]."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Mlp(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and MLP, each after a norm and around a residual."""
+    """Attention and MLP, each with a norm before it and a residual connection."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -80,24 +80,24 @@ class Encoder(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """The tower, whole; how many of its layers run is the caller's choice."""
+    """The whole tower. The caller chooses how many of its layers run."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.embeddings = Embeddings(config)
-        self.pre_layrnorm = nn.LayerNorm(config.hidden, config.epsilon)  # the released files spell it so
+        self.pre_layrnorm = nn.LayerNorm(config.hidden, config.epsilon)  # spelt as in the released files
         self.encoder = Encoder(config)
-        # Released, but never applied: HealthGPT reads features before the end of the tower.
+        # In the released files, but never applied: HealthGPT takes features before the end of the tower.
         self.post_layernorm = nn.LayerNorm(config.hidden, config.epsilon)
         self.config = config
 
     def normalise(self, picture: Tensor) -> Tensor:
-        """uint8 [B,S,S,3] -> pixel values float32 [B,3,S,S]: to [0, 1], then CLIP's mean and deviation."""
+        """uint8 [B,S,S,3] -> pixel values float32 [B,3,S,S]: scale to [0, 1], subtract mean, divide by deviation."""
         mean, deviation = torch.tensor(self.config.mean), torch.tensor(self.config.std)
         return ((picture.float() / 255.0 - mean) / deviation).permute(0, 3, 1, 2)
 
     def forward(self, pixels: Tensor, layers: int) -> Tensor:
-        """Pixel values [B,3,S,S] -> patch features [B,P,C] after `layers` layers, the class token dropped."""
+        """Pixel values [B,3,S,S] -> patch features [B,P,C] after `layers` layers, without the class token."""
         hidden = self.pre_layrnorm(self.embeddings(pixels))
         for layer in self.encoder.layers[:layers]:
             hidden = layer(hidden)

@@ -1,6 +1,6 @@
-"""The decoder of Phi-3, phi-4 and Qwen2 with H-LoRA on every linear, written to be read.
+"""The decoder of Phi-3, phi-4 and Qwen2 with H-LoRA on every linear, in simple PyTorch.
 
-Parameter names are those of the released files: base weights as in Hugging Face's models, adapters as in the plugins.
+Parameters have the released files' names: base weights as in Hugging Face's models, adapters as in the plugins.
 B batch, S new tokens, T tokens so far, H heads, D head width, C channels in, O channels out, R rank, E experts.
 """
 
@@ -14,7 +14,7 @@ from ..checkpoint import LanguageConfig, TaskConfig
 
 
 class HLoraLinear(nn.Module):
-    """y = W x + b + scaling * B (repeat(softmax(R x), r/E) * (A x)), the router R choosing per token.
+    """y = W x + b + scaling * B (repeat(softmax(R x), r/E) * (A x)): the router R weighs the experts for each token.
 
     A [R,C], B [O,R], router [E,C], W [O,C]. Source: Lin et al., "HealthGPT", 2025 (arXiv 2502.09838).
     """
@@ -27,8 +27,7 @@ class HLoraLinear(nn.Module):
         self.lora_A = nn.Linear(inputs, task.rank, bias=False)
         self.lora_B = nn.Linear(task.rank, outputs, bias=False)
         self.lora_route = nn.Linear(inputs, task.experts, bias=False)
-        # A fresh adapter changes nothing.
-        nn.init.zeros_(self.lora_B.weight)
+        nn.init.zeros_(self.lora_B.weight)  # so that a new adapter changes nothing
         self.repeats = task.rank // task.experts
         self.scaling = task.scaling
 
@@ -58,7 +57,7 @@ class KeyValueCache:
         self.length = 0
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the new tokens' [B, kv_heads, S, D] and return those of all T; `length` moves on in `advance`."""
+        """Store the new tokens' [B, kv_heads, S, D] and return those of all T tokens. `advance` updates `length`."""
         end = self.length + key.shape[2]
         self._keys[layer, :, :, self.length : end] = key
         self._values[layer, :, :, self.length : end] = value
@@ -69,7 +68,7 @@ class KeyValueCache:
 
 
 def rotary_tables(config: LanguageConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [S, D] of positions [S]; both halves of D carry the same angles."""
+    """Cosines and sines [S, D] for positions [S]. Both halves of D have the same angles."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     angles = positions.float()[:, None] / config.rope_theta**exponents
     angles = torch.cat([angles, angles], dim=-1)
@@ -77,14 +76,14 @@ def rotary_tables(config: LanguageConfig, positions: Tensor) -> tuple[Tensor, Te
 
 
 def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary position embedding of x [B,H,S,D], the halves of D paired (Su et al., arXiv 2104.09864)."""
+    """Rotary position embedding of x [B,H,S,D], with pairs across the halves of D (Su et al., arXiv 2104.09864)."""
     cosine, sine = tables
     first, second = x.chunk(2, dim=-1)
     return x * cosine + torch.cat([-second, first], dim=-1) * sine
 
 
 def visible(config: LanguageConfig, past: int, new: int) -> Tensor:
-    """Which of the T tokens each new one attends to, bool [S, T]: the window's last ones and itself."""
+    """Which of the T tokens each new token attends to, bool [S, T]: itself and those before it within the window."""
     queries = torch.arange(past, past + new)[:, None]
     keys = torch.arange(past + new)[None, :]
     seen = keys <= queries
@@ -94,7 +93,7 @@ def visible(config: LanguageConfig, past: int, new: int) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal attention; a group of query heads shares each key-value head."""
+    """Causal attention. Each key-value head is shared by a group of query heads."""
 
     def __init__(self, config: LanguageConfig, task: TaskConfig) -> None:
         super().__init__()
@@ -104,7 +103,7 @@ class Attention(nn.Module):
                 setattr(self, name.removeprefix("self_attn."), adapted_linear(config, task, name))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B,H,S,D], keys and values [B,kv_heads,S,D]; Phi-3 fuses the three linears into one."""
+        """Queries [B,H,S,D], keys and values [B,kv_heads,S,D]. Phi-3 has one linear for all three."""
         config = self.config
         if config.architecture == "phi3":
             keys = config.kv_heads * config.head_dim
@@ -129,7 +128,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """down(silu(gate(x)) * up(x)); Phi-3 fuses gate and up into one linear, gate first."""
+    """down(silu(gate(x)) * up(x)). Phi-3 has one linear for gate and up, in this order."""
 
     def __init__(self, config: LanguageConfig, task: TaskConfig) -> None:
         super().__init__()
@@ -144,7 +143,7 @@ class Mlp(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention and MLP, each after a norm and around a residual."""
+    """Attention and MLP, each with a norm before it and a residual connection."""
 
     def __init__(self, config: LanguageConfig, task: TaskConfig) -> None:
         super().__init__()
@@ -161,7 +160,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, decoder layers, norm, and the projector that turns CLIP's features into embeddings."""
+    """Embedding, decoder layers, norm, and the projector from CLIP's features to embeddings."""
 
     def __init__(self, config: LanguageConfig, task: TaskConfig, vision_hidden: int) -> None:
         super().__init__()
@@ -175,7 +174,7 @@ class Decoder(nn.Module):
         nn.init.normal_(self.embed_tokens.weight, std=0.02)
 
     def layer_outputs(self, embeddings: Tensor, cache: KeyValueCache | None = None) -> list[Tensor]:
-        """Embeddings [B,S,hidden] -> the output of each layer and then of the norm, [B,S,hidden] each."""
+        """Embeddings [B,S,hidden] -> the outputs [B,S,hidden] of every layer, then of the norm."""
         past, new = 0 if cache is None else cache.length, embeddings.shape[1]
         tables = rotary_tables(self.config, torch.arange(past, past + new))
         mask = visible(self.config, past, new)
@@ -188,11 +187,11 @@ class Decoder(nn.Module):
         return [*outputs, self.norm(hidden)]
 
     def forward(self, embeddings: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Embeddings [B,S,hidden] -> normed hidden states [B,S,hidden]."""
+        """Embeddings [B,S,hidden] -> normalised hidden states [B,S,hidden]."""
         return self.layer_outputs(embeddings, cache)[-1]
 
 
 def adapted_linear(config: LanguageConfig, task: TaskConfig, name: str) -> HLoraLinear:
-    """One of the layer's linears, its shape from the configuration."""
+    """The linear `name` of a layer, in the shape that the configuration gives it."""
     outputs, inputs = config.linear_shape(name)
     return HLoraLinear(outputs, inputs, config.has_bias(name), task)

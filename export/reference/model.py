@@ -1,8 +1,8 @@
-"""HealthGPT in plain PyTorch, float32: the judge of every exported graph.
+"""HealthGPT in plain PyTorch and float32: the reference for every exported graph.
 
-One `HealthGPT` is one task of one system: vision tower, projector, decoder with that task's adapters, head, and for
-pictures the VQGAN. Built from a checkpoint it computes what the original computes; built from configurations it
-starts random and can be trained. Source: Lin et al., "HealthGPT", 2025 (arXiv 2502.09838).
+A `HealthGPT` is one task of one system: vision tower, projector, decoder with that task's adapters, head, and for
+pictures the VQGAN. Loaded from a checkpoint it computes what the original computes. Made from configurations it has
+random weights and can be trained. Source: Lin et al., "HealthGPT", 2025 (arXiv 2502.09838).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from healthgpt_edge.errors import GenerationError, PromptError
+from healthgpt_edge.prompt import IMAGE
 
 from ..checkpoint import Checkpoint, GenerationConfig, LanguageConfig, SpecialTokens, TaskConfig, VisionConfig, VqConfig
 from ..checkpoint.plugins import PREFIX as PLUGIN_PREFIX
@@ -21,15 +22,14 @@ from .clip import VisionTower
 from .language import Decoder, KeyValueCache
 from .vqgan import Vqgan, to_uint8
 
-IMAGE = -200
 ADAPTER_PARTS = (".lora_A.", ".lora_B.", ".lora_route.")
 ROWS = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 class HealthGPT(nn.Module):
-    """One task. Parameters are named as released: `model.layers.0.self_attn.qkv_proj.lora_A.weight`, `lm_head.weight`.
+    """One task. Parameters have released names, such as `model.layers.0.self_attn.qkv_proj.lora_A.weight`.
 
-    The vision tower's names follow `vision_tower.` and the VQGAN's follow `vqgan.`.
+    The vision tower's names begin with `vision_tower.`, the VQGAN's with `vqgan.`.
     """
 
     def __init__(
@@ -51,12 +51,12 @@ class HealthGPT(nn.Module):
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, task: str, parts: tuple[str, ...] = ("",)) -> HealthGPT:
-        """The model of one of the checkpoint's tasks, every weight in float32, in evaluation mode.
+        """The model of one of the checkpoint's tasks, with weights in float32, in evaluation mode.
 
-        Only the parameters whose names begin with one of `parts` are read; the others cannot be computed with.
+        Only parameters whose names begin with one of `parts` are read. The others have no values.
         """
         config = checkpoint.tasks[task]
-        with torch.device("meta"):  # nothing is allocated twice
+        with torch.device("meta"):  # so that no weight is allocated twice
             model = cls(
                 checkpoint.language,
                 checkpoint.vision,
@@ -77,13 +77,13 @@ class HealthGPT(nn.Module):
         return self.vision_tower(pixel_values, self.task.vision_layers)
 
     def features(self, pixel_values: Tensor) -> Tensor:
-        """Pixel values [B,3,S,S] -> what replaces the image token, [B,P,hidden]."""
+        """Pixel values [B,3,S,S] -> the embeddings [B,P,hidden] that replace the image token."""
         return self.model.mm_projector(self.image_features(pixel_values))
 
     def embed(self, prompt_ids: Sequence[int], features: Tensor | None = None) -> Tensor:
-        """Prompt ids, the image as -200, and its features [1,P,hidden] -> embeddings [1,T,hidden].
+        """Prompt ids, in which IMAGE stands for the image, and `features` [1,P,hidden] -> embeddings [1,T,hidden].
 
-        Raises PromptError unless the prompt has one image exactly when there are features.
+        Raises PromptError unless the prompt has one IMAGE with features, and none without.
         """
         images = list(prompt_ids).count(IMAGE)
         if images != (0 if features is None else 1):
@@ -97,7 +97,7 @@ class HealthGPT(nn.Module):
     # --- decoder ------------------------------------------------------------------------------------------------
 
     def hidden_states(self, embeddings: Tensor) -> Tensor:
-        """Embeddings [B,T,hidden] -> every layer's output and then the norm's, [layers + 1, B, T, hidden]."""
+        """Embeddings [B,T,hidden] -> the outputs of every layer, then of the norm, [layers + 1, B, T, hidden]."""
         return torch.stack(self.model.layer_outputs(embeddings))
 
     def forward(self, embeddings: Tensor, cache: KeyValueCache | None = None) -> Tensor:
@@ -112,10 +112,10 @@ class HealthGPT(nn.Module):
         max_new_tokens: int,
         logits: list[Tensor] | None = None,
     ) -> list[int]:
-        """Greedy decoding: the new token ids, the stop token included.
+        """Greedy decoding. Returns the new token ids, including the stop token.
 
-        pixel_values: [1,3,S,S] or None. `logits` collects each step's [vocab], before the repetition penalty.
-        Raises GenerationError on logits that are not finite.
+        pixel_values: [1,3,S,S] or None. Each step's logits [vocab] before the repetition penalty are appended to
+        `logits`. Raises GenerationError if logits are not finite.
         """
         embeddings = self.embed(prompt_ids, None if pixel_values is None else self.features(pixel_values))
         cache = KeyValueCache(self.language, embeddings.shape[1] + max_new_tokens)
@@ -136,11 +136,11 @@ class HealthGPT(nn.Module):
     # --- pictures -----------------------------------------------------------------------------------------------
 
     def codes(self, new_ids: Sequence[int]) -> list[int]:
-        """The codes of one picture in a free run's new ids, stop token included.
+        """The codes of one picture from a free run's new ids, which include the stop token.
 
-        The original cuts the last eight characters off the text to lose ` <|end|>`; at the token limit that takes the
-        last token instead, so the last id is dropped in either case. Raises GenerationError unless exactly one grid
-        of codes is left; newlines are ignored, `<end_index>` ends the picture.
+        The original removes ` <|end|>` by cutting off the text's last eight characters. At the token limit this removes
+        the last token instead. So the last id is dropped in both cases. Newlines are ignored, and `<end_index>` ends
+        the picture. Raises GenerationError unless exactly one grid of codes remains.
         """
         if self.tokens is None or self.vq is None:
             raise GenerationError("codes: expected a generation model with a VQGAN, found none")
@@ -159,7 +159,7 @@ class HealthGPT(nn.Module):
 
     @torch.no_grad()
     def picture(self, codes: Sequence[int]) -> Tensor:
-        """The codes of one picture, row-major -> uint8 [H,W,3]."""
+        """The codes of one picture in row-major order -> uint8 [H,W,3]."""
         if self.vq is None:
             raise GenerationError("picture: expected a model with a VQGAN, found none")
         grid = torch.tensor(codes).reshape(1, self.vq.grid, self.vq.grid)
@@ -168,7 +168,7 @@ class HealthGPT(nn.Module):
     # --- the released layout ------------------------------------------------------------------------------------
 
     def base_state(self, rows: int) -> dict[str, Tensor]:
-        """The tensors of the base's files, with the first `rows` vocabulary rows."""
+        """The tensors of the base's files, with only the first `rows` vocabulary rows."""
         state = {
             name: tensor
             for name, tensor in self.state_dict().items()
@@ -177,7 +177,7 @@ class HealthGPT(nn.Module):
         return state | {name: state[name][:rows].clone() for name in ROWS}
 
     def plugin_state(self, rows: bool) -> dict[str, Tensor]:
-        """The tensors of the task's plugin file, by their released keys; vocabulary rows too if `rows`."""
+        """The tensors of the task's plugin file by their released keys; with `rows` also the vocabulary rows."""
         return {
             f"{PLUGIN_PREFIX}{name}": tensor
             for name, tensor in self.state_dict().items()
@@ -195,9 +195,9 @@ def is_plugin(name: str) -> bool:
 
 
 def penalise(logits: Tensor, new_ids: Iterable[int], penalty: float) -> Tensor:
-    """Logits [vocab] with those of the generated ids made less likely (Keskar et al., arXiv 1909.05858).
+    """Logits [vocab] with the repetition penalty on the generated ids (Keskar et al., arXiv 1909.05858).
 
-    Prompt ids are not penalised: the original passes the prompt as embeddings, so its decoding never sees them.
+    Prompt ids are not penalised: the original passes the prompt as embeddings, so its decoding never sees the ids.
     """
     if penalty == 1.0:
         return logits
@@ -207,7 +207,7 @@ def penalise(logits: Tensor, new_ids: Iterable[int], penalty: float) -> Tensor:
 
 
 def released_tensor(checkpoint: Checkpoint, task: str, name: str) -> Tensor:
-    """The checkpoint's tensor for one of this module's parameter names."""
+    """The checkpoint's tensor for a parameter name of HealthGPT."""
     part, _, rest = name.partition(".")
     if part == "vision_tower":
         return checkpoint.vision_tensor(rest)

@@ -1,8 +1,8 @@
-"""The GumbelVQ f8 autoencoder of taming-transformers, written to be read.
+"""The GumbelVQ f8 autoencoder of taming-transformers in simple PyTorch.
 
 A picture x [B,3,H,W] in [-1,1] becomes codes [B,H/8,W/8] (encoder, 1x1 convolution, argmax over the codebook's
-logits), and codes become a picture (codebook row, 1x1 convolution, decoder). Parameter names are those of taming's
-`GumbelVQ`, so `load_state_dict` takes a released `last.ckpt` once its loss entries are dropped.
+logits), and codes become a picture (codebook rows, 1x1 convolution, decoder). Parameters are named as in taming's
+`GumbelVQ`, so `load_state_dict` takes a released `last.ckpt` without its loss entries.
 Source: Esser et al., "Taming Transformers for High-Resolution Image Synthesis", 2021 (arXiv 2012.09841).
 """
 
@@ -64,7 +64,7 @@ class AttentionBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """3x3 convolution of stride 2; the padding is one row below and one column to the right, as in the original."""
+    """3x3 convolution of stride 2, padded with one row below and one column on the right, as in the original."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class Middle(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, each followed by attention where the config lists that resolution."""
+    """The residual blocks of one resolution, each followed by attention if the configuration lists the resolution."""
 
     def __init__(self, channels: int, out_channels: int, blocks: int, attention: bool) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class Level(nn.Module):
 
 
 def level_resolutions(config: VqConfig) -> Iterator[int]:
-    """The picture side at each level, halving from the full resolution."""
+    """The side of the picture at each level: the full resolution, then half of it, and so on."""
     for level in range(len(config.multipliers)):
         yield config.resolution >> level
 
@@ -149,7 +149,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """[B,z,H/8,W/8] -> [B,3,H,W], one residual block per level more than the encoder; no tanh at the end."""
+    """[B,z,H/8,W/8] -> [B,3,H,W], with one more residual block per level than the encoder and no final tanh."""
 
     def __init__(self, config: VqConfig) -> None:
         super().__init__()
@@ -176,7 +176,7 @@ class Decoder(nn.Module):
 
 
 class GumbelQuantize(nn.Module):
-    """A codebook addressed by logits: `proj` scores every code, `embed` holds the codes' vectors."""
+    """A codebook with logits: `proj` scores every code, `embed` holds the codes' vectors."""
 
     def __init__(self, config: VqConfig) -> None:
         super().__init__()
@@ -184,7 +184,7 @@ class GumbelQuantize(nn.Module):
         self.embed = nn.Embedding(config.codes, config.embed_dim)
 
     def forward(self, z: Tensor) -> Tensor:
-        """[B,z,h,w] -> codes int64 [B,h,w]: the noise of training is off, what is left is the argmax."""
+        """[B,z,h,w] -> codes int64 [B,h,w]. Without the noise of training, a code is the argmax of its logits."""
         return self.proj(z).argmax(dim=1)
 
     def lookup(self, codes: Tensor) -> Tensor:
@@ -193,7 +193,7 @@ class GumbelQuantize(nn.Module):
 
 
 class Vqgan(nn.Module):
-    """GumbelVQ, from a config with the fields of `checkpoint.VqConfig`."""
+    """GumbelVQ: encoder, quantiser, decoder."""
 
     def __init__(self, config: VqConfig) -> None:
         super().__init__()
@@ -213,6 +213,6 @@ class Vqgan(nn.Module):
 
 
 def to_uint8(picture: Tensor) -> Tensor:
-    """[B,3,H,W] nominally in [-1,1] -> uint8 [B,H,W,3]; 255x is truncated, not rounded, as the original does."""
+    """[B,3,H,W] nominally in [-1,1] -> uint8 [B,H,W,3]. 255x is truncated, not rounded, as in the original."""
     unit = (picture.clamp(-1.0, 1.0) + 1.0) / 2.0
     return (255.0 * unit).to(torch.uint8).permute(0, 2, 3, 1)

@@ -17,8 +17,9 @@ from healthgpt_edge.export.checkpoint.language import LanguageConfig
 from healthgpt_edge.export.graph.language import build_language, build_vocabulary, first_logit_row
 from healthgpt_edge.export.quantize import Storage, dequantise, quantise
 from healthgpt_edge.export.reference.language import KeyValueCache
-from healthgpt_edge.export.reference.model import IMAGE, HealthGPT
+from healthgpt_edge.export.reference.model import HealthGPT
 from healthgpt_edge.export.weights import WeightFile
+from healthgpt_edge.prompt import IMAGE
 
 # The linears before which no norm stands.
 AFTER_NO_NORM = ("o_proj", "down_proj")
