@@ -1,4 +1,5 @@
-// y = x W + b + gate(x R) * (x A) B on a GPU, for the few rows of a decode step. See hlora_linear.h for the formula.
+// y = x W + b + gate(x R) * (x A) B on a GPU, for the few rows of a decode step. See hlora_linear.h for the formula and
+// prefill.h for many rows.
 #pragma once
 
 #include "cuda/storage.h"
@@ -9,8 +10,8 @@ constexpr int64_t kMostDecodeRows = 32;
 constexpr int64_t kMostExperts = 32;
 
 struct HLoraLinearArguments {
-  int64_t rows = 0;     // S, at most kMostDecodeRows
-  int64_t experts = 0;  // E; 0 for a plain linear, without adapters
+  int64_t rows = 0;     // S, for HLoraLinear at most kMostDecodeRows
+  int64_t experts = 0;  // E, at most kMostExperts; 0 for a plain linear, without adapters
   const float* x = nullptr;
   Matrix weight;                // (C, O)
   const float* bias = nullptr;  // (O) or null
@@ -32,6 +33,9 @@ struct HLoraLinearArguments {
 // The smallest stride with which wide loads can read every row of a matrix in aligned memory. With other strides
 // numbers are gathered one by one, which is cheap for a matrix of 68 columns and expensive for a large one.
 int64_t WideStride(Storage storage, int64_t outputs);
+
+// The error of operands that do not fit together or are not supported, or null. Rows and workspace are not checked.
+Status CheckOperands(const HLoraLinearArguments& arguments);
 
 // Enough for any call with these matrices and at most these rows.
 int64_t HLoraLinearWorkspaceBytes(const HLoraLinearArguments& arguments);

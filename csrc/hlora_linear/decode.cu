@@ -446,30 +446,6 @@ Status CheckMatrix(const Matrix& matrix, Storage storage) {
   return nullptr;
 }
 
-Status Check(const HLoraLinearArguments& given) {
-  if (given.rows < 1 || given.rows > kMostDecodeRows) return "[hlora_linear] rows must be 1 to 32";
-  if (given.experts < 0 || given.experts > kMostExperts) return "[hlora_linear] experts must be 0 to 32";
-  if (given.x == nullptr || given.y == nullptr || given.workspace == nullptr) {
-    return "[hlora_linear] x, y and workspace must be given";
-  }
-  if (const Status wrong = CheckMatrix(given.weight, given.weight.storage)) return wrong;
-  if (given.experts == 0 && given.adapter_out.channels != 0) return "[hlora_linear] adapters come with experts";
-  if (given.experts > 0) {
-    for (const Matrix* adapter : {&given.adapter_in, &given.adapter_out}) {
-      if (const Status wrong = CheckMatrix(*adapter, given.weight.storage)) return wrong;
-    }
-    if (given.expert_of == nullptr && given.adapter_out.channels % given.experts != 0) {
-      return "[hlora_linear] rank must be a multiple of experts";
-    }
-    if (given.adapter_in.channels != given.weight.channels || given.adapter_out.outputs != given.weight.outputs ||
-        given.adapter_in.outputs != given.adapter_out.channels + given.experts) {
-      return "[hlora_linear] adapter_in must be (C, R + E) and adapter_out (R, O)";
-    }
-  }
-  if (given.workspace_bytes < HLoraLinearWorkspaceBytes(given)) return "[hlora_linear] the workspace is too small";
-  return nullptr;
-}
-
 template <Storage storage, int kRowTiles = 1>
 Status Start(const Product& product, Stream stream) {
   if constexpr (kRowTiles < MostRowTiles(storage)) {
@@ -500,10 +476,34 @@ int64_t WideStride(Storage storage, int64_t outputs) {
   return CeilDivide(outputs, of_lane) * of_lane;
 }
 
+Status CheckOperands(const HLoraLinearArguments& given) {
+  if (given.experts < 0 || given.experts > kMostExperts) return "[hlora_linear] experts must be 0 to 32";
+  if (given.x == nullptr || given.y == nullptr) return "[hlora_linear] x and y must be given";
+  if (const Status wrong = CheckMatrix(given.weight, given.weight.storage)) return wrong;
+  if (given.experts == 0) {
+    return given.adapter_out.channels != 0 ? "[hlora_linear] adapters come with experts" : nullptr;
+  }
+  for (const Matrix* adapter : {&given.adapter_in, &given.adapter_out}) {
+    if (const Status wrong = CheckMatrix(*adapter, given.weight.storage)) return wrong;
+  }
+  if (given.expert_of == nullptr && given.adapter_out.channels % given.experts != 0) {
+    return "[hlora_linear] rank must be a multiple of experts";
+  }
+  if (given.adapter_in.channels != given.weight.channels || given.adapter_out.outputs != given.weight.outputs ||
+      given.adapter_in.outputs != given.adapter_out.channels + given.experts) {
+    return "[hlora_linear] adapter_in must be (C, R + E) and adapter_out (R, O)";
+  }
+  return nullptr;
+}
+
 int64_t HLoraLinearWorkspaceBytes(const HLoraLinearArguments& arguments) { return 4 * PlacesOf(arguments).end; }
 
 Status HLoraLinear(const HLoraLinearArguments& given, Stream stream) {
-  if (const Status wrong = Check(given)) return wrong;
+  if (given.rows < 1 || given.rows > kMostDecodeRows) return "[hlora_linear] rows must be 1 to 32";
+  if (const Status wrong = CheckOperands(given)) return wrong;
+  if (given.workspace == nullptr || given.workspace_bytes < HLoraLinearWorkspaceBytes(given)) {
+    return "[hlora_linear] the workspace is too small";
+  }
   const Places places = PlacesOf(given);
   float* const memory = static_cast<float*>(given.workspace);
   const auto counters = [&](int64_t place) { return static_cast<int*>(given.workspace) + place; };

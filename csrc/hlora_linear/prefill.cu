@@ -72,7 +72,7 @@ struct Places {
   int64_t library, x, low, gated, widened, end;
 };
 
-Places PlacesOf(const HLoraPrefillArguments& given) {
+Places PlacesOf(const HLoraLinearArguments& given) {
   Places places = {};
   int64_t end = 0;
   const auto place = [&](int64_t bytes) {
@@ -95,44 +95,9 @@ Places PlacesOf(const HLoraPrefillArguments& given) {
   return places;
 }
 
-Status CheckMatrix(const Matrix& matrix, Storage storage) {
-  if (matrix.storage != storage) return "[hlora_prefill] adapters must be stored as the weight is";
-  if (storage == Storage::kFloat32) return "[hlora_prefill] weights must be float16, bfloat16, int8 or int4";
-  if (matrix.values == nullptr || matrix.channels < 1 || matrix.outputs < 1 || matrix.stride < matrix.outputs) {
-    return "[hlora_prefill] a matrix must hold numbers, its stride at least its outputs";
-  }
-  if (IsInteger(matrix) && (matrix.scales == nullptr || matrix.block_size < 1)) {
-    return "[hlora_prefill] integers must come with scales";
-  }
-  return nullptr;
-}
-
-Status Check(const HLoraPrefillArguments& given) {
-  if (given.rows < 1) return "[hlora_prefill] there must be rows";
-  if (given.experts < 0) return "[hlora_prefill] experts must be 0 or more";
-  if (const Status wrong = CheckMatrix(given.weight, given.weight.storage)) return wrong;
-  if ((given.experts > 0) != (given.adapter_out.channels > 0)) return "[hlora_prefill] adapters come with experts";
-  if (given.experts > 0) {
-    for (const Matrix* adapter : {&given.adapter_in, &given.adapter_out}) {
-      if (const Status wrong = CheckMatrix(*adapter, given.weight.storage)) return wrong;
-    }
-    if (given.expert_of == nullptr && given.adapter_out.channels % given.experts != 0) {
-      return "[hlora_prefill] rank must be a multiple of experts";
-    }
-    if (given.adapter_in.channels != given.weight.channels || given.adapter_out.outputs != given.weight.outputs ||
-        given.adapter_in.outputs != given.adapter_out.channels + given.experts) {
-      return "[hlora_prefill] adapter_in must be (C, R + E) and adapter_out (R, O)";
-    }
-  }
-  if (given.workspace == nullptr || given.workspace_bytes < HLoraPrefillWorkspaceBytes(given)) {
-    return "[hlora_prefill] the workspace is too small";
-  }
-  return nullptr;
-}
-
 // One call, with its memory and its stream.
 struct Prefill {
-  const HLoraPrefillArguments& given;
+  const HLoraLinearArguments& given;
   Places places;
   Stream stream;
 
@@ -189,10 +154,17 @@ struct Prefill {
 
 }  // namespace
 
-int64_t HLoraPrefillWorkspaceBytes(const HLoraPrefillArguments& given) { return PlacesOf(given).end; }
+int64_t HLoraPrefillWorkspaceBytes(const HLoraLinearArguments& given) { return PlacesOf(given).end; }
 
-Status HLoraPrefill(const HLoraPrefillArguments& given, Stream stream) {
-  if (const Status wrong = Check(given)) return wrong;
+Status HLoraPrefill(const HLoraLinearArguments& given, Stream stream) {
+  if (given.rows < 1) return "[hlora_prefill] there must be rows";
+  if (given.normalise || given.pair_input || given.residual != nullptr) {
+    return "[hlora_prefill] many rows take no norm, pairing or residual";
+  }
+  if (const Status wrong = CheckOperands(given)) return wrong;
+  if (given.workspace == nullptr || given.workspace_bytes < HLoraPrefillWorkspaceBytes(given)) {
+    return "[hlora_prefill] the workspace is too small";
+  }
   const Prefill prefill = {given, PlacesOf(given), stream};
   return given.weight.storage == Storage::kBFloat16 ? prefill.Run<BFloat16>() : prefill.Run<Half>();
 }

@@ -3,32 +3,16 @@
 #include "hlora_linear/prefill.h"
 
 namespace healthgpt::cuda {
-namespace {
-
-Status Prefill(const HLoraLinearArguments& given, Workspaces& workspaces, Stream stream) {
-  HLoraPrefillArguments arguments;
-  arguments.rows = given.rows;
-  arguments.experts = given.experts;
-  arguments.x = given.x;
-  arguments.weight = given.weight;
-  arguments.bias = given.bias;
-  arguments.adapter_in = given.adapter_in;
-  arguments.adapter_out = given.adapter_out;
-  arguments.expert_of = given.expert_of;
-  arguments.route_bias = given.route_bias;
-  arguments.y = given.y;
-  arguments.workspace_bytes = HLoraPrefillWorkspaceBytes(arguments);
-  arguments.workspace = workspaces.Reserve(stream, Workspaces::kPrefill, arguments.workspace_bytes);
-  return HLoraPrefill(arguments, stream);
-}
-
-}  // namespace
 
 Status HLoraLinearRows(HLoraLinearArguments arguments, Workspaces& workspaces, Stream stream) {
   if (arguments.normalise || arguments.pair_input || arguments.residual != nullptr) {
     return "[hlora_linear] a linear of any number of rows takes no norm, pairing or residual";
   }
-  if (arguments.rows > kMostExactRows) return Prefill(arguments, workspaces, stream);
+  if (arguments.rows > kMostExactRows) {
+    arguments.workspace_bytes = HLoraPrefillWorkspaceBytes(arguments);
+    arguments.workspace = workspaces.Reserve(stream, Workspaces::kPrefill, arguments.workspace_bytes);
+    return HLoraPrefill(arguments, stream);
+  }
   for (int64_t left = arguments.rows; left > 0; left -= arguments.rows) {
     arguments.rows = left < kMostDecodeRows ? left : kMostDecodeRows;
     arguments.workspace_bytes = HLoraLinearWorkspaceBytes(arguments);

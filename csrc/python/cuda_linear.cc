@@ -47,7 +47,8 @@ struct StoredMatrix {
   cuda::Matrix matrix;
 };
 
-template <class Arguments>
+using Arguments = cuda::HLoraLinearArguments;
+
 Arguments Matrices(int64_t rows, const StoredMatrix& weight, const StoredMatrix* adapter_in,
                    const StoredMatrix* adapter_out, int64_t experts) {
   if ((experts > 0) != (adapter_in != nullptr) || (experts > 0) != (adapter_out != nullptr)) {
@@ -66,18 +67,16 @@ Arguments Matrices(int64_t rows, const StoredMatrix& weight, const StoredMatrix*
 
 int64_t LinearWorkspaceBytes(int64_t rows, const StoredMatrix& weight, const StoredMatrix* adapter_in,
                              const StoredMatrix* adapter_out, int64_t experts) {
-  return cuda::HLoraLinearWorkspaceBytes(
-      Matrices<cuda::HLoraLinearArguments>(rows, weight, adapter_in, adapter_out, experts));
+  return cuda::HLoraLinearWorkspaceBytes(Matrices(rows, weight, adapter_in, adapter_out, experts));
 }
 
-// The operands that both launchers have. x is (S, C), or (S, 2 C) for pairs.
-template <class Arguments>
+// The operands that all launchers have. x is (S, C), or (S, 2 C) for pairs.
 Arguments Operands(const py::object& x, const StoredMatrix& weight, const py::object& y, const py::object& bias,
                    const StoredMatrix* adapter_in, const StoredMatrix* adapter_out, int64_t experts,
                    const py::object& expert_of, const py::object& route_bias, bool pair_input = false) {
   const std::vector<int64_t> shape = DeviceArray("x", x).shape();
   if (shape.size() != 2) throw py::value_error("x must have 2 dimensions");
-  auto arguments = Matrices<Arguments>(shape[0], weight, adapter_in, adapter_out, experts);
+  Arguments arguments = Matrices(shape[0], weight, adapter_in, adapter_out, experts);
   arguments.x = Floats("x", x, {shape[0], weight.matrix.channels * (pair_input ? 2 : 1)});
   arguments.y = Floats("y", y, {shape[0], weight.matrix.outputs});
   arguments.bias = OptionalFloats("bias", bias, {weight.matrix.outputs});
@@ -90,10 +89,9 @@ Arguments Operands(const py::object& x, const StoredMatrix& weight, const py::ob
   return arguments;
 }
 
-template <class Arguments>
 void GiveWorkspace(const py::object& workspace, Arguments& arguments) {
   const Array memory = DeviceArray("workspace", workspace);
-  arguments.workspace = memory.template data<void>();
+  arguments.workspace = memory.data<void>();
   arguments.workspace_bytes = memory.bytes();
 }
 
@@ -101,8 +99,8 @@ void HLoraLinear(const py::object& x, const StoredMatrix& weight, const py::obje
                  const py::object& bias, const StoredMatrix* adapter_in, const StoredMatrix* adapter_out,
                  int64_t experts, const py::object& expert_of, const py::object& route_bias,
                  std::optional<float> epsilon, bool pair_input, const py::object& residual, uintptr_t stream) {
-  auto arguments = Operands<cuda::HLoraLinearArguments>(x, weight, y, bias, adapter_in, adapter_out, experts, expert_of,
-                                                        route_bias, pair_input);
+  Arguments arguments =
+      Operands(x, weight, y, bias, adapter_in, adapter_out, experts, expert_of, route_bias, pair_input);
   arguments.residual = OptionalFloats("residual", residual, {arguments.rows, weight.matrix.outputs});
   arguments.normalise = epsilon.has_value();
   arguments.epsilon = epsilon.value_or(0.0f);
@@ -114,15 +112,13 @@ void HLoraLinear(const py::object& x, const StoredMatrix& weight, const py::obje
 #ifndef HEALTHGPT_WITHOUT_CUBLASLT
 int64_t PrefillWorkspaceBytes(int64_t rows, const StoredMatrix& weight, const StoredMatrix* adapter_in,
                               const StoredMatrix* adapter_out, int64_t experts) {
-  return cuda::HLoraPrefillWorkspaceBytes(
-      Matrices<cuda::HLoraPrefillArguments>(rows, weight, adapter_in, adapter_out, experts));
+  return cuda::HLoraPrefillWorkspaceBytes(Matrices(rows, weight, adapter_in, adapter_out, experts));
 }
 
 void HLoraPrefill(const py::object& x, const StoredMatrix& weight, const py::object& y, const py::object& workspace,
                   const py::object& bias, const StoredMatrix* adapter_in, const StoredMatrix* adapter_out,
                   int64_t experts, const py::object& expert_of, const py::object& route_bias, uintptr_t stream) {
-  auto arguments = Operands<cuda::HLoraPrefillArguments>(x, weight, y, bias, adapter_in, adapter_out, experts,
-                                                         expert_of, route_bias);
+  Arguments arguments = Operands(x, weight, y, bias, adapter_in, adapter_out, experts, expert_of, route_bias);
   GiveWorkspace(workspace, arguments);
   Raise(cuda::HLoraPrefill(arguments, StreamOf(stream)));
 }
@@ -132,8 +128,7 @@ void HLoraLinearRows(const py::object& x, const StoredMatrix& weight, const py::
                      const py::object& expert_of, const py::object& route_bias, uintptr_t stream) {
   // Never freed: at the end of the process CUDA may already be gone.
   static auto& workspaces = *new std::shared_ptr(cuda::Workspaces::Get());
-  const auto arguments =
-      Operands<cuda::HLoraLinearArguments>(x, weight, y, bias, adapter_in, adapter_out, experts, expert_of, route_bias);
+  const Arguments arguments = Operands(x, weight, y, bias, adapter_in, adapter_out, experts, expert_of, route_bias);
   Raise(cuda::HLoraLinearRows(arguments, *workspaces, StreamOf(stream)));
 }
 #endif
@@ -167,8 +162,8 @@ void BindLinear(py::module_& module) {
              py::arg("bias") = py::none(), py::arg("adapter_in") = py::none(), py::arg("adapter_out") = py::none(),
              py::arg("experts") = 0, py::arg("expert_of") = py::none(), py::arg("route_bias") = py::none(),
              py::arg("stream") = 0,
-             "y [S, O] = x W + b + gate(x R) * (x A) B for many rows, by cuBLASLt; operands as in "
-             "csrc/hlora_linear/prefill.h.");
+             "y [S, O] = x W + b + gate(x R) * (x A) B for many rows, by cuBLASLt. Operands as in "
+             "csrc/hlora_linear/cuda.h.");
   module.def("hlora_linear_rows", &HLoraLinearRows, py::arg("x"), py::arg("weight"), py::arg("y"),
              py::arg("bias") = py::none(), py::arg("adapter_in") = py::none(), py::arg("adapter_out") = py::none(),
              py::arg("experts") = 0, py::arg("expert_of") = py::none(), py::arg("route_bias") = py::none(),

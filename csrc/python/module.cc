@@ -46,6 +46,16 @@ healthgpt::Target TargetOf(const std::optional<std::string>& name) {
   return found->second;
 }
 
+// Calls a launcher without Python's lock, with `threads` threads.
+template <class Arguments>
+void Run(void (*launcher)(const Arguments&, const healthgpt::Parallel&, healthgpt::Target), const Arguments& arguments,
+         const std::optional<std::string>& target, size_t threads) {
+  const healthgpt::Target chosen = TargetOf(target);
+  const py::gil_scoped_release release;
+  healthgpt::Threads pool(threads);
+  launcher(arguments, pool.parallel(), chosen);
+}
+
 std::string Text(const std::vector<int64_t>& shape) {
   std::string text;
   for (int64_t size : shape) text += (text.empty() ? "" : ", ") + std::to_string(size);
@@ -146,12 +156,7 @@ Floats HLoraLinear(const Floats& x, const StoredMatrix& weight, const std::optio
   }
   Floats y({arguments.rows, weight.matrix.outputs});
   arguments.y = y.mutable_data();
-  const healthgpt::Target chosen = TargetOf(target);
-  {
-    py::gil_scoped_release release;
-    healthgpt::Threads pool(threads);
-    healthgpt::HLoraLinear(arguments, pool.parallel(), chosen);
-  }
+  Run(healthgpt::HLoraLinear, arguments, target, threads);
   return y;
 }
 
@@ -235,12 +240,7 @@ Floats CachedAttention(const Floats& query, const Floats& key, const Floats& val
   }
   Floats output({batch, tokens, arguments.heads * size});
   arguments.output = output.mutable_data();
-  const healthgpt::Target chosen = TargetOf(target);
-  {
-    py::gil_scoped_release release;
-    healthgpt::Threads pool(threads);
-    healthgpt::CachedAttention(arguments, pool.parallel(), chosen);
-  }
+  Run(healthgpt::CachedAttention, arguments, target, threads);
   return output;
 }
 
@@ -288,12 +288,7 @@ Floats Convolution(const Floats& x, const py::array& given, const Floats& bias,
   arguments.bias = bias.data();
   Floats y(shape);
   arguments.y = y.mutable_data();
-  const healthgpt::Target chosen = TargetOf(target);
-  {
-    py::gil_scoped_release release;
-    healthgpt::Threads pool(threads);
-    healthgpt::Convolution(arguments, pool.parallel(), chosen);
-  }
+  Run(healthgpt::Convolution, arguments, target, threads);
   return y;
 }
 
