@@ -248,6 +248,8 @@ class Tokenizer:
 
 
 def _added_token(entry: dict[str, Any]) -> tokenizers.AddedToken:
+    if not entry["content"]:
+        raise ValueError("an added token must have text")
     flags = {name: entry[name] for name in ("special", "lstrip", "rstrip", "single_word", "normalized")}
     return tokenizers.AddedToken(entry["content"], **flags)
 

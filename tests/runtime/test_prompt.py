@@ -207,6 +207,15 @@ def test_bad_options(files, change, message):
     assert message in str(caught.value)
 
 
+def test_an_added_token_without_text(files, tmp_path):
+    path, options = files["m3"]
+    document = json.loads(path.read_bytes())
+    document["added_tokens"][0]["content"] = ""
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    with pytest.raises(BundleError, match=r"tokenizer\.json must be a tokenizer, found ValueError"):
+        Tokenizer.load(tmp_path / "tokenizer.json", options)
+
+
 @pytest.mark.parametrize("content", [b"", b"{}", b"\xff\xfe", b'{"version": "1.0", "model": {"type": "BPE"}}'])
 def test_a_damaged_tokenizer_file(files, tmp_path, content):
     path = tmp_path / "tokenizer.json"
