@@ -63,16 +63,23 @@ def read_if_any(source: Any, frame: int | None, window: tuple[float, float] | No
 def read_study(source: str | os.PathLike[str] | bytes, *, frame: int | None = None) -> Study:
     """What files made from the DICOM file `source`, a path or its bytes, share with it: `write_image`, `write_report`.
 
-    `frame` is the one that was read, from 0. Raises ImageError, which never quotes DICOM values.
+    `frame` is the one that was read, from 0. Raises ImageError, which never quotes DICOM values, also where what would
+    be shared cannot be written: minutes before there is something to write.
     """
     from .dicom.file import is_dicom
+    from .dicom.picture import secondary_capture
+    from .dicom.report import structured_report
     from .dicom.study import parse_study
 
     with _opened(source, "a path or bytes") as (file, name):
         if not is_dicom(file.read(132)):
             raise ImageError(f"{name}: expected DICOM, to write DICOM of its study, found another format")
         with guarded(name, "DICOM"):
-            return parse_study(file, frame)
+            study = parse_study(file, frame)
+    with guarded(name, "DICOM of its study", writing=True):
+        secondary_capture(np.zeros((1, 1, 3), np.uint8), study)
+        structured_report([("?", "!")], study)
+    return study
 
 
 def prepare(image: Image.Image, size: int, background: tuple[int, ...] = BACKGROUND) -> Pixels:

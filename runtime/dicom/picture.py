@@ -7,6 +7,7 @@ from highdicom.sc import SCImage
 from numpy.typing import NDArray
 from pydicom import uid
 from pydicom.dataset import Dataset
+from pydicom.multival import MultiValue
 
 from ..machine import version
 from .study import SERIES_NUMBER, Study, to_file
@@ -55,9 +56,13 @@ def secondary_capture(pixels: NDArray[np.uint8], study: Study) -> bytes:
 
 def _orientation(dataset: Dataset) -> list[str]:
     """The directions of the source's rows and columns, as letters; empty if the source does not say."""
-    if dataset.get("PatientOrientation"):
-        return list(dataset.PatientOrientation)
-    cosines = np.array(dataset.get("ImageOrientationPatient") or [], np.float64)
+    named = dataset.get("PatientOrientation")
+    if isinstance(named, MultiValue) and len(named) == 2:
+        return list(named)
+    try:
+        cosines = np.array(dataset.get("ImageOrientationPatient") or [], np.float64)
+    except ValueError:  # it says something else than numbers
+        return []
     if cosines.shape != (6,) or not np.isfinite(cosines).all():
         return []
     return [_letters(direction) for direction in cosines.reshape(2, 3)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -76,7 +77,8 @@ class Study:
     def _copy(self, keywords: tuple[str, ...], document: Dataset) -> None:
         for keyword in keywords:
             if keyword in self.dataset:
-                element = document[keyword] = self.dataset[keyword]
+                # Of its own: what a document changes of it, others would find changed.
+                element = document[keyword] = copy.deepcopy(self.dataset[keyword])
                 for item in element.value if element.VR == "SQ" else ():
                     item.decode()  # else its bytes would go into a document of another character set
 

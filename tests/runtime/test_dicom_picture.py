@@ -135,12 +135,38 @@ def test_each_picture_is_a_series_of_its_own(tmp_path):
         ({"ImageOrientationPatient": [0, 1, 0, 0, 0, -1]}, ["P", "F"]),
         ({"ImageOrientationPatient": [-0.8, 0.6, 0, 0, 0, -1]}, ["RP", "F"]),
         ({"PatientOrientation": ["A", "F"], "ImageOrientationPatient": [1, 0, 0, 0, 1, 0]}, ["A", "F"]),
+        ({"PatientOrientation": "AF"}, []),
         ({}, []),
     ],
 )
 def test_the_orientation_is_that_of_the_source(tmp_path, attributes, expected):
     made = written(tmp_path, dicom(GREY, **identified(**attributes)))
     assert list(made.PatientOrientation or []) == expected
+
+
+def test_an_orientation_that_is_no_numbers_is_none(tmp_path):
+    source = dicom(GREY, **identified(ImageOrientationPatient=[1, 0, 0, 0, 1, 0.25]))
+    made = written(tmp_path, source.replace(b"0.25", b"0!25"))
+    assert list(made.PatientOrientation or []) == []
+
+
+def test_a_report_leaves_the_study_as_it_was(tmp_path):
+    """In UTF-8 itself, it must not make the next picture's character set UTF-8."""
+    study = read_study(dicom(GREY, **identified(PatientName="Müller^Jo", SpecificCharacterSet="ISO_IR 100")))
+    write_report(tmp_path / "report.dcm", [("Q?", "A.")], study)
+    write_image(tmp_path / "picture.dcm", PIXELS, study)
+    made = pydicom.dcmread(tmp_path / "picture.dcm")
+    assert (made.SpecificCharacterSet, made.PatientName) == ("ISO_IR 100", "Müller^Jo")
+
+
+def test_what_could_not_be_written_is_refused_before_there_is_a_picture(monkeypatch):
+    def fails(buffer, image, **options):
+        raise ValueError(f"cannot encode {image.PatientName}")
+
+    monkeypatch.setattr("healthgpt_edge.dicom.study.dcmwrite", fails)
+    message = r"picture: cannot be written as DICOM of its study: damaged or not supported \(ValueError\)"
+    with pytest.raises(ImageError, match=message):
+        read_study(dicom(GREY, **identified()))
 
 
 def test_a_frame_is_referred_to(tmp_path):
