@@ -84,7 +84,7 @@ void LoadCached(const void* from, int64_t count, int64_t size, int64_t width, fl
   }
 }
 
-// Multiplies `count` numbers by as many scales.
+// Multiplies `count` numbers by `count` scales.
 void MultiplyByScales(float* numbers, const float* scales, int64_t count) {
   for (int64_t i = 0; i < count; i += kLanes) {
     const Floats scale = Simd::Load(scales + i, static_cast<int>(Min(kLanes, count - i)));

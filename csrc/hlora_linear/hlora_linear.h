@@ -19,7 +19,7 @@ struct Matrix {
   const void* values = nullptr;
   const float* scales = nullptr;  // (ceil(channels / block_size), outputs), null for floats
   Storage storage = Storage::kFloat32;
-  int64_t channels = 0;
+  int64_t channels = 0;  // at least 1, like outputs
   int64_t outputs = 0;
   int64_t block_size = 0;  // a multiple of 4, at most 256; 0 for floats
 };

@@ -31,7 +31,7 @@ constexpr int64_t kWideBytes = 2048;
 constexpr int64_t kTilesAhead = 4;
 constexpr int64_t kTaskBytes = 384 << 10;  // of a task's sums, so that they stay in the L2 cache
 constexpr int64_t kRowsPerTask = 384;
-// With few rows a run has so many sums, which fit into the L2 cache, but at least kRunColumns outputs.
+// With few rows, a run has at most kRunSums sums, which fit into the L2 cache, but always up to kRunColumns outputs.
 constexpr int64_t kRunSums = 64 << 10, kRunColumns = 10 << 10;
 constexpr int64_t kPartsPerMatrix = 8;  // at least, if the matrix is large enough
 

@@ -95,7 +95,9 @@ struct StoredMatrix {
     if (packed != shape.has_value()) throw py::value_error("shape goes with packed int4 values, and only with them");
     const std::vector<int64_t> size =
         packed ? *shape : std::vector<int64_t>(values.shape(), values.shape() + values.ndim());
-    if (size.size() != 2 || size[0] < 0 || size[1] < 0) throw py::value_error("a matrix must have 2 dimensions");
+    if (size.size() != 2 || size[0] < 1 || size[1] < 1) {
+      throw py::value_error("a matrix must have 2 dimensions and numbers, got " + Text(size));
+    }
     matrix.channels = size[0];
     matrix.outputs = size[1];
     int64_t numbers = 0;

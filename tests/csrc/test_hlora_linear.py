@@ -217,6 +217,9 @@ def test_wrong_operands_are_named():
         _kernels.Matrix(weight.astype(ml_dtypes.bfloat16))
     with pytest.raises(ValueError, match=r"values must be \[64\], got \[63\]"):
         _kernels.Matrix(np.zeros(63, np.uint8), np.ones((1, 8), np.float32), 32, (16, 8))
+    for shape in ((16, 0), (0, 8), (16,)):
+        with pytest.raises(ValueError, match="a matrix must have 2 dimensions and numbers"):
+            _kernels.Matrix(np.zeros(shape, np.float32))
     with pytest.raises(ValueError, match=r"shape is too large: \[4294967296, 4294967296\]"):
         _kernels.Matrix(np.zeros(0, np.uint8), np.ones((1, 8), np.float32), 32, (1 << 32, 1 << 32))
 
