@@ -135,8 +135,8 @@ def require_tensors(path: Path, content: object) -> dict[str, torch.Tensor]:
             raise CheckpointError(f"{label(path)}: expected tensor names, found a key of type {type(key).__name__}")
         if not isinstance(tensor, torch.Tensor):
             raise CheckpointError(f"{label(path)}: {key}: expected a tensor, found {type(tensor).__name__}")
-        if tensor.layout != torch.strided or tensor.device.type != "cpu":
-            found = f"layout {tensor.layout} on {tensor.device.type}"
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_nested:
+            found = f"layout {'nested' if tensor.is_nested else tensor.layout} on {tensor.device.type}"
             raise CheckpointError(f"{label(path)}: {key}: expected a dense tensor, found {found}")
         # With strides of 0, a few bytes of a file can claim any size, and reading the tensor would allocate it.
         size_bytes, stored_bytes = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()

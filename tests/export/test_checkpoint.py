@@ -581,6 +581,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         lambda root: torch.save({"a": torch.eye(3).to_sparse()}, root / COM),
         f"{COM}: a: expected a dense tensor, found layout torch.sparse_coo on cpu",
     ),
+    "plugin of rows of unequal length": (
+        lambda root: torch.save({"a": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])}, root / COM),
+        f"{COM}: a: expected a dense tensor, found layout nested on cpu",
+    ),
     "plugin without values": (
         lambda root: torch.save({"a": torch.ones(3, device="meta")}, root / COM),
         f"{COM}: a: expected a dense tensor, found layout torch.strided on meta",
