@@ -15,6 +15,13 @@ using Status = const char*;
 
 enum class Storage { kFloat32, kFloat16, kBFloat16, kInt8, kInt4 };
 
+constexpr bool IsInteger(Storage storage) { return storage == Storage::kInt8 || storage == Storage::kInt4; }
+
+// The bits of one number.
+constexpr int64_t StorageBits(Storage storage) {
+  return storage == Storage::kInt4 ? 4 : storage == Storage::kInt8 ? 8 : storage == Storage::kFloat32 ? 32 : 16;
+}
+
 // A matrix (channels, outputs) in row-major order, as the exporter writes it (export/quantize.py). int4 holds two
 // neighbouring outputs per byte, the even one in the low bits. An integer stands for
 // scales(channel / block_size, output) * value.

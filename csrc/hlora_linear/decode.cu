@@ -18,8 +18,6 @@
 namespace healthgpt::cuda {
 namespace {
 
-constexpr bool IsInteger(Storage storage) { return storage == Storage::kInt8 || storage == Storage::kInt4; }
-
 constexpr int kWarps = 8;        // of a block, along the channels
 constexpr int kRowsPerTile = 4;  // of x
 // The row tiles of a block. More would leave its threads too few registers.
@@ -366,7 +364,6 @@ __global__ void __launch_bounds__(kWarpSize* kWarps, kRowTiles == 1 ? 2 : 1) HLo
 
 // --- launches ---------------------------------------------------------------------------------------------------
 
-int64_t ElementBits(Storage storage) { return storage == Storage::kInt4 ? 4 : storage == Storage::kInt8 ? 8 : 16; }
 int64_t TileOutputs(Storage storage) { return IsInteger(storage) ? 128 : 64; }
 int64_t Tiles(const Matrix& matrix) { return CeilDivide(matrix.outputs, TileOutputs(matrix.storage)); }
 
@@ -381,7 +378,7 @@ Cut CutOf(const Matrix& matrix, int64_t adapter_channels) {
 
 Weights WeightsOf(const Matrix& matrix) {
   const int64_t load_bytes = matrix.storage == Storage::kInt4 ? 8 : 16;
-  const int64_t row_bits = matrix.stride * ElementBits(matrix.storage);
+  const int64_t row_bits = matrix.stride * StorageBits(matrix.storage);
   const bool is_aligned = row_bits % (8 * load_bytes) == 0 &&
                           reinterpret_cast<uintptr_t>(matrix.values) % static_cast<uintptr_t>(load_bytes) == 0 &&
                           // a lane's load may go past the last output, but not past the row
@@ -435,7 +432,7 @@ Status CheckMatrix(const Matrix& matrix, Storage storage) {
     return "[hlora_linear] a matrix must hold numbers, its stride at least its outputs";
   }
   if (matrix.channels > kMostChannels) return "[hlora_linear] a matrix must have at most 2^25 channels";
-  if (Tiles(matrix) > kMostBlocksYZ || matrix.channels * matrix.stride * ElementBits(storage) / 8 > UINT32_MAX) {
+  if (Tiles(matrix) > kMostBlocksYZ || matrix.channels * matrix.stride * StorageBits(storage) / 8 > UINT32_MAX) {
     return "[hlora_linear] a matrix must have fewer than 4 GiB, and 4 million outputs at most";
   }
   if (IsInteger(storage) && matrix.block_size != 32 && matrix.block_size != 64 && matrix.block_size != 128) {

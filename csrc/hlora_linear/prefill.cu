@@ -65,8 +65,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-bool IsInteger(const Matrix& matrix) { return matrix.storage == Storage::kInt8 || matrix.storage == Storage::kInt4; }
-
 // The workspace's layout, in bytes from its start. Only one matrix is widened at a time.
 struct Places {
   int64_t library, x, low, gated, widened, end;
@@ -87,7 +85,7 @@ Places PlacesOf(const HLoraLinearArguments& given) {
   places.gated = place(2 * given.rows * rank);
   int64_t largest = 0;
   for (const Matrix* matrix : {&given.weight, &given.adapter_in, &given.adapter_out}) {
-    const int64_t bytes = IsInteger(*matrix) ? 2 * matrix->channels * matrix->outputs : 0;
+    const int64_t bytes = IsInteger(matrix->storage) ? 2 * matrix->channels * matrix->outputs : 0;
     largest = bytes > largest ? bytes : largest;
   }
   places.widened = place(largest);
@@ -120,7 +118,7 @@ struct Prefill {
     product.result = result;
     product.accumulate = accumulate;
     product.workspace = at<void>(places.library);
-    if (IsInteger(matrix)) {
+    if (IsInteger(matrix.storage)) {
       const Grid grid = {matrix.channels};
       const Status wrong = Launch(WidenKernel, grid, dim3(kThreads), stream, matrix, at<Half>(places.widened));
       if (wrong != nullptr) return wrong;

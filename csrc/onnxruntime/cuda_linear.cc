@@ -40,7 +40,7 @@ class WideMatrix {
     const Tensor values = attributes.Constant(index, kHLoraLinearInputs[index]);
     if (!values.given || values.rank != 2 || values.elements == 0 || values.type == kOrtFloat32) return;
     const cuda::Storage storage = StorageOf(values.type);
-    const int64_t bits = storage == cuda::Storage::kInt4 ? 4 : storage == cuda::Storage::kInt8 ? 8 : 16;
+    const int64_t bits = cuda::StorageBits(storage);
     const int64_t stride = cuda::WideStride(storage, values.shape[1]);
     if (stride == values.shape[1] || values.shape[1] * bits % 8 != 0) return;
     const int64_t to_bytes = stride * bits / 8, from_bytes = values.shape[1] * bits / 8;

@@ -23,11 +23,9 @@ struct StoredMatrix {
     if (matrix.channels < 1 || matrix.outputs < 1 || matrix.stride < matrix.outputs) {
       throw py::value_error("a matrix must hold numbers, its stride at least its outputs");
     }
-    const bool is_int4 = matrix.storage == cuda::Storage::kInt4, is_int8 = matrix.storage == cuda::Storage::kInt8;
-    const int64_t bits = is_int4 ? 4 : is_int8 ? 8 : matrix.storage == cuda::Storage::kFloat32 ? 32 : 16;
     int64_t numbers = 0, all_bits = 0;
     if (__builtin_mul_overflow(matrix.channels, matrix.stride, &numbers) ||
-        __builtin_mul_overflow(numbers, bits, &all_bits)) {
+        __builtin_mul_overflow(numbers, cuda::StorageBits(matrix.storage), &all_bits)) {
       throw py::value_error("a matrix must fit into memory, got " + Array::Brackets({matrix.channels, matrix.stride}));
     }
     const int64_t bytes = cuda::CeilDivide(all_bits, 8);
@@ -37,7 +35,9 @@ struct StoredMatrix {
                             std::to_string(array.bytes()));
     }
     matrix.values = array.data<void>();
-    if ((is_int4 || is_int8) == scales.is_none()) throw py::value_error("scales go with integers, and only with them");
+    if (cuda::IsInteger(matrix.storage) == scales.is_none()) {
+      throw py::value_error("scales go with integers, and only with them");
+    }
     if (scales.is_none()) return;
     if (block_size < 1) throw py::value_error("block_size must be positive, got " + std::to_string(block_size));
     matrix.scales = Floats("scales", scales, {cuda::CeilDivide(matrix.channels, block_size), matrix.outputs});

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,5 +137,4 @@ def require_finite(path: Path, key: str, tensor: torch.Tensor) -> torch.Tensor:
 
 def one_line(error: BaseException) -> str:
     """An error's class and the first line of its message."""
-    lines: Iterable[str] = str(error).splitlines()
-    return f"{type(error).__name__}: {next(iter(lines), '')}"[:300]
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:300]
