@@ -188,10 +188,9 @@ class Checkpoint:
         return self._read(self._vqgan, name)
 
     def _plugin(self, task: str) -> Plugin:
-        for name, plugin in self._plugins.items():
-            if name == task:
-                return plugin
-        raise CheckpointError(f"task: expected one of {', '.join(self._plugins)}, found {task!r}")
+        if task not in self._plugins:
+            raise CheckpointError(f"task: expected one of {', '.join(self._plugins)}, found {task!r}")
+        return self._plugins[task]
 
     @staticmethod
     def _read(source: TensorSource | Plugin, key: str) -> torch.Tensor:
