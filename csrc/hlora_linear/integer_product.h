@@ -172,7 +172,7 @@ struct Next {
 };
 
 // Adds the products of eight channels of whole int4 tiles to the sums `waiting` (tiles, kRows, kTile). For processors
-// with few registers on which sums of pairs fit in 16 bits: a tile's weights stay packed in eight registers.
+// with few registers: a tile's weights stay packed in eight of them.
 template <class Target, int kRows>
 void AddPackedChannels(const uint8_t* from, int64_t stride, Next next, int64_t next_tile, int64_t tiles,
                        const int8_t* x, int64_t x_stride, int32_t* waiting) {
@@ -197,15 +197,30 @@ void AddPackedChannels(const uint8_t* from, int64_t stride, Next next, int64_t n
       const Bytes first = nibbles(Constant<0>{}), second = nibbles(Constant<1>{});
       Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA {
         int32_t* sums = waiting + r * kTile + i * Target::kLanes;
-        const Ints pairs = Target::AddPairs(Target::Pairs4(first, bytes[r][0]), Target::Pairs4(second, bytes[r][1]));
-        Target::StoreInts(sums, Target::AddWidened(Target::LoadInts(sums), pairs));
+        Ints total = Target::LoadInts(sums);
+        if constexpr (kInPairs) {
+          const Ints pairs = Target::AddPairs(Target::Pairs4(first, bytes[r][0]), Target::Pairs4(second, bytes[r][1]));
+          total = Target::AddWidened(total, pairs);
+        } else {
+          total = Target::Dot4(Target::Dot4(total, first, bytes[r][0]), second, bytes[r][1]);
+        }
+        Target::StoreInts(sums, total);
       });
     });
   }
 }
 
-// Adds the products of up to eight channels of a tile to the sums `waiting` (rows, kTile). The weights stay in
-// registers for all rows.
+// AddPackedChannels for so many rows, of those that read a matrix in place.
+template <int kMost = FewRows(Storage::kInt4)>
+SIMD_INLINE auto PackedChannelsAdder(int64_t rows) {
+  if constexpr (kMost > 1) {
+    if (rows < kMost) return PackedChannelsAdder<kMost - 1>(rows);
+  }
+  return AddPackedChannels<Simd, kMost>;
+}
+
+// Adds the products of up to eight channels of a tile to the sums `waiting` (rows, kTile). The weights are
+// unpacked once for all rows.
 template <Storage storage, bool kWhole>
 SIMD_INLINE void AddChannels(const uint8_t* from, int64_t stride, Next next, int64_t channels, int columns,
                              int64_t rows, const int8_t* x, int64_t x_stride, int32_t* waiting) {
@@ -256,13 +271,11 @@ void AddBlockInPlace(const Matrix& matrix, const Input& input, int64_t block, co
     const uint8_t* from = values + channel * stride;
     const uint8_t* next = from + (in_order ? kBytesAhead : kChannelsAhead * stride);
     int64_t tile = 0;
-    if constexpr (storage == Storage::kInt4 && Simd::kPairsPerSum4 > 1) {
+    if constexpr (storage == Storage::kInt4 && Simd::kInRegisters && Simd::kRegisters < 32) {
       if (channel + 8 <= channels) {
         const uint8_t* last = from + (tiles - 1) * width;
         tile = tiles - !IsWhole<storage>(matrix, last, stride, 8, TileColumns(part, tiles - 1));
-        const auto add = Pick(rows, AddPackedChannels<Simd, 1>, AddPackedChannels<Simd, 2>, AddPackedChannels<Simd, 3>,
-                              AddPackedChannels<Simd, 4>, AddPackedChannels<Simd, 5>, AddPackedChannels<Simd, 6>,
-                              AddPackedChannels<Simd, 7>, AddPackedChannels<Simd, 8>);
+        const auto add = PackedChannelsAdder(rows);
         add(from, stride, {next, next_stride}, next_tile, tile, x + channel, size, waiting);
       }
     }
