@@ -7,13 +7,14 @@ import os
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 from .decoding import Sampling
-from .errors import HealthGPTError
+from .errors import Cancelled, HealthGPTError
 from .images import read_study, write_image, write_report
 from .results import Answer, Picture
 from .session import Session, load
 
 __all__ = [
     "Answer",
+    "Cancelled",
     "HealthGPTError",
     "Picture",
     "Sampling",

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from .session import Session
 
 
+# Tokens behind a picture with which its caches are kept as they are; with more they are copied without these.
+_KEPT_TOKENS = 256
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """What is asked of one task, by the names that Session.answer and Session.generate have for it.
@@ -88,6 +92,8 @@ class Inference:
             raise BundleError(f"the bundle has no {request.task} plugin, only {', '.join(sorted(manifest.tasks))}")
         if not (is_whole(max_new_tokens) and max_new_tokens >= 1):
             raise GenerationError(f"max_new_tokens must be at least 1, got {max_new_tokens!r:.40}")
+        if request.faithful and request.task != GENERATION:
+            raise GenerationError("faithful is for pictures, got it with a question")
         if not isinstance(request.sampling, Sampling | None):
             raise GenerationError(f"sampling must be a Sampling or None, got {type(request.sampling).__name__}")
         self._group = request.groups(request.task) if request.groups else None
@@ -152,8 +158,14 @@ class Inference:
 
     def _keep(self) -> None:
         """Keep what was read of a picture, once it is not needed here: the next question may begin with it."""
-        if self._prefix and self._seat and not self._seat.group and self._seat.sequence.length >= self._prefix.length:
-            self._session.prefixes.keep(self._prefix, cast(Context, self._seat.sequence))
+        if not self._prefix or not self._seat or self._seat.group or self._seat.sequence.length < self._prefix.length:
+            return
+        context = cast(Context, self._seat.sequence)
+        if context.room is None and context.length > self._prefix.length + _KEPT_TOKENS:
+            # Caches that have grown with a long answer would leave less room for other pictures, or none for this one.
+            grown, context = context, self._session.executor.context(self._request.task, None)
+            context.restore(grown.caches(self._prefix.length))
+        self._session.prefixes.keep(self._prefix, context)
 
     def _prefill(self, spliced: np.ndarray, pixels: np.ndarray | None) -> Steps[tuple[np.ndarray, int]]:
         """Take a seat with the whole prompt; the logits [1, rows] of its last token, and how many tokens were kept."""

@@ -2,7 +2,8 @@
 
     magic                  "healthgpt-edge kept pictures 1\\n": what it is, and the version of this format
     size of the header     8 bytes, little-endian
-    header                 JSON: the bundle (SHA-256 of its manifest), the executor, and each picture's prefix
+    header                 JSON: the bundle (SHA-256 of its manifest), the executor with what its bits depend on, and
+                           each picture's prefix
     caches                 of each picture in turn, in the order of the language graph's inputs
     SHA-256                32 bytes, of all before
 
@@ -24,8 +25,9 @@ from typing import Any
 import numpy as np
 
 from .errors import KeptError
-from .executors.contract import graph_values
+from .executors.contract import cache_values
 from .files import PRIVATE, written_whole
+from .machine import instruction_sets, version
 from .manifest import Manifest
 from .prefixes import Prefix
 
@@ -47,7 +49,7 @@ def write_kept(path: Path, manifest: Manifest, executor: str, pictures: list[tup
     header = json.dumps(
         {
             "bundle": _identity(manifest),
-            "executor": executor,
+            "executor": _arithmetic(executor),
             "pictures": [prefix._asdict() for prefix, _ in pictures],
         }
     ).encode()
@@ -110,7 +112,7 @@ def _read(
     if status.st_size != expected:
         raise KeptError(f"{name} must be {expected} bytes, found {status.st_size}")
     if caches_bytes > limit_bytes:
-        raise KeptError(f"{name} must fit prefix_cache_bytes={limit_bytes}, found {caches_bytes} bytes")
+        raise KeptError(f"{name} must fit keep_pictures_bytes={limit_bytes}, found {caches_bytes} bytes")
     pictures = []
     for prefix, layout in zip(prefixes, layouts, strict=True):
         caches = {cache: np.empty(shape, dtype) for cache, (dtype, shape) in layout.items()}
@@ -134,8 +136,8 @@ def _prefixes(header: bytes, name: str, manifest: Manifest, executor: str) -> li
         raise KeptError(f"{name}: the header must name bundle, executor and pictures, found something else") from None
     if bundle != _identity(manifest):
         raise KeptError(f"{name} was kept by another bundle than this one")
-    if kept_by != executor:
-        raise KeptError(f"{name} must be kept by the executor {executor}, found {kept_by!r:.40}")
+    if kept_by != _arithmetic(executor):
+        raise KeptError(f"{name} must be kept by {_arithmetic(executor)}, found {kept_by!r:.150}")
     if len(prefixes) > MAX_PICTURES:
         raise KeptError(f"{name} must hold at most {MAX_PICTURES} pictures, found {len(listed)}")
     for prefix in prefixes:
@@ -153,15 +155,20 @@ def _layout(manifest: Manifest, prefix: Prefix) -> dict[str, tuple[np.dtype[Any]
     """Type and shape of each cache of a prefix, by its name in the language graph without `past_`."""
     sizes: dict[int | str, int] = {"B": 1, "M": prefix.length}
     return {
-        name.removeprefix("past_"): (np.dtype(value.type), tuple(int(sizes.get(side, side)) for side in value.shape))
-        for name, value in graph_values(manifest, prefix.task, "language").items()
-        if name.startswith("past_key_values.")
+        name: (np.dtype(value.type), tuple(int(sizes.get(side, side)) for side in value.shape))
+        for name, value in cache_values(manifest).items()
     }
 
 
 def _identity(manifest: Manifest) -> str:
     """What names a bundle: its manifest has the hash of every file."""
     return hashlib.sha256(manifest.to_json().encode()).hexdigest()
+
+
+def _arithmetic(executor: str) -> str:
+    """What caches' bits depend on besides bundle and picture: those of another would not be certified here."""
+    versions = ", ".join(f"{name} {version(name)}" for name in ("healthgpt-edge", "onnxruntime"))
+    return f"{executor} of {versions}, with {instruction_sets() or 'no native kernels'}"
 
 
 def _is_sha256(text: object) -> bool:

@@ -38,6 +38,15 @@ def version(package: str) -> str | None:
     return None
 
 
+def instruction_sets() -> str:
+    """Those of this processor that the native kernels are built for; empty without the native module."""
+    try:
+        kernels: Any = importlib.import_module("healthgpt_edge._kernels")
+    except ImportError:
+        return ""
+    return " ".join(kernels.targets())
+
+
 def cores() -> int:
     """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -38,7 +38,7 @@ class Prefixes:
 
     def __init__(self, limit_bytes: int) -> None:
         if not (is_whole(limit_bytes) and limit_bytes >= 0):
-            raise GenerationError(f"prefix_cache_bytes must be 0 or above, got {limit_bytes!r:.40}")
+            raise GenerationError(f"keep_pictures_bytes must be 0 or above, got {limit_bytes!r:.40}")
         self.limit_bytes = limit_bytes
         self._contexts: OrderedDict[Prefix, Context] = OrderedDict()
         self._lock = threading.Lock()
@@ -53,8 +53,10 @@ class Prefixes:
             return self._contexts.pop(prefix, None)
 
     def keep(self, prefix: Prefix, context: Context) -> None:
-        """Keep what `context` holds of `prefix`."""
+        """Keep what `context` holds of `prefix`; one that does not fit by itself is not kept, and drops no other."""
         context.length = prefix.length
+        if context.memory_bytes > self.limit_bytes:
+            return
         with self._lock:
             self._contexts[prefix] = context
             self._contexts.move_to_end(prefix)

@@ -14,7 +14,7 @@ from .bundle import Bundle
 from .checks import is_whole
 from .decoding import CodeGrid, FreeText, Grammar, Sampling
 from .drafting import Drafts
-from .errors import BundleError, ExecutorError, GenerationError
+from .errors import BundleError, ExecutorError, GenerationError, KeptError
 from .executors import Executor, Group, open_executor
 from .inference import Inference, Request, Run
 from .invariance import sequences_agree
@@ -41,11 +41,11 @@ class Session:
     """A loaded bundle, all its tasks resident. Made by `load`."""
 
     def __init__(
-        self, bundle: Bundle, executor: Executor, tokenizer: Tokenizer, *, prefix_cache_bytes: int = 0
+        self, bundle: Bundle, executor: Executor, tokenizer: Tokenizer, *, keep_pictures_bytes: int = 0
     ) -> None:
         self.bundle, self.executor, self.tokenizer = bundle, executor, tokenizer
         self.drafts = Drafts(executor, bundle.manifest)
-        self.prefixes = Prefixes(prefix_cache_bytes)
+        self.prefixes = Prefixes(keep_pictures_bytes)
         self._groups_agree: dict[str, bool] = {}
 
     def answer(
@@ -222,14 +222,16 @@ class Session:
         return self.executor.group(task, sequences) if self._groups_agree[task] else None
 
     def forget_pictures(self) -> None:
-        """Drop what was kept of pictures for the next question (`prefix_cache_bytes` of `load`)."""
+        """Drop what was kept of pictures for the next question (`keep_pictures_bytes` of `load`)."""
         self.prefixes.clear()
 
     def save_pictures(self, path: str | os.PathLike[str]) -> None:
         """Write what is kept of pictures to a file, for another session of the same bundle and executor.
 
-        It is a patient's data, readable by the file's owner alone. Raises KeptError.
+        It is a patient's data, readable by the file's owner alone. Raises KeptError, also where nothing is kept.
         """
+        if not self.prefixes.kept():
+            raise KeptError(f"no picture is kept, within keep_pictures_bytes={self.prefixes.limit_bytes}")
         pictures = [(prefix, context.caches(prefix.length)) for prefix, context in self.prefixes.kept()]
         write_kept(Path(path), self.bundle.manifest, self.executor.name, pictures)
 
@@ -288,7 +290,7 @@ def load(
     threads: int | None = None,
     verify: bool = True,
     kernels: bool = True,
-    prefix_cache_bytes: int = 0,
+    keep_pictures_bytes: int = 0,
     on_verified: Callable[[int, int], None] = lambda read, total: None,
 ) -> Session:
     """Open the bundle at `path` for `tasks` (all of them by default).
@@ -296,7 +298,7 @@ def load(
     `verify=False` skips the hashes of the weight files, which take most of the time of a cold start; `on_verified` gets
     how many bytes have been hashed, of how many.
     `executor` is onnx, on the `device` cpu or cuda, or tensorrt, on the engines that `healthgpt-edge build` made.
-    `kernels=False` computes everything by ONNX Runtime's own nodes. With `prefix_cache_bytes` the session keeps the
+    `kernels=False` computes everything by ONNX Runtime's own nodes. With `keep_pictures_bytes` the session keeps the
     caches of pictures it was asked about, the last ones in so many bytes, and a request with the very same picture
     starts after it; by default nothing outlives its request. Raises BundleError, ExecutorError, GenerationError.
     """
@@ -306,7 +308,7 @@ def load(
     manifest = bundle.manifest
     if manifest.template not in TEMPLATES:
         raise BundleError(f"template must be one of {', '.join(TEMPLATES)}, found {manifest.template!r:.40}")
-    wanted = tuple(sorted(manifest.tasks)) if tasks is None else tasks
+    wanted = tuple(sorted(manifest.tasks)) if tasks is None else tasks if isinstance(tasks, str) else tuple(tasks)
     if not wanted or isinstance(wanted, str):
         raise BundleError(f"tasks must be some of {', '.join(sorted(manifest.tasks))}, got {wanted!r:.40}")
     for task in wanted:
@@ -316,4 +318,4 @@ def load(
     if verify:  # after all that takes no time, for this reads gigabytes
         bundle.verify(on_bytes=on_verified)
     engine = open_executor(bundle, wanted, executor, device, threads, kernels)
-    return Session(bundle, engine, tokenizer, prefix_cache_bytes=prefix_cache_bytes)
+    return Session(bundle, engine, tokenizer, keep_pictures_bytes=keep_pictures_bytes)

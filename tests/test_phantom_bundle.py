@@ -86,7 +86,7 @@ def test_the_model_recognises_what_it_drew_from_words(session):
 
 
 def test_the_second_question_about_a_picture_is_answered_alike(session):
-    keeping = healthgpt_edge.load(session.bundle.path, tasks=("comprehension",), prefix_cache_bytes=64 << 20)
+    keeping = healthgpt_edge.load(session.bundle.path, tasks=("comprehension",), keep_pictures_bytes=64 << 20)
     asked: set[int] = set()
     for question in phantoms.questions(phantoms.held_out(1)[0]):
         plain, kept = (

@@ -109,7 +109,7 @@ def draw(session: Session, count: int) -> dict[str, dict[str, Tally]]:
 def ask(path: Path, count: int, threads: int) -> dict[str, Any]:
     """Time to the first piece of an answer, of the first question about a picture and of the others; ids compared."""
     options = {"tasks": (COMPREHENSION,), "threads": threads, "verify": False}
-    session = load(path, prefix_cache_bytes=PREFIX_CACHE_BYTES, **options)
+    session = load(path, keep_pictures_bytes=PREFIX_CACHE_BYTES, **options)
     without = load(path, **options)
     first_ms: list[float] = []
     later_ms: list[float] = []

@@ -29,7 +29,7 @@ from .options import (
     parse_window,
     typed,
 )
-from .output import note_uncertified, print_json, progress_of
+from .output import note, note_uncertified, print_json, progress_of
 
 # What several questions about one picture may keep of it: 0.7 GB for M3 after the longest answer.
 _ONE_PICTURE_BYTES = 1 << 30
@@ -93,7 +93,7 @@ def answer(
         threads=threads,
         verify=verify,
         kernels=kernels,
-        prefix_cache_bytes=_ONE_PICTURE_BYTES if len(question) > 1 or keep else 0,
+        keep_pictures_bytes=_ONE_PICTURE_BYTES if len(question) > 1 or keep else 0,
     )
     if keep and keep.exists():
         session.restore_pictures(keep)
@@ -112,7 +112,10 @@ def answer(
         if not as_json:
             print()
     if keep and not all(result["reused_tokens"] for result in results):
-        session.save_pictures(keep)
+        if session.prefixes.kept():
+            session.save_pictures(keep)
+        else:
+            note(f"nothing was kept: what was read of the picture takes more than {_ONE_PICTURE_BYTES >> 20} MiB")
     written = {}
     if out and study:
         write_report(out, [(one, str(result["text"])) for one, result in zip(question, results, strict=True)], study)

@@ -38,7 +38,7 @@ def serve(
         threads=threads,
         verify=verify,
         kernels=kernels,
-        prefix_cache_bytes=keep_pictures << 20,
+        keep_pictures_bytes=keep_pictures << 20,
     )
     tasks = session.bundle.manifest.tasks
     for task in tasks:  # now, for otherwise it stops somebody's answer: for 2 to 3 s with M3

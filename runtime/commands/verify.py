@@ -40,9 +40,11 @@ def verify(
     if executor is not None:
         from ..acceptance import compare
 
-        found = load_session(bundle, executor=executor, device=device, threads=threads, kernels=True, verify=False)
+        own_threads = threads if executor == "onnx" else None  # the other one's, then
+        found = load_session(bundle, executor=executor, device=device, threads=own_threads, kernels=True, verify=False)
         # The same executor on the same device is held to the graphs' standard bodies, not to itself.
         kernels = against != executor or device == "cuda"
+        threads = threads if against == "onnx" else None
         expected = load_session(bundle, executor=against, device=None, threads=threads, kernels=kernels, verify=False)
         if found.executor.name == expected.executor.name:
             raise HealthGPTError(f"{executor} must be compared with another, found {expected.executor.name} in both")

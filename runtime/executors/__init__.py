@@ -125,7 +125,7 @@ def open_executor(
 ) -> Executor:
     """Open the executor called `name`, onnx or tensorrt, for `tasks` on cpu or cuda (None: where it runs by default).
 
-    threads are for the CPU, kernels for onnx. Raises ExecutorError.
+    threads and kernels are for onnx, threads for the CPU. Raises ExecutorError.
     """
     if name == "onnx":
         from .onnx import OnnxExecutor
@@ -136,5 +136,7 @@ def open_executor(
 
         if device not in (None, "cuda"):
             raise ExecutorError(f"executor tensorrt runs on device cuda, found {device!r:.40}")
+        if threads is not None or not kernels:
+            raise ExecutorError("executor tensorrt runs its engines: threads and kernels are options of onnx")
         return TensorRtExecutor.open(bundle, tasks)
     raise ExecutorError(f"executor must be onnx or tensorrt, found {name!r:.40}")

@@ -7,6 +7,7 @@ an `Engine` on a `Device`, which tests replace by the same graphs in ONNX Runtim
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -56,6 +57,8 @@ class TensorRtExecutor:
         self.bundle, self.device, self.settings = bundle, device, settings
         self._tasks, self._open = tasks, open_engine
         self._all_tasks = sorted(bundle.manifest.tasks)
+        # Sequences share the engines' workspace and buffers, and copies go through the same memory.
+        self.lock = threading.RLock()
         self._engines: dict[str, Engine] = {}
         self.language = LanguageBuffers(bundle.manifest, settings, device)
         self._workspace = device.allocate(0)
@@ -140,21 +143,22 @@ class TensorRtExecutor:
 
     def _call(self, name: str, feeds: dict[str, np.ndarray], result: str) -> np.ndarray:
         """Run an engine of one input and one output on one picture."""
-        tensors, held = {}, []
-        for tensor, values in feeds.items():
-            value = self.engine(name).values[tensor]
-            batch = np.ascontiguousarray(values[None], value.type)
-            held.append(self.device.allocate(batch.nbytes))
-            self.device.upload(batch, held[-1])
-            tensors[tensor] = Tensor(held[-1].address, batch.shape)
-        value = self.engine(name).values[result]
-        shape = (1, *(int(size) for size in value.shape[1:]))
-        dtype = np.dtype(value.type)
-        memory = self.device.allocate(math.prod(shape) * dtype.itemsize)
-        tensors[result] = Tensor(memory.address, shape)
-        self.run(name, tensors)
-        (values,) = self.device.download(memory, shape, dtype)
-        return np.asarray(values)
+        with self.lock:
+            tensors, held = {}, []
+            for tensor, values in feeds.items():
+                value = self.engine(name).values[tensor]
+                batch = np.ascontiguousarray(values[None], value.type)
+                held.append(self.device.allocate(batch.nbytes))
+                self.device.upload(batch, held[-1])
+                tensors[tensor] = Tensor(held[-1].address, batch.shape)
+            value = self.engine(name).values[result]
+            shape = (1, *(int(size) for size in value.shape[1:]))
+            dtype = np.dtype(value.type)
+            memory = self.device.allocate(math.prod(shape) * dtype.itemsize)
+            tensors[result] = Tensor(memory.address, shape)
+            self.run(name, tensors)
+            (values,) = self.device.download(memory, shape, dtype)
+            return np.asarray(values)
 
 
 def resident_engines(manifest: Manifest, tasks: tuple[str, ...]) -> list[str]:

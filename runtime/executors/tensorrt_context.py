@@ -89,7 +89,8 @@ class TensorRtContext:
             raise ExecutorError(f"image_features must have at most {patches} rows, got {len(image_features)}")
         features = np.ascontiguousarray(image_features[None], np.float32)
         self._features = executor.device.allocate(features.nbytes)
-        executor.device.upload(features, self._features)
+        with executor.lock:
+            executor.device.upload(features, self._features)
         self._caches = executor.device.allocate(self._buffers.caches_bytes)
         self._fixed = {"image_features": Tensor(self._features.address, features.shape)}
         for name, offset in self._buffers.cache_offsets.items():
@@ -110,36 +111,39 @@ class TensorRtContext:
         return self._caches.size_bytes + self._features.size_bytes
 
     def forward(self, token_ids: np.ndarray, last_positions: int = 1, full_vocabulary: bool = False) -> np.ndarray:
-        settings, count = self._executor.settings, len(token_ids)
-        self._require_room(count)
-        logits, first, silent = [], 0, count - last_positions
-        while first < count:
-            end = min(first + settings.prefill_rows, count)
-            # Rows of logits that this pass gives, of which there is room for max_rows.
-            rows = max(0, end - max(first, silent))
-            end -= max(0, rows - settings.max_rows)
-            logits.append(self._pass(token_ids[first:end], min(rows, settings.max_rows), full_vocabulary))
-            first = end
-        given = [part for part in logits if len(part)]
-        return np.concatenate(given) if len(given) > 1 else given[0]
+        with self._executor.lock:
+            settings, count = self._executor.settings, len(token_ids)
+            self._require_room(count)
+            logits, first, silent = [], 0, count - last_positions
+            while first < count:
+                end = min(first + settings.prefill_rows, count)
+                # Rows of logits that this pass gives, of which there is room for max_rows.
+                rows = max(0, end - max(first, silent))
+                end -= max(0, rows - settings.max_rows)
+                logits.append(self._pass(token_ids[first:end], min(rows, settings.max_rows), full_vocabulary))
+                first = end
+            given = [part for part in logits if len(part)]
+            return np.concatenate(given) if len(given) > 1 else given[0]
 
     def caches(self, length: int) -> dict[str, np.ndarray]:
-        kept = {}
-        for name, offset in self._buffers.cache_offsets.items():
-            # Whole rows of all heads are far apart, so a cache comes as it is and is cut here.
-            whole = self._executor.device.download(
-                self._caches, self._buffers.cache_shape, self._buffers.cache_type, offset
-            )
-            kept[name] = whole[:, :, :length] if self._exact else _widened(whole[:, :, :length])
-        return kept
+        with self._executor.lock:
+            kept = {}
+            for name, offset in self._buffers.cache_offsets.items():
+                # Whole rows of all heads are far apart, so a cache comes as it is and is cut here.
+                whole = self._executor.device.download(
+                    self._caches, self._buffers.cache_shape, self._buffers.cache_type, offset
+                )
+                kept[name] = whole[:, :, :length] if self._exact else _widened(whole[:, :, :length])
+            return kept
 
     def restore(self, caches: dict[str, np.ndarray]) -> None:
-        length = next(iter(caches.values())).shape[2]
-        for name, offset in self._buffers.cache_offsets.items():
-            whole = np.zeros(self._buffers.cache_shape, self._buffers.cache_type)
-            whole[:, :, :length] = caches[name] if self._exact else _narrowed(caches[name])
-            self._executor.device.upload(whole, self._caches, offset)
-        self.length = length
+        with self._executor.lock:
+            length = next(iter(caches.values())).shape[2]
+            for name, offset in self._buffers.cache_offsets.items():
+                whole = np.zeros(self._buffers.cache_shape, self._buffers.cache_type)
+                whole[:, :, :length] = caches[name] if self._exact else _narrowed(caches[name])
+                self._executor.device.upload(whole, self._caches, offset)
+            self.length = length
 
     @property
     def _exact(self) -> bool:
@@ -151,21 +155,22 @@ class TensorRtContext:
         return self._run_ahead if self._executor.device.kernels else None
 
     def _run_ahead(self, token_id: int, count: int, choice: Choice) -> np.ndarray:
-        executor, buffers = self._executor, self._buffers
-        self._require_room(count)
-        name = self._results["logits"]
-        if self._chooser is None:
-            first_id = self._manifest.tasks[self._task].first_logit
-            self._chooser = Chooser(executor.device, first_id, buffers.rows[name])
-        self._chooser.begin(choice, count)
-        self._upload(np.array([token_id], np.int64))
-        tensors = self._tensors(1, 1)
-        token, past_length = tensors["token_ids"].address, tensors["past_length"].address
-        for _ in range(count):
-            executor.run(LANGUAGE, tensors, DECODE)
-            self._chooser.order(buffers.outputs[name].address, token, past_length)
-        self.length += count
-        return self._chooser.ids()
+        with self._executor.lock:
+            executor, buffers = self._executor, self._buffers
+            self._require_room(count)
+            name = self._results["logits"]
+            if self._chooser is None:
+                first_id = self._manifest.tasks[self._task].first_logit
+                self._chooser = Chooser(executor.device, first_id, buffers.rows[name])
+            self._chooser.begin(choice, count)
+            self._upload(np.array([token_id], np.int64))
+            tensors = self._tensors(1, 1)
+            token, past_length = tensors["token_ids"].address, tensors["past_length"].address
+            for _ in range(count):
+                executor.run(LANGUAGE, tensors, DECODE)
+                self._chooser.order(buffers.outputs[name].address, token, past_length)
+            self.length += count
+            return self._chooser.ids()
 
     def _pass(self, token_ids: np.ndarray, last_positions: int, full_vocabulary: bool) -> np.ndarray:
         """One pass over [S] tokens; logits float32 [last_positions, rows]."""

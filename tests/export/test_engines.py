@@ -613,6 +613,9 @@ def test_without_engines_or_without_a_gpu_the_reason_is_one_line(plain, built, t
     assert "has no engines for tensorrt-rtx: healthgpt-edge build int4 --target tensorrt-rtx" in outcome.errors
     outcome = run("answer", built, "--question", "?", "--executor", "tensorrt", "--device", "cpu")
     assert outcome.code == 2 and "executor tensorrt runs on device cuda, found 'cpu'" in outcome.errors
+    for words in (("--threads", 2), ("--no-kernels",)):
+        outcome = run("answer", built, "--question", "?", "--executor", "tensorrt", *words)
+        assert outcome.code == 2 and "threads and kernels are options of onnx" in outcome.errors
     if not Path("/dev/nvidia0").exists():
         outcome = run("answer", built, "--question", "?", "--executor", "tensorrt")
         assert outcome.code == 2 and "CUDA failed in cudaGetDeviceCount" in outcome.errors

@@ -119,7 +119,7 @@ def test_a_comparison_with_plain_decoding_is_given_up_too(session):
 
 
 def test_a_picture_that_was_read_is_kept_when_its_answer_is_cancelled(golden_bundle):
-    session = load(golden_bundle("m3"), tasks=("comprehension",), threads=1, prefix_cache_bytes=64 << 20)
+    session = load(golden_bundle("m3"), tasks=("comprehension",), threads=1, keep_pictures_bytes=64 << 20)
     expected = session.answer(COM.image, COM.question, max_new_tokens=12).token_ids
     session.forget_pictures()
     # Before the picture is looked at, before and after it is read; and when it is kept, before and after the question.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -267,7 +268,7 @@ KEPT_BYTES = 64 << 20
 
 
 def test_a_second_question_starts_after_the_picture(golden_bundle, session, monkeypatch):
-    keeping = eager(golden_bundle, prefix_cache_bytes=KEPT_BYTES)
+    keeping = eager(golden_bundle, keep_pictures_bytes=KEPT_BYTES)
     case = Case("m3_com_square")
     questions = [COM.question, QUESTION, COM.question]
     expected = [session.answer(COM.image, question, max_new_tokens=20).token_ids for question in questions]
@@ -307,6 +308,33 @@ def test_a_key_names_task_picture_and_tokens():
     assert Prefix.of("comprehension", pixels.copy(), ids.copy()) == keys[0]
 
 
+def test_a_long_answer_leaves_room_for_other_pictures(golden_bundle, session, monkeypatch):
+    """What is kept of a picture is as large after it as after a short one; ids are the same as ever."""
+    keeping = eager(golden_bundle, keep_pictures_bytes=KEPT_BYTES)
+    for one in (keeping, session):  # no answer ends by itself
+        manifest = one.bundle.manifest
+        endless = replace(manifest, decoding=replace(manifest.decoding, stop_ids=()))
+        monkeypatch.setattr(one.bundle, "manifest", endless)
+    keeping.answer(COM.image, QUESTION, max_new_tokens=1)
+    ((_, short),) = keeping.prefixes.kept()
+    size_bytes = short.memory_bytes
+    first, second = (keeping.answer(COM.image, QUESTION, max_new_tokens=300) for _ in range(2))
+    assert len(first.token_ids) == 300
+    ((_, kept),) = keeping.prefixes.kept()
+    assert kept.memory_bytes <= size_bytes
+    assert second.reused_tokens > 0
+    expected = session.answer(COM.image, QUESTION, max_new_tokens=300).token_ids
+    assert first.token_ids == second.token_ids == expected
+
+
+def test_what_does_not_fit_by_itself_drops_no_other():
+    prefixes = Prefixes(10)
+    names = [Prefix("comprehension", f"{number:064x}", "0" * 64, 3) for number in range(3)]
+    for name, memory_bytes in zip(names, (4, 5, 11), strict=True):
+        prefixes.keep(name, SimpleNamespace(length=9, memory_bytes=memory_bytes))
+    assert [name for name, _ in prefixes.kept()] == names[:2]
+
+
 def test_what_is_kept_is_in_one_request_at_a_time():
     prefixes, prefix = Prefixes(1), Prefix("comprehension", "0" * 64, "0" * 64, 3)
     context = SimpleNamespace(length=9, memory_bytes=1)
@@ -316,7 +344,7 @@ def test_what_is_kept_is_in_one_request_at_a_time():
 
 
 def test_a_picture_that_differs_by_one_level_is_another(golden_bundle):
-    keeping = load(golden_bundle("m3"), tasks=("comprehension",), threads=1, prefix_cache_bytes=KEPT_BYTES)
+    keeping = load(golden_bundle("m3"), tasks=("comprehension",), threads=1, keep_pictures_bytes=KEPT_BYTES)
     pixels = np.full((336, 336, 3), 128, np.uint8)
     other = pixels.copy()
     other[:, :, 0] += 1
@@ -326,17 +354,17 @@ def test_a_picture_that_differs_by_one_level_is_another(golden_bundle):
 
 def test_nothing_is_kept_unless_asked_for_nor_after_forgetting(golden_bundle, session):
     assert [session.answer(COM.image, QUESTION, max_new_tokens=1).reused_tokens for _ in range(2)] == [0, 0]
-    keeping = load(golden_bundle("m3"), tasks=("comprehension",), threads=1, prefix_cache_bytes=KEPT_BYTES)
+    keeping = load(golden_bundle("m3"), tasks=("comprehension",), threads=1, keep_pictures_bytes=KEPT_BYTES)
     keeping.answer(COM.image, QUESTION, max_new_tokens=1)
     keeping.forget_pictures()
     assert keeping.answer(COM.image, QUESTION, max_new_tokens=1).reused_tokens == 0
-    text = message(GenerationError, lambda: load(golden_bundle("m3"), prefix_cache_bytes=-1))
-    assert text == "prefix_cache_bytes must be 0 or above, got -1"
+    text = message(GenerationError, lambda: load(golden_bundle("m3"), keep_pictures_bytes=-1))
+    assert text == "keep_pictures_bytes must be 0 or above, got -1"
 
 
 def test_kept_pictures_stay_within_their_bytes(golden_bundle):
     """The one not asked about for longest goes first; what is too large on its own is not kept."""
-    keeping = load(golden_bundle("m3"), tasks=("comprehension",), threads=1, prefix_cache_bytes=KEPT_BYTES)
+    keeping = load(golden_bundle("m3"), tasks=("comprehension",), threads=1, keep_pictures_bytes=KEPT_BYTES)
     pictures = [np.full((336, 336, 3), level, np.uint8) for level in (10, 20, 30)]
 
     def reused(number: int) -> bool:
@@ -351,7 +379,7 @@ def test_kept_pictures_stay_within_their_bytes(golden_bundle):
 
 
 def test_a_request_that_failed_leaves_nothing_behind(golden_bundle):
-    keeping = load(golden_bundle("m3"), tasks=("comprehension",), threads=1, prefix_cache_bytes=KEPT_BYTES)
+    keeping = load(golden_bundle("m3"), tasks=("comprehension",), threads=1, keep_pictures_bytes=KEPT_BYTES)
 
     def fail(piece: str) -> None:
         raise RuntimeError
@@ -363,6 +391,6 @@ def test_a_request_that_failed_leaves_nothing_behind(golden_bundle):
 
 def test_kept_pictures_of_an_executor_that_rounds_are_not_certified(golden_bundle, rounding):
     options = {"tasks": ("comprehension",), "threads": 1}
-    keeping = load(golden_bundle("m3"), prefix_cache_bytes=KEPT_BYTES, **options)
+    keeping = load(golden_bundle("m3"), keep_pictures_bytes=KEPT_BYTES, **options)
     assert not keeping.answer(COM.image, QUESTION, max_new_tokens=1).certified
     assert load(golden_bundle("m3"), **options).answer(COM.image, QUESTION, max_new_tokens=1).certified

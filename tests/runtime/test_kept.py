@@ -30,7 +30,7 @@ MAGIC = b"healthgpt-edge kept pictures 1\n"
 
 
 def keeping(golden_bundle, **options):
-    options = {"tasks": ("comprehension",), "threads": 1, "prefix_cache_bytes": LIMIT_BYTES} | options
+    options = {"tasks": ("comprehension",), "threads": 1, "keep_pictures_bytes": LIMIT_BYTES} | options
     return load(golden_bundle("m3"), **options)
 
 
@@ -112,6 +112,22 @@ def test_of_more_pictures_than_a_file_may_hold_the_last_are_written(session, kep
     assert [prefix.pixels[0] for prefix, _ in found] == ["2", "3"]
 
 
+def test_where_nothing_is_kept_nothing_is_written(golden_bundle, tmp_path):
+    session = keeping(golden_bundle, keep_pictures_bytes=1)
+    session.answer(COM.image, QUESTION, max_new_tokens=1)
+    with pytest.raises(KeptError, match="no picture is kept, within keep_pictures_bytes=1"):
+        session.save_pictures(tmp_path / "kept")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_command_says_that_a_picture_is_too_large_to_keep(golden_bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr("healthgpt_edge.commands.answer._ONE_PICTURE_BYTES", 1)
+    words = ("--image", COM.image, "--question", QUESTION, "--max-new-tokens", 1, "--threads", 1)
+    outcome = run("answer", golden_bundle("m3"), *words, "--keep", tmp_path / "kept")
+    assert outcome.code == 0 and outcome.errors.startswith("note: nothing was kept: what was read of the picture takes")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_session_without_the_task_takes_nothing(golden_bundle, kept, tmp_path):
     (tmp_path / "kept").write_bytes(kept)
     other = keeping(golden_bundle, tasks=("generation",))
@@ -168,7 +184,11 @@ REFUSED: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "another bundle": (header(bundle="0" * 64), "'kept' was kept by another bundle than this one"),
     "another executor": (
         header(executor="tensorrt\n"),
-        "'kept' must be kept by the executor onnx-cpu+kernels, found 'tensorrt\\n'",
+        "'kept' must be kept by onnx-cpu+kernels of healthgpt-edge 0.1.0, onnxruntime ",
+    ),
+    "another processor": (
+        lambda kept: edited(kept, lambda fields: fields.update(executor=fields["executor"] + " sve")),
+        "'kept' must be kept by onnx-cpu+kernels of healthgpt-edge 0.1.0, onnxruntime ",
     ),
     "too many": (
         lambda kept: edited(kept, lambda fields: fields.update(pictures=fields["pictures"] * (MAX_PICTURES + 2))),
@@ -217,8 +237,8 @@ def test_files_that_cannot_be_read(session, tmp_path):
 
 def test_a_file_larger_than_what_may_be_kept_is_refused(golden_bundle, kept, tmp_path):
     (tmp_path / "kept").write_bytes(kept)
-    small = keeping(golden_bundle, prefix_cache_bytes=1000)
-    assert refusal(small, tmp_path / "kept").startswith("'kept' must fit prefix_cache_bytes=1000, found ")
+    small = keeping(golden_bundle, keep_pictures_bytes=1000)
+    assert refusal(small, tmp_path / "kept").startswith("'kept' must fit keep_pictures_bytes=1000, found ")
 
 
 def test_nothing_is_allocated_for_what_a_file_only_claims(session, kept, tmp_path, monkeypatch):
@@ -232,7 +252,7 @@ def test_nothing_is_allocated_for_what_a_file_only_claims(session, kept, tmp_pat
 
 def test_many_short_pictures_take_no_more_than_the_limit(golden_bundle, tmp_path, monkeypatch):
     """Each gets a whole context, of which such a picture fills little."""
-    session = keeping(golden_bundle, prefix_cache_bytes=2 << 20)
+    session = keeping(golden_bundle, keep_pictures_bytes=2 << 20)
     manifest, executor = session.bundle.manifest, session.executor
     context = executor.context("comprehension", None)
     context.forward(np.arange(4))

@@ -32,7 +32,7 @@ def test_answers_of_the_original(golden_bundle, in_pieces, system):
     case, told = Case(CASES[system]), []
     options = {"max_new_tokens": len(case.record["output_ids"]), "on_prompt": lambda *counts: told.append(counts)}
     for kept in (0, 64 << 20):  # where the picture is kept, the prompt is cut behind it, too
-        session = load(golden_bundle(system), tasks=("comprehension",), threads=1, prefix_cache_bytes=kept)
+        session = load(golden_bundle(system), tasks=("comprehension",), threads=1, keep_pictures_bytes=kept)
         for _ in range(2):
             told.clear()
             answer = session.answer(case.image, case.question, **options)

@@ -176,7 +176,7 @@ def test_lines_may_end_as_they_like(session):
 
 
 def test_what_is_kept_of_pictures_can_be_forgotten(golden_bundle):
-    session = load(golden_bundle("m3"), tasks=("comprehension",), threads=1, prefix_cache_bytes=64 << 20)
+    session = load(golden_bundle("m3"), tasks=("comprehension",), threads=1, keep_pictures_bytes=64 << 20)
     asked = {**ASK, "image": str(COM.image)}
     *first, forgotten, last = events(session, asked, asked, {"task": "forget", "id": 3}, asked)
     assert forgotten == {"event": "result", "id": 3}

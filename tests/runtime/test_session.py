@@ -100,7 +100,7 @@ def test_options_of_a_picture_need_one(session, option, value):
 @pytest.mark.parametrize("name", ["m3_com_wide", "m3_com_square", "phi4_com", "qwen_com"])
 def test_streamed_pieces_add_up_to_the_text(golden_bundle, name):
     case = Case(name)
-    session = load(golden_bundle(case.system), tasks=("comprehension",), threads=1)
+    session = load(golden_bundle(case.system), tasks=iter(["comprehension"]), threads=1)
     pieces: list[str] = []
     answer = session.answer(case.image, case.question, max_new_tokens=case.max_new_tokens, on_text=pieces.append)
     assert answer.token_ids == case.record["output_ids"]
@@ -434,7 +434,7 @@ def test_importing_the_runtime_imports_no_heavy_module():
 
 
 def test_the_public_names():
-    names = {"Answer", "HealthGPTError", "Picture", "Sampling", "Session", "load"}
+    names = {"Answer", "Cancelled", "HealthGPTError", "Picture", "Sampling", "Session", "load"}
     names |= {"read_study", "write_image", "write_report"}
     assert set(healthgpt_edge.__all__) == names
     assert all(hasattr(healthgpt_edge, name) for name in names)

@@ -1,6 +1,8 @@
 """The TensorRT executor on engines that are doubles: the original's ids through the graphs that TensorRT gets."""
 
 import dataclasses
+import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import numpy as np
@@ -13,7 +15,7 @@ from healthgpt_edge.bundle import Bundle
 from healthgpt_edge.errors import ExecutorError
 from healthgpt_edge.executors import Choice
 from healthgpt_edge.executors.onnx import OnnxExecutor
-from healthgpt_edge.executors.tensorrt_context import DECODE, PREFILL
+from healthgpt_edge.executors.tensorrt_context import DECODE, PREFILL, TensorRtContext
 from healthgpt_edge.export.engines.build import default_settings
 from healthgpt_edge.prompt import Tokenizer, with_patches
 from healthgpt_edge.session import Session
@@ -47,6 +49,25 @@ def test_answers_have_the_originals_ids(opened, case):
     bundle, executor, _ = opened(case.system)
     result = session_of(bundle, executor).answer(case.image, case.question, max_new_tokens=case.max_new_tokens)
     assert result.token_ids == case.record["output_ids"]
+
+
+def test_two_threads_do_not_get_each_others_answers(opened, monkeypatch):
+    """All sequences share the buffers of a pass."""
+    bundle, executor, _ = opened("m3")
+    session, upload = session_of(bundle, executor), TensorRtContext._upload
+
+    def slowly(context, token_ids):
+        upload(context, token_ids)
+        time.sleep(0.002)  # in which another would overwrite what was uploaded
+
+    monkeypatch.setattr(TensorRtContext, "_upload", slowly)
+    cases = [Case("m3_com_wide"), Case("m3_com_square")]
+
+    def ask(case):
+        return session.answer(case.image, case.question, max_new_tokens=case.max_new_tokens).token_ids
+
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(ask, cases)) == [case.record["output_ids"] for case in cases]
 
 
 def test_a_free_picture_has_the_originals_ids(opened):

@@ -183,7 +183,7 @@ def test_caches_that_grow_while_others_are_in_them(session):
 
 
 def test_a_question_begins_with_a_picture_that_another_is_still_asked_about(golden_bundle):
-    session = load(golden_bundle("m3"), tasks=("comprehension",), threads=1, prefix_cache_bytes=64 << 20)
+    session = load(golden_bundle("m3"), tasks=("comprehension",), threads=1, keep_pictures_bytes=64 << 20)
     together = session.together()
     for name in range(3):
         together.answer(name, COM.image, f"{COM.question} {name}", max_new_tokens=8)
@@ -254,6 +254,15 @@ def test_nothing_is_left_of_what_was_done(session):
 def test_how_many_is_checked(session, limit):
     with pytest.raises(GenerationError, match=r"^limit must be from 1 to 64 requests, got "):
         session.together(limit)
+
+
+def test_an_answer_cannot_be_faithful(session):
+    together = session.together()
+    together.answer("words", None, "What?", faithful=True, max_new_tokens=4)
+    (one,) = done(together).values()
+    assert (
+        isinstance(one.error, GenerationError) and str(one.error) == "faithful is for pictures, got it with a question"
+    )
 
 
 def test_drafts_that_are_asked_for_are_refused(session):
