@@ -1,13 +1,16 @@
 """Engines built by TensorRT-RTX where there is no GPU: what it makes of our graphs, and when an engine is refused."""
 
 import dataclasses
+import errno
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -157,6 +160,45 @@ def test_a_build_that_is_stopped_at_its_very_end_leaves_them_too(plain, tmp_path
     with pytest.raises(KeyboardInterrupt), new_folder(bundle, TARGET) as work:
         (work / "after").touch()
     assert sorted(path.name for path in place.parent.rglob("*")) == ["before", TARGET]
+
+
+def test_engines_that_cannot_be_written_are_an_error(plain, tmp_path):
+    bundle = Bundle(tmp_path / "m3", Bundle.open(plain).manifest)
+    message = f"^cannot write the engines of {TARGET}: {os.strerror(errno.ENOSPC)}$"
+    bundle.path.mkdir()
+    with pytest.raises(ExecutorError, match=message), new_folder(bundle, TARGET):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert list((bundle.path / "engines").iterdir()) == []
+    (bundle.path / "engines").rmdir()
+    (bundle.path / "engines").touch()
+    with (
+        pytest.raises(ExecutorError, match=r"^cannot write engines into 'm3': File exists$"),
+        new_folder(bundle, TARGET),
+    ):
+        pass
+
+
+def test_settings_that_contradict_each_other(plain):
+    manifest = dataclasses.replace(Bundle.open(plain).manifest, precision="bf16")
+    with pytest.raises(ExecutorError, match=r"^the plugin multiplies float16: compute must be fp16, got bf16$"):
+        default_settings(manifest, plugin=True)
+    settings = default_settings(manifest, compute_capabilities=(GPU,))
+    message = r"^the full TensorRT builds for the GPU at hand: compute capabilities are tensorrt-rtx's$"
+    with pytest.raises(ExecutorError, match=message):
+        Compiler(trt, "tensorrt", settings)
+
+
+def test_a_machine_where_tensorrt_cannot_build(plain):
+    """pybind11 gives a TypeError for the null pointer that TensorRT returns."""
+
+    def no_builder(logger):
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    broken = SimpleNamespace(__version__="11.4", ILogger=object, Builder=no_builder)
+    bundle = Bundle.open(plain)
+    compiler = Compiler(broken, TARGET, default_settings(bundle.manifest))
+    with pytest.raises(ExecutorError, match=rf"^{TARGET} 11\.4 cannot build here: it gave no reason$"):
+        compiler.parse(LANGUAGE, onnx.ModelProto(), bundle)
 
 
 def test_engines_are_on_the_disk_before_they_take_their_place(plain, tmp_path, monkeypatch):

@@ -224,3 +224,22 @@ def test_a_stage_that_is_cut_off_while_it_is_kept_is_trained_again(tmp_path: Pat
     assert list((tmp_path / "work").iterdir()) == []
     assert training.stage("vqgan", lambda: {"weight": torch.ones(2)})["weight"].tolist() == [1, 1]
     assert training.spent("seconds") == {"vqgan": 0}
+
+
+def test_too_few_steps_for_a_codebook(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autoencoder, "WARM_UP_STEPS", 3)
+    monkeypatch.setattr(autoencoder, "BATCH", 2)
+    with pytest.raises(ValueError, match=r"^expected more than 3 steps, got 1$"):
+        autoencoder.train(0, 1, lambda line: None)
+
+
+def test_words_of_another_tokenizer_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "TOKENS", corpus.TOKENS + 1)
+    with pytest.raises(ValueError, match=f"^expected a tokenizer of {corpus.TOKENS} tokens, got {corpus.TOKENS - 1}$"):
+        corpus.Words(PHANTOM / "base")
+
+
+def test_instructions_of_several_lengths_are_refused(words: corpus.Words, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(phantoms.INSTRUCTIONS, "reconstruct", "Reconstruct the image. Reconstruct the image.")
+    with pytest.raises(ValueError, match=r"^expected instructions of one length in tokens, got \{"):
+        words.instructions()

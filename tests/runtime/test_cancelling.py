@@ -14,7 +14,9 @@ from itertools import count
 from threading import Event
 from typing import Any
 
+import numpy as np
 import pytest
+from dicom_samples import dicom, identified
 from golden_cases import Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -242,7 +244,7 @@ def test_lines_that_fail_can_be_cancelled_if_they_have_an_id(session, monkeypatc
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_cancel_that_comes_with_the_last_piece(session, monkeypatch, tmp_path, fails):
+def test_a_cancel_that_comes_with_the_last_piece(session, monkeypatch, fails):
     """What it is told holds: the request is cancelled, though it was all but done, or about to fail."""
     answering = session.answering
     sent, said = Event(), Event()
@@ -265,6 +267,32 @@ def test_a_cancel_that_comes_with_the_last_piece(session, monkeypatch, tmp_path,
         sent.set()
         assert [peer.event()["event"] for _ in range(2)] == ["prompt", "text"]
         assert [peer.last(), peer.last()] == [cancelled(1), told(1, True)]
+
+
+@pytest.mark.parametrize("request_", REQUESTS)
+def test_a_cancel_that_comes_after_the_last_pass_leaves_no_file(session, monkeypatch, tmp_path, request_):
+    """Nobody asks a last time whether to stop; the file must not be written all the same."""
+    study = tmp_path / "source.dcm"
+    study.write_bytes(dicom(np.zeros((8, 8), np.uint8), **identified()))
+    name = {"answer": "answering", "picture": "generating"}[request_]
+    work = getattr(session, name)
+    done, cancels = Event(), Event()
+
+    def late(request, *callbacks):
+        result = yield from work(replace(request, stop=None), *callbacks)
+        done.set()
+        assert cancels.wait(SECONDS)
+        return result
+
+    monkeypatch.setattr(session, name, late)
+    out = tmp_path / "out.dcm"
+    with Peer(session) as peer:
+        peer.ask({**REQUESTS[request_], "image": str(study), "id": 1, "out": str(out)})
+        assert done.wait(SECONDS)
+        peer.ask(cancel(1))
+        cancels.set()
+        assert [peer.last(), peer.last()] == [cancelled(1), told(1, True)]
+    assert list(tmp_path.iterdir()) == [study]
 
 
 def test_a_cancel_while_stdout_is_not_read(session, monkeypatch):

@@ -8,7 +8,13 @@ import pydicom
 import pytest
 from command import run
 from dicom_samples import SECRET, dicom, identified, real_file
-from pydicom.uid import SecondaryCaptureImageStorage, generate_uid
+from pydicom.uid import (
+    JPEGBaseline8Bit,
+    JPEGExtended12Bit,
+    JPEGLSNearLossless,
+    SecondaryCaptureImageStorage,
+    generate_uid,
+)
 from test_dicom_files import JPEG, encapsulated
 
 from healthgpt_edge import read_study, write_image, write_report
@@ -115,8 +121,10 @@ def test_the_side_is_empty_only_where_nothing_is_known_of_the_part(tmp_path, att
 
 def test_a_lossy_encoding_is_lossy_whatever_the_source_says(tmp_path):
     """And that nothing was lost is no word about a picture that a model made."""
-    for attributes in ({}, {"LossyImageCompression": "00"}):
-        assert written(tmp_path, encapsulated(JPEG, **identified(**attributes))).LossyImageCompression == "01"
+    for syntax in (JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLSNearLossless):  # read_study looks at no pixel
+        for attributes in ({}, {"LossyImageCompression": "00"}):
+            source = encapsulated(JPEG, syntax=syntax, **identified(**attributes))
+            assert written(tmp_path, source).LossyImageCompression == "01"
     assert pydicom.dcmread(real_file("US1_J2KR.dcm")).LossyImageCompression == "00"
     assert "LossyImageCompression" not in written(tmp_path, real_file("US1_J2KR.dcm"))
 

@@ -15,8 +15,10 @@ from PIL import Image
 
 from healthgpt_edge import HealthGPTError, Sampling, load
 from healthgpt_edge import inference as inference_module
+from healthgpt_edge import previews as previews_module
 from healthgpt_edge.drafting import PICTURE_DRAFTS, PassKind
 from healthgpt_edge.drafting import drafts as drafts_module
+from healthgpt_edge.drafting.costs import RowCosts
 from healthgpt_edge.errors import BundleError, GenerationError
 from healthgpt_edge.executors.onnx import OnnxExecutor
 from healthgpt_edge.prefixes import Prefix, Prefixes
@@ -109,6 +111,24 @@ def test_a_draft_that_is_none(session, call):
     known = {"answer": "auto, lookup, none", "generate": "auto, input, jacobi, none"}[call]
     text = message(GenerationError, lambda: getattr(session, call)(None, QUESTION, draft="magic"))
     assert text == f"draft must be one of {known}, got 'magic'"
+
+
+@pytest.mark.parametrize(("draft", "tries"), [("auto", False), ("input", True)])
+def test_the_time_of_the_encoder_is_lost_unless_it_was_asked_for(golden_bundle, monkeypatch, draft, tries):
+    """An encoder as slow as the whole picture: nothing is left to lose on drafts that may be wrong."""
+    drafts = eager(golden_bundle).drafts
+    kind = PassKind("generation")
+    costs = drafts.costs[kind] = RowCosts()
+    for rows in (1, 8, 16):
+        for _ in range(10):
+            costs.record(rows, 1.0 + 0.05 * rows)
+    grid = drafts.manifest.codes.grid
+    clock = iter((0.0, 1.05 * grid**2))
+    monkeypatch.setattr(drafts_module.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(OnnxExecutor, "draft", lambda executor, picture: np.zeros((grid, grid), np.int64))
+    drafter = drafts.for_picture(draft, kind, Image.new("RGB", (8, 8)))
+    assert drafter.name == "input"
+    assert (max(drafter.pace.rows() for _ in range(4)) > 1) is tries
 
 
 def test_drafts_from_an_input_need_one(session):
@@ -241,6 +261,24 @@ def test_previews_take_little_of_the_time(monkeypatch):
     for code in range(9):
         made.add(code)
     assert list(seen) == [1]
+
+
+def test_previews_take_a_tenth_of_the_time(monkeypatch):
+    """On a clock where a row takes a second and a preview two."""
+    now, shown = 0.0, []
+
+    def picture(grid):
+        nonlocal now
+        now += 2.05
+        return grid
+
+    monkeypatch.setattr(previews_module.time, "perf_counter", lambda: now)
+    made = Previews(80, picture, lambda pixels, rows: shown.append(rows))
+    for code in range(80**2):
+        now += 1 / 80
+        made.add(code)
+    # Where 2.05 s of each preview so far are a tenth of rows and previews.
+    assert shown == [1, 19, 37, 56, 74]
 
 
 def test_progress_is_written_beside_the_picture_and_removed(golden_bundle, tmp_path, monkeypatch):

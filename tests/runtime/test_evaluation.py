@@ -67,6 +67,20 @@ def test_ssim_of_equal_flat_and_inverted_pictures() -> None:
     assert flat == pytest.approx((2 * 100 * 50 + 6.5025) / (100**2 + 50**2 + 6.5025))
 
 
+def test_ssim_of_noise_is_the_mean_over_its_windows() -> None:
+    """By the definition, a window at a time, with covariances as NumPy computes them of a sample."""
+    first, second = np.random.default_rng(0).integers(0, 256, (2, 9, 10)).astype(float)
+    c1, c2 = 6.5025, 58.5225
+    found = []
+    for row in range(3):
+        for column in range(4):
+            a, b = (one[row : row + 7, column : column + 7].ravel() for one in (first, second))
+            covariance = np.cov(a, b, ddof=1)
+            luminance = (2 * a.mean() * b.mean() + c1) / (a.mean() ** 2 + b.mean() ** 2 + c1)
+            found.append(luminance * (2 * covariance[0, 1] + c2) / (np.trace(covariance) + c2))
+    assert ssim(first, second) == pytest.approx(np.mean(found), rel=1e-9)
+
+
 @pytest.mark.parametrize("score", [psnr, ssim])
 def test_pictures_of_different_shapes_are_refused(score: Any) -> None:
     with pytest.raises(

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from peer import ASK, Peer
 
 from healthgpt_edge import Sampling, load, machine
-from healthgpt_edge.errors import Cancelled, GenerationError, ImageError
+from healthgpt_edge.errors import Cancelled, ExecutorError, GenerationError, ImageError
 from healthgpt_edge.executors.onnx_group import OnnxGroup
 from healthgpt_edge.images import read_image
 from healthgpt_edge.invariance import sequences_agree
@@ -42,6 +42,16 @@ def passes(monkeypatch):
 
     monkeypatch.setattr(OnnxGroup, "forward", forward)
     return counts
+
+
+def test_a_pass_without_a_token_for_each_is_refused(session):
+    group = session.executor.group("comprehension", 2)
+    context = session.executor.context("comprehension", None)
+    context.forward(np.array([1, 2]))
+    with group.join(context) as member:
+        with pytest.raises(ExecutorError, match=r"^each of 1 sequences needs a token, got 0$"):
+            group.forward({}, [])
+        assert list(group.forward({member: 3}, [])) == [member]
 
 
 def done(together: Together) -> dict[Any, Done]:

@@ -95,8 +95,10 @@ class Device:
         self.runtime = SimpleNamespace(cudaStreamCaptureMode=modes)
 
 
-def load(free: int, kept: int | None) -> tuple[TensorRtEngine, StreamingEngine, Device]:
-    engine, device = StreamingEngine(), Device(free * MIB)
+def load(
+    free: int, kept: int | None, engine: StreamingEngine | None = None
+) -> tuple[TensorRtEngine, StreamingEngine, Device]:
+    engine, device = engine or StreamingEngine(), Device(free * MIB)
     trt = SimpleNamespace(
         __version__="11.4",
         ILogger=object,
@@ -109,6 +111,27 @@ def load(free: int, kept: int | None) -> tuple[TensorRtEngine, StreamingEngine, 
     kept_bytes = None if kept is None else kept * MIB
     loaded = TensorRtEngine(trt, "tensorrt", LANGUAGE, np.zeros(1, np.uint8), device, Path("no.jit"), kept_bytes)
     return loaded, engine, device
+
+
+class FailingEngine(StreamingEngine):
+    """Cannot do one thing: its contexts refuse a profile, or a pass."""
+
+    def __init__(self, refuses: str) -> None:
+        super().__init__()
+        self._refuses = refuses
+
+    def create_execution_context(self, strategy: str) -> Any:
+        context = super().create_execution_context(strategy)
+        setattr(context, self._refuses, lambda *arguments: False)
+        return context
+
+
+def test_a_profile_or_a_pass_that_tensorrt_refuses_is_an_error():
+    with pytest.raises(ExecutorError, match=r"^tensorrt 11\.4 cannot run the engine language: it gave no reason$"):
+        load(2000, None, FailingEngine("set_optimization_profile_async"))
+    loaded, _, _ = load(2000, None, FailingEngine("execute_async_v3"))
+    with pytest.raises(ExecutorError, match=r"^tensorrt 11\.4 failed in the engine language: it gave no reason$"):
+        passes(loaded)
 
 
 def passes(loaded: TensorRtEngine) -> None:
