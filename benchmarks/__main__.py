@@ -20,6 +20,7 @@ from typing import Any
 from healthgpt_edge import machine
 
 from . import full_size
+from .commit import commit
 from .contenders import CONTENDERS
 from .goals import goals
 from .pooled import Results
@@ -101,6 +102,7 @@ def write(arguments: argparse.Namespace, rounds: int, ceilings: list[dict[str, A
     """Write the results so far as JSON, Markdown and a plot, so that an interrupted run keeps its finished rounds."""
     settings = {
         "command": command(arguments),
+        "commit": commit(),
         "bundle": arguments.bundle.name,
         "machine": machine.description(),
         "threads": arguments.threads,

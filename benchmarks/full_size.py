@@ -25,6 +25,7 @@ import onnxruntime
 
 from healthgpt_edge import machine
 
+from .commit import commit
 from .systems import SYSTEMS, System
 
 
@@ -175,10 +176,14 @@ def main() -> None:
     for precision in arguments.precision:
         name = f"{precision}-{arguments.cache}" if arguments.cache else precision
         bundle = arguments.work / f"{bundles}-{name}"
-        results[f"export {name}"] = export(checkpoint, bundle, precision, arguments.cache, system)
+        results[f"export {name}"] = {
+            "commit": commit(),
+            **export(checkpoint, bundle, precision, arguments.cache, system),
+        }
         print(name, json.dumps(results[f"export {name}"]), flush=True)
     for precision in arguments.run:
-        results[f"run {precision}"] = run_apart(arguments.work / f"{bundles}-{precision}", arguments)
+        bundle = arguments.work / f"{bundles}-{precision}"
+        results[f"run {precision}"] = {"commit": commit(), **run_apart(bundle, arguments)}
         print(precision, json.dumps(results[f"run {precision}"]), flush=True)
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,8 @@ import onnxruntime
 from healthgpt_edge import machine
 from healthgpt_edge.manifest import GENERATION
 
+from .commit import commit
+
 
 def options(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -30,6 +32,7 @@ def save(arguments: argparse.Namespace, name: str, passes: list[dict[str, Any]])
     if not arguments.out:
         return
     report = {
+        "commit": commit(),
         "machine": machine.description(),
         "versions": {"python": platform.python_version(), "onnxruntime": onnxruntime.__version__},
         "bundle": arguments.bundle.resolve().name,

@@ -27,6 +27,7 @@ from healthgpt_edge.evaluation import Outcome, evaluate, phantom_cases
 from healthgpt_edge.manifest import COMPREHENSION
 
 from . import phantom
+from .commit import commit
 
 CALIBRATED_WITH = 6  # phantoms, a CT and an MR slice of each, behind those that are evaluated
 DRAWN_FROM = 200  # the held-out phantoms, of which the first are evaluated
@@ -121,7 +122,8 @@ def main() -> None:
         if any(results[name] != setting for name, setting in settings.items()):
             raise SystemExit(f"{arguments.out} was measured with other settings: measure all rows")
     for name in arguments.row or EXPORTS:
-        results[name] = measure(name, arguments.work, arguments.answers, arguments.pictures)
+        results[name] = {"commit": commit()}
+        results[name] |= measure(name, arguments.work, arguments.answers, arguments.pictures)
         print(table_row(name, results[name]), flush=True)
     print("columns:", ", ".join(["bytes", *phantoms.QUESTIONS, *phantoms.INSTRUCTIONS]))
     if arguments.out:

@@ -32,6 +32,7 @@ from healthgpt_edge.drafting.costs import PassKind, RowCosts
 from healthgpt_edge.manifest import COMPREHENSION, GENERATION
 from healthgpt_edge.phantoms import held_out, questions
 
+from ..commit import commit
 from ..phantom import export
 from . import ids
 from .jobs import FreeRows, Job, jobs
@@ -185,7 +186,7 @@ def main() -> None:
         found = report["precisions"].setdefault(precision, {})
         if arguments.only != "ids":
             session = load(bundle, tasks=(GENERATION,), threads=arguments.threads, verify=False)
-            found |= {"executor": session.executor.name, "threads": arguments.threads}
+            found |= {"commit": commit(), "executor": session.executor.name, "threads": arguments.threads}
             found["second_question"] = ask(bundle, arguments.questions, arguments.threads)
             tallies = draw(session, arguments.timed)
             found["tasks"] = {task: {way: one.to_json() for way, one in ways.items()} for task, ways in tallies.items()}
@@ -193,6 +194,7 @@ def main() -> None:
             session = load(bundle, tasks=(GENERATION,), threads=arguments.threads, verify=False)
             state = arguments.work / f"ids-{precision}.json"
             ids.compare(session, arguments.pictures, state, arguments.minutes)
+            found["compared_commit"] = commit()
             found["compared"] = {task: one.to_json() for task, one in ids.read(state).items()}
         file.write_text(json.dumps(report, indent=1) + "\n")
     page = markdown(report)

@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
-import subprocess
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -21,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ..commit import commit
 from .device import Device, WrongResult, check
 from .linears import measure, measure_prefill
 from .pictures import Picture
@@ -206,11 +204,8 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     end = time.monotonic() + arguments.seconds
     device = Device(arguments.module)
-    commit = os.environ.get("COMMIT", "")  # for machines without git or without its history
-    if not commit and shutil.which("git"):
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     todo = parts(device)
-    results: dict[str, Any] = {"machine": device.description(), "commit": commit or None}
+    results: dict[str, Any] = {"machine": device.description(), "commit": commit()}
     results |= {"not_reached": [], "failed": {}} | {name: [] for name in todo}
 
     def write() -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import time
 import traceback
@@ -23,6 +22,7 @@ from typing import Any, NamedTuple
 import torch  # before onnxruntime, because it loads the CUDA libraries and cuDNN
 
 from benchmarks import full_size, phantom
+from benchmarks.commit import commit
 from benchmarks.systems import SYSTEMS
 from healthgpt_edge import bench, load, phantoms
 from healthgpt_edge.executors.onnx import DEVICES
@@ -107,7 +107,7 @@ def main() -> None:
     if arguments.export:
         export(cases, work)
         return
-    results: dict[str, Any] = {"commit": os.environ.get("COMMIT"), "not_reached": [], "failed": {}}
+    results: dict[str, Any] = {"commit": commit(), "not_reached": [], "failed": {}}
     if arguments.rehearse:
         results["rehearsal"] = "the host's fibers: the times mean nothing"
     else:
