@@ -1,4 +1,7 @@
-"""The goals of issue 3, each with its measured value, or "not measured" where a part of it is missing."""
+"""The goals set before the kernels were written, each with its measured value.
+
+It is "not measured" where a part of it is missing.
+"""
 
 from __future__ import annotations
 

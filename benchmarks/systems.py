@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class System:
-    """Sizes of one released system (HEALTHGPT.md); `ranks` by task."""
+    """Sizes of one released system (HealthGPT, arXiv 2502.09838, and its bases); `ranks` by task."""
 
     folder: str
     plugin_suffix: str  # of the names of the plugins' files

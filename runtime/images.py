@@ -39,7 +39,7 @@ def read_image(source: Any, *, frame: int | None = None, window: tuple[float, fl
     its full range (value / 257, rounded) unless `window` says otherwise. A PNG or JPEG of several pictures is refused.
     Arrays are uint8 [H, W] or [H, W, 3], or uint16 [H, W].
 
-    `frame` chooses a frame of a DICOM file, from 0, by default the first. `window` = (center, width), in the units
+    `frame` chooses a frame of a DICOM file, from 0, by default the first. `window` = (centre, width), in the units
     after rescaling (Hounsfield units for CT), replaces the window of a DICOM file; see `dicom.display.grayscale` for
     what is shown without it. Raises ImageError, which never quotes pixels or DICOM values.
     """
@@ -85,7 +85,7 @@ def read_study(source: str | os.PathLike[str] | bytes, *, frame: int | None = No
 def prepare(image: Image.Image, size: int, background: tuple[int, ...] = BACKGROUND) -> Pixels:
     """Pad `image` (RGB) to a centred square of `background`, resize it bicubically: uint8 [size, size, 3].
 
-    Equal to the original's preprocessing before its normalisation (HEALTHGPT.md, Vision). Raises ImageError.
+    Equal to the original's preprocessing before its normalisation. Raises ImageError.
     """
     if image.mode != "RGB":
         raise ImageError(f"expected an RGB picture, found mode {image.mode}")

@@ -56,7 +56,7 @@ def test_answers_and_pictures_are_far_above_chance(session):
 
 
 def test_drafts_give_the_same_pictures_in_fewer_passes(session):
-    """As many fewer as issue 6 asks for, on a machine where rows cost nothing: then time does not decide."""
+    """As many fewer as was aimed at, on a machine where rows cost nothing: then time does not decide."""
     session.drafts.costs = defaultdict(FreeRows)
     side = session.bundle.manifest.codes.grid
     subject = phantoms.held_out(1)[0]

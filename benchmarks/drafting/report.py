@@ -9,7 +9,8 @@ import numpy as np
 
 from ..tables import table
 
-# Issue 6: times fewer forward passes, times less wall clock, share of the first question's time.
+# The goals that were set before drafts were written: times fewer forward passes, times less wall clock, share of the
+# first question's time.
 FEWER_PASSES = {
     "reconstruct": 4.0,
     "super-resolve": 3.0,

@@ -36,7 +36,7 @@ class Model:
         parameters = llama_cpp.llama_context_default_params()
         parameters.n_ctx = parameters.n_batch = CONTEXT_TOKENS
         parameters.n_threads = parameters.n_threads_batch = threads
-        parameters.flash_attn_type = 0  # off, which is faster here (issue 3)
+        parameters.flash_attn_type = 0  # off, which was faster on the machine of the comparison (by hand)
         self._context = llama_cpp.llama_init_from_model(self._model, parameters)
         if not self._model or not self._context:
             raise SystemExit(f"llama.cpp cannot load {path.name}")

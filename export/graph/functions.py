@@ -46,7 +46,7 @@ def linear(data_type: int, bias: bool) -> FunctionProto:
 
 
 def hlora_linear(linear_type: int, adapter_type: int, bias: bool) -> FunctionProto:
-    """`y = x W + b + gate(x R) * (x A) B`, the H-LoRA linear (paper, section 3.3; HEALTHGPT.md).
+    """`y = x W + b + gate(x R) * (x A) B`, the H-LoRA linear (arXiv 2502.09838, section 3.3).
 
     Inputs, in the order every kernel gets them; scales are left out for float storage, the bias where there is none:
     x [B, S, C]; weight [C, O], weight_scale [C/block, O]; bias [O]; adapter_in [C, R + E] holding A then the router,

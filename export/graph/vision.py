@@ -2,7 +2,8 @@
 
 CLIP's tower up to the layer that the task reads, then the task's projector. Letters: B batch, P patches, T = P + 1
 tokens, K patch side, C tower width, H heads, D head size.
-Sources: Radford et al., 2021 (arXiv 2103.00020); the layer a task reads and the projector: HEALTHGPT.md.
+Sources: Radford et al., 2021 (arXiv 2103.00020). Of HealthGPT (arXiv 2502.09838): comprehension reads the last layer
+but one, generation the first; the projector is two linears with an exact GELU between.
 """
 
 from __future__ import annotations

@@ -167,7 +167,7 @@ def test_every_id_and_token_is_the_same(pair):
 
 @pytest.mark.parametrize("pair", ["phi3"], indirect=True)
 def test_real_phi3_ids(pair):
-    """The first new ids of HEALTHGPT.md, and the lone ▁ before a role token."""
+    """The first new ids of the original, behind the 32011 of its base, and the lone ▁ before a role token."""
     fast, _ = pair
     assert [fast.added_id(text) for text in ("<start_index>", "<idx_0>", "<idx_63>")] == [32011, 32012, 32075]
     assert fast.encode("<|system|>\nYou are") == [29871, 32006, 3492, 526]
