@@ -85,11 +85,11 @@ def check_size(width: int, height: int) -> None:
 
 
 def check_window(window: tuple[float, float]) -> tuple[float, float]:
-    """The window as (center, width), both finite and the width at least 1; otherwise ImageError."""
+    """The window as (centre, width), both finite and the width at least 1; otherwise ImageError."""
     try:
-        center, width = (float(value) for value in window)
+        centre, width = (float(value) for value in window)
     except (TypeError, ValueError):
-        raise ImageError("window must be two numbers, (center, width)") from None
-    if not (abs(center) < float("inf") and 1 <= width < float("inf")):
-        raise ImageError(f"window must be a finite center and a width of at least 1, got ({center}, {width})")
-    return center, width
+        raise ImageError("window must be two numbers, (centre, width)") from None
+    if not (abs(centre) < float("inf") and 1 <= width < float("inf")):
+        raise ImageError(f"window must be a finite centre and a width of at least 1, got ({centre}, {width})")
+    return centre, width

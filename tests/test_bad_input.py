@@ -670,10 +670,10 @@ REQUESTS = {
     ),
     "image: window of three": Bad(answer("--image", PICTURE, "--window", "1,2,3"), "--window must be CENTRE,WIDTH"),
     "image: window of no width": Bad(
-        image(lambda: encoded16(), "--window", "40,0"), "window must be a finite center and a width of at least 1"
+        image(lambda: encoded16(), "--window", "40,0"), "window must be a finite centre and a width of at least 1"
     ),
     "image: window of no number": Bad(
-        image(lambda: encoded16(), "--window", "nan,400"), "window must be a finite center and a width of at least 1"
+        image(lambda: encoded16(), "--window", "nan,400"), "window must be a finite centre and a width of at least 1"
     ),
     "image: window for a png of 8 bits": Bad(
         answer("--image", PICTURE, "--window", "40,400"),

@@ -47,10 +47,10 @@ def bench(
         return
     settings = report["settings"]
     title = f"{bundle} on {report['machine']['processor']}, {settings['threads']} threads, {settings['executor']}"
-    table = Table("row", "task", "p50 ms", "p90 ms", "p99 ms", "of", "G of", "", "share", title=title)
+    table = Table("row", "task", "p50 ms", "p90 ms", "p99 ms", "samples", "work", "of the ceiling", title=title)
     for row in report["rows"]:
-        cost = f"{row['cost'] / 1e9:.3g}" if "cost" in row else ""
+        work = f"{row['cost'] / 1e9:.3g} G {row['cost_unit']}" if "cost" in row else ""
         share = f"{row['share']:.0%}" if "share" in row else ""
         percentiles = (f"{row[name]:.2f}" for name in ("p50_ms", "p90_ms", "p99_ms"))
-        table.add_row(row["row"], row["task"], *percentiles, str(row["count"]), cost, row.get("cost_unit"), share)
+        table.add_row(row["row"], row["task"], *percentiles, str(row["count"]), work, share)
     print_table(table)

@@ -28,7 +28,8 @@ def export(
     block_size: Annotated[int, typer.Option(help="Block of int8 and int4: 32, 64 or 128.")] = 128,
     cache: Annotated[str | None, typer.Option(help="Keys and values: fp32, fp16 or int8; else by precision.")] = None,
     calibrate: Annotated[
-        Path | None, typer.Option(help="Folder of pictures (PNG, JPEG, DICOM) to round int4 for, over many minutes.")
+        Path | None,
+        typer.Option(help="Folder of pictures (PNG, JPEG, DICOM) to round int4 or int8 for; takes minutes."),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -36,7 +36,7 @@ def generate(
     image: InputImage = None,
     faithful: Annotated[bool, typer.Option("--faithful", help="Run free, as the original does.")] = False,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Where --faithful is cut; by default 76 tokens after the codes.")
+        int | None, typer.Option(min=1, help="Tokens at most, or the run is cut; by default 76 more than codes.")
     ] = None,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,

@@ -20,7 +20,9 @@ def verify(
     ] = None,
     against: Annotated[
         str | None,
-        typer.Option(help="The executor it is compared with, by default onnx; with itself, by its standard bodies."),
+        typer.Option(
+            help="What it is compared with: by default onnx on the CPU; by its standard bodies, if that is the same."
+        ),
     ] = None,
     device: Device = None,
     threads: Threads = None,

@@ -21,6 +21,8 @@ Levels = NDArray[np.uint8]
 Values = NDArray[np.floating[Any]]
 Indices = NDArray[np.int64]
 
+_GIVE_WINDOW = "give --window CENTRE,WIDTH, or window in Python and serve"
+
 
 def grayscale(
     stored: NDArray[Any], dataset: Dataset, frame: int, inverted: bool, window: tuple[float, float] | None
@@ -80,11 +82,11 @@ def palette(stored: NDArray[Any], dataset: Dataset) -> Levels:
     return picture
 
 
-def linear_window(values: Values, center: float, width: float) -> Values:
+def linear_window(values: Values, centre: float, width: float) -> Values:
     """The LINEAR function of PS3.3 C.11.2.1.2.1, onto 0..255; `width` at least 1."""
     if width == 1:
-        return np.asarray(np.where(values > center - 0.5, 255.0, 0.0))
-    return np.asarray(np.clip(((values - (center - 0.5)) / (width - 1) + 0.5) * 255, 0, 255))
+        return np.asarray(np.where(values > centre - 0.5, 255.0, 0.0))
+    return np.asarray(np.clip(((values - (centre - 0.5)) / (width - 1) + 0.5) * 255, 0, 255))
 
 
 def to_levels(values: NDArray[Any]) -> Levels:
@@ -99,19 +101,19 @@ def _codes(stored: NDArray[Any]) -> tuple[NDArray[Any], Indices]:
     return codes, every.view(np.dtype(f"{stored.dtype.kind}{unsigned.itemsize}")).astype(np.int64)
 
 
-def _window(values: Values, center: float, width: float, function: str) -> Values:
+def _window(values: Values, centre: float, width: float, function: str) -> Values:
     # Do what the file asks for, or refuse: in another window a picture may show another finding.
     least = 1 if function == "LINEAR" else np.finfo(np.float64).tiny
     if not width >= least:
         wanted = "at least 1" if function == "LINEAR" else "positive"
-        raise ImageError(f"the file's window width must be {wanted}; pass window=(center, width)")
+        raise ImageError(f"the file's window width must be {wanted}; {_GIVE_WINDOW}")
     if function == "LINEAR":
-        return linear_window(values, center, width)
+        return linear_window(values, centre, width)
     if function == "LINEAR_EXACT":
-        return np.asarray(np.clip(((values - center) / width + 0.5) * 255, 0, 255))
+        return np.asarray(np.clip(((values - centre) / width + 0.5) * 255, 0, 255))
     if function == "SIGMOID":
-        return np.asarray(255 / (1 + np.exp(np.clip(-4 * (values - center) / width, -700, 700))))
-    raise ImageError("expected the VOI function LINEAR, LINEAR_EXACT or SIGMOID; pass window=(center, width)")
+        return np.asarray(255 / (1 + np.exp(np.clip(-4 * (values - centre) / width, -700, 700))))
+    raise ImageError(f"expected the VOI function LINEAR, LINEAR_EXACT or SIGMOID; {_GIVE_WINDOW}")
 
 
 def _stretch(values: Values, shown: Values) -> Values:
@@ -167,10 +169,10 @@ def _modality(holder: Dataset, meaning: Indices) -> Values:
 
 
 def _first_window(holder: Dataset) -> tuple[float, float] | None:
-    centers, widths = _numbers(holder, "WindowCenter"), _numbers(holder, "WindowWidth")
-    if len(centers) != len(widths):
-        raise ImageError(f"expected a width for each window center, found {len(widths)} for {len(centers)}")
-    return (centers[0], widths[0]) if centers else None
+    centres, widths = _numbers(holder, "WindowCenter"), _numbers(holder, "WindowWidth")
+    if len(centres) != len(widths):
+        raise ImageError(f"expected a width for each window centre, found {len(widths)} for {len(centres)}")
+    return (centres[0], widths[0]) if centres else None
 
 
 def _numbers(holder: Dataset, keyword: str) -> list[float]:

@@ -133,6 +133,8 @@ def test_the_table_has_every_row(bundle, monkeypatch):
     assert outcome.code == 0, outcome.errors
     assert outcome.output.count("tg1@2") == 2 and "p99 ms" in outcome.output
     assert "comprehension" in outcome.output and "generation" in outcome.output and "…" not in outcome.output
+    assert all(heading in outcome.output for heading in ("samples", "work", "of the ceiling"))
+    assert " G bytes " in outcome.output
 
 
 def test_ceilings_of_this_machine():

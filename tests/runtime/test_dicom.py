@@ -15,16 +15,16 @@ RAMP = np.array([[-1024, -160, 40, 240, 3071]], dtype=np.int16)
 # ---- windows
 
 
-def linear(values, center, width):
+def linear(values, centre, width):
     """PS3.3 C.11.2.1.2.1, one value at a time, written as the standard writes it."""
     result = []
     for x in np.ravel(values).tolist():
-        if x <= center - 0.5 - (width - 1) / 2:
+        if x <= centre - 0.5 - (width - 1) / 2:
             y = 0
-        elif x > center - 0.5 + (width - 1) / 2:
+        elif x > centre - 0.5 + (width - 1) / 2:
             y = 255
         else:
-            y = ((x - (center - 0.5)) / (width - 1) + 0.5) * 255
+            y = ((x - (centre - 0.5)) / (width - 1) + 0.5) * 255
         result.append(round(y))
     return result
 
@@ -88,7 +88,9 @@ def test_linear_exact_and_sigmoid():
 
 def test_fractional_widths_are_fine_where_the_function_allows_them():
     data = dicom(RAMP, RescaleSlope="0.001", RescaleIntercept=0, WindowCenter="0.04", WindowWidth="0.4")
-    with pytest.raises(ImageError, match=r"the file's window width must be at least 1; pass window="):
+    with pytest.raises(
+        ImageError, match=r"the file's window width must be at least 1; give --window CENTRE,WIDTH, or window in Python"
+    ):
         read_image(data)
     exact = dicom(
         RAMP,
@@ -109,8 +111,8 @@ def test_an_unusable_window_in_the_file_is_refused_unless_replaced(width):
     assert levels(data, window=(40, 400)).ravel().tolist() == linear(RAMP, 40, 400)
 
 
-def test_a_center_without_a_width_is_refused():
-    with pytest.raises(ImageError, match="expected a width for each window center, found 0 for 1"):
+def test_a_centre_without_a_width_is_refused():
+    with pytest.raises(ImageError, match="expected a width for each window centre, found 0 for 1"):
         read_image(dicom(RAMP, WindowCenter=40))
 
 
@@ -270,14 +272,14 @@ def test_a_single_frame_is_frame_0():
 
 
 def test_functional_groups_hold_rescaling_and_window():
-    frames = [item(FrameVOILUTSequence=item(WindowCenter=center, WindowWidth=8))[0] for center in (1000, 1006)]
+    frames = [item(FrameVOILUTSequence=item(WindowCenter=centre, WindowWidth=8))[0] for centre in (1000, 1006)]
     shared = item(PixelValueTransformationSequence=item(RescaleSlope=1, RescaleIntercept=1000))
     data = dicom(
         FRAMES[:2], PerFrameFunctionalGroupsSequence=frames, SharedFunctionalGroupsSequence=shared, WindowCenter=1,
         WindowWidth=2,
     )  # fmt: skip
-    for frame, center in enumerate((1000, 1006)):
-        assert levels(data, frame=frame).ravel().tolist() == linear(FRAMES[frame] + 1000.0, center, 8)
+    for frame, centre in enumerate((1000, 1006)):
+        assert levels(data, frame=frame).ravel().tolist() == linear(FRAMES[frame] + 1000.0, centre, 8)
 
 
 def test_what_a_frame_says_goes_before_what_all_of_them_say():
@@ -382,7 +384,7 @@ def test_unusable_segmented_palettes_are_refused(words, message):
 def test_windows_are_for_grey():
     with pytest.raises(ImageError, match="window applies to greyscale, found a colour picture"):
         read_image(dicom(COLOURS), window=(40, 400))
-    with pytest.raises(ImageError, match="window must be a finite center and a width of at least 1"):
+    with pytest.raises(ImageError, match="window must be a finite centre and a width of at least 1"):
         read_image(dicom(RAMP), window=(40, 0))
 
 

@@ -285,11 +285,11 @@ def test_options_of_dicom_are_refused_for_other_files(options, message):
         ((40,), "window must be two numbers"),
         (40, "window must be two numbers"),
         (("a", 1), "window must be two numbers"),
-        ((float("nan"), 400), "window must be a finite center and a width of at least 1"),
-        ((40, float("nan")), "window must be a finite center and a width of at least 1"),
-        ((40, 0), "window must be a finite center and a width of at least 1"),
-        ((40, -5), "window must be a finite center and a width of at least 1"),
-        ((float("inf"), 5), "window must be a finite center and a width of at least 1"),
+        ((float("nan"), 400), "window must be a finite centre and a width of at least 1"),
+        ((40, float("nan")), "window must be a finite centre and a width of at least 1"),
+        ((40, 0), "window must be a finite centre and a width of at least 1"),
+        ((40, -5), "window must be a finite centre and a width of at least 1"),
+        ((float("inf"), 5), "window must be a finite centre and a width of at least 1"),
     ],
 )
 def test_unusable_windows_are_refused(window, message):
