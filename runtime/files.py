@@ -14,19 +14,32 @@ PRIVATE = 0o600
 
 
 @contextlib.contextmanager
-def written_whole(target: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
-    """A file that takes the place of `target` when the block is left, and leaves nothing behind where that fails."""
+def written_whole(target: Path, mode: int = 0o666, *, even_if_stopped: bool = False) -> Iterator[BinaryIO]:
+    """A file that takes the place of `target` when the block is left, and leaves nothing behind where that fails.
+
+    With `even_if_stopped` what was written until then, if anything, takes the place of `target` where the block fails.
+    """
     # In the same folder: a rename is atomic only within one file system.
     temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         with os.fdopen(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode), "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
+            try:
+                yield file
+            except BaseException:
+                if not (even_if_stopped and file.tell()):
+                    raise
+                _put(file, temporary, target)
+                raise
+            _put(file, temporary, target)
     finally:
         with contextlib.suppress(OSError, ValueError):
             temporary.unlink()
+
+
+def _put(file: BinaryIO, temporary: Path, target: Path) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+    temporary.replace(target)
 
 
 def flush_folder(folder: Path) -> None:

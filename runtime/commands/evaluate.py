@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +16,7 @@ from .options import BundlePath, Device, ExecutorName, Json, Kernels, Threads, T
 from .output import print_json, print_table, progress_bar, progress_of
 
 if TYPE_CHECKING:
+    from ..evaluation import Outcome
     from ..session import Session
 
 _PHANTOMS = "Held-out phantoms to {}, where there is no --cases."
@@ -88,19 +90,23 @@ def evaluate(
     else:
         with progress_of("check") as on_step:
             check_cases(asked, sessions, scored=against is None, on_step=on_step)
-    with progress_bar() as progress:
+    with ExitStack() as opened:
+        progress = opened.enter_context(progress_bar())
         bar = progress.add_task("cases", total=None)
+        file = opened.enter_context(written_whole(details, PRIVATE, even_if_stopped=True)) if details else None
+
+        def write(outcome: Outcome) -> None:
+            if file:
+                file.write(json.dumps(outcome.to_json()).encode() + b"\n")
+
         result = run(
             session,
             asked,
             against=reference,
             together=together,
             on_step=lambda stage, done, total: progress.update(bar, description=stage, completed=done, total=total),
+            on_outcome=write,
         )
-    if details is not None:
-        with written_whole(details, PRIVATE) as file:
-            for outcome in result.outcomes:
-                file.write(json.dumps(outcome.to_json()).encode() + b"\n")
     if as_json:
         print_json(result.to_json())
     else:

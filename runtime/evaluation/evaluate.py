@@ -78,8 +78,9 @@ def evaluate(
     against: Session | None = None,
     together: int = 1,
     on_step: OnStep = lambda stage, done, total: None,
+    on_outcome: Callable[[Outcome], None] = lambda outcome: None,
 ) -> Evaluation:
-    """Do every case, greedily, and score it.
+    """Do every case, greedily, and score it; `on_outcome` gets each as soon as that is done.
 
     Scores of answers are `exact` and `recall` (`scores.is_right` and `scores.recall`). Those of pictures are `psnr`
     (dB) and `ssim` beside the expected picture, which is made square and resized as inputs are, and `baseline_psnr` and
@@ -99,9 +100,11 @@ def evaluate(
         outcomes[number] = outcome
         if not against:
             outcome.pixels = None
+            on_outcome(outcome)
     if against:
         for number, reference in _outcomes(against, cases, together, partial(on_step, "reference")):
             _compare(outcomes[number], reference, session, against)
+            on_outcome(outcomes[number])
     return Evaluation([outcomes[number] for number in range(len(cases))])
 
 

@@ -20,6 +20,7 @@ from healthgpt_edge.evaluation.cases import question_case, task_case
 from healthgpt_edge.evaluation.divergence import next_tokens
 from healthgpt_edge.evaluation.scores import chance, is_right, picture_scores, psnr, recall, ssim
 from healthgpt_edge.images import prepare, read_image
+from healthgpt_edge.session import Session
 
 COM, GEN = Golden("m3_com_wide"), Golden("m3_gen_wide")
 WIDE, SQUARE = GOLDEN / "images/wide.png", GOLDEN / "images/square.png"
@@ -317,6 +318,24 @@ def test_a_case_that_fails_leaves_the_others(session, golden_bundle, tmp_path: P
     assert "error" in found[0] and "exact" not in found[0]
     assert found[1].keys() == {"id", "kind", "text", "expected", "exact", "recall"}
     assert details.stat().st_mode & 0o077 == 0  # answers are a patient's data
+
+
+def test_what_was_done_is_written_when_the_rest_is_not(golden_bundle, tmp_path: Path, monkeypatch) -> None:
+    """Signals are raised as exceptions, in the midst of anything."""
+    make = Session.generating
+
+    def stopped(*arguments: Any) -> Any:
+        raise KeyboardInterrupt
+        yield from make(*arguments)
+
+    monkeypatch.setattr(Session, "generating", stopped)
+    made = {"task": "generate", "instruction": GEN.question, "expected": str(WIDE)}
+    details = tmp_path / "details.jsonl"
+    words = ("--cases", written(tmp_path, ASK | {"max_new_tokens": 2}, made), "--details", details, "--threads", 1)
+    assert run("evaluate", golden_bundle("m3"), *words).code == 130
+    (only,) = [json.loads(line) for line in details.read_text().splitlines()]
+    assert only["id"] == 1 and "exact" in only
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cases.jsonl", "details.jsonl"]
 
 
 def test_the_command_compares_two_bundles(golden_bundle, rounded, tmp_path: Path) -> None:
