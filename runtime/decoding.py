@@ -13,7 +13,7 @@ import numpy as np
 
 from .checks import is_real, is_whole
 from .drafting import Drafter
-from .errors import GenerationError
+from .errors import GenerationError, OptionError
 from .executors import Choice, Context, RunAhead
 from .steps import Seat, Step, Steps, finish
 
@@ -32,11 +32,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not (is_real(self.temperature) and 0 <= self.temperature < float("inf")):
-            raise GenerationError(f"temperature must be 0 or a positive number, found {self.temperature!r:.40}")
+            raise OptionError(f"temperature must be 0 or a positive number, found {self.temperature!r:.40}")
         if not (is_real(self.top_p) and 0 < self.top_p <= 1):
-            raise GenerationError(f"top_p must be above 0 and at most 1, found {self.top_p!r:.40}")
+            raise OptionError(f"top_p must be above 0 and at most 1, found {self.top_p!r:.40}")
         if not (is_whole(self.seed) and self.seed >= 0):
-            raise GenerationError(f"seed must be 0 or above, found {self.seed!r:.40}")
+            raise OptionError(f"seed must be 0 or above, found {self.seed!r:.40}")
 
 
 class Grammar(Protocol):

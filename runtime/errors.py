@@ -7,19 +7,34 @@ from pathlib import Path
 
 
 class HealthGPTError(Exception):
-    """Base of every error raised on purpose; the command line turns it into exit code 2."""
+    """Base of every error raised on purpose; the command line turns it into exit code 2.
+
+    `kind` is what `serve` calls it.
+    """
+
+    kind = "request"
 
 
 class ImageError(HealthGPTError):
     """A picture cannot be read, is too large, or is of a kind that is not supported."""
 
+    kind = "picture"
+
+
+class OptionError(HealthGPTError):
+    """An option has a value that it cannot have, or does not go with the others."""
+
 
 class PromptError(HealthGPTError):
     """A question or instruction cannot be turned into token ids."""
 
+    kind = "words"
+
 
 class BundleError(HealthGPTError):
     """A bundle is damaged, unknown, or does not hold what was asked for."""
+
+    kind = "bundle"
 
 
 class CheckpointError(HealthGPTError):
@@ -29,9 +44,13 @@ class CheckpointError(HealthGPTError):
 class ExecutorError(HealthGPTError):
     """The engine that runs the graphs is missing or refused them."""
 
+    kind = "machine"
+
 
 class GenerationError(HealthGPTError):
     """The model's output is unusable: not finite, or not the codes of one image."""
+
+    kind = "model"
 
 
 class KeptError(HealthGPTError):
@@ -48,6 +67,8 @@ class RequestError(HealthGPTError):
 
 class Cancelled(HealthGPTError):
     """A request was given up by who made it."""
+
+    kind = "cancelled"
 
     def __init__(self) -> None:
         super().__init__("the request was cancelled")

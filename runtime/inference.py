@@ -13,7 +13,7 @@ from PIL import Image
 from .checks import is_whole
 from .decoding import Decoded, Grammar, Sampling, Selector, decoding
 from .drafting import Drafter, PassKind
-from .errors import BundleError, Cancelled, GenerationError, PromptError
+from .errors import BundleError, Cancelled, GenerationError, OptionError, PromptError
 from .executors import Context, Executor, Group
 from .images import prepare, read_if_any
 from .manifest import GENERATION
@@ -86,19 +86,19 @@ class Inference:
         clock: Clock,
         on_token: Callable[[int], None],
     ) -> None:
-        """Raises BundleError and GenerationError for what is asked amiss."""
+        """Raises BundleError and OptionError for what is asked amiss."""
         manifest = session.bundle.manifest
         if request.task not in manifest.tasks:
             raise BundleError(f"the bundle has no {request.task} plugin, only {', '.join(sorted(manifest.tasks))}")
         if not (is_whole(max_new_tokens) and max_new_tokens >= 1):
-            raise GenerationError(f"max_new_tokens must be at least 1, got {max_new_tokens!r:.40}")
+            raise OptionError(f"max_new_tokens must be at least 1, got {max_new_tokens!r:.40}")
         if request.faithful and request.task != GENERATION:
-            raise GenerationError("faithful is for pictures, got it with a question")
+            raise OptionError("faithful is for pictures, got it with a question")
         if not isinstance(request.sampling, Sampling | None):
-            raise GenerationError(f"sampling must be a Sampling or None, got {type(request.sampling).__name__}")
+            raise OptionError(f"sampling must be a Sampling or None, got {type(request.sampling).__name__}")
         self._group = request.groups(request.task) if request.groups else None
         if self._group and request.draft not in ("auto", "none"):
-            raise GenerationError(
+            raise OptionError(
                 f"draft must be auto or none for requests that are done together, got {request.draft!r:.40}"
             )
         self._session, self._manifest, self._request = session, manifest, request

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .checks import is_whole
-from .errors import GenerationError
+from .errors import OptionError
 from .executors import Context
 
 
@@ -38,7 +38,7 @@ class Prefixes:
 
     def __init__(self, limit_bytes: int) -> None:
         if not (is_whole(limit_bytes) and limit_bytes >= 0):
-            raise GenerationError(f"keep_pictures_bytes must be 0 or above, got {limit_bytes!r:.40}")
+            raise OptionError(f"keep_pictures_bytes must be 0 or above, got {limit_bytes!r:.40}")
         self.limit_bytes = limit_bytes
         self._contexts: OrderedDict[Prefix, Context] = OrderedDict()
         self._lock = threading.Lock()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .decoding import Sampling
 from .drafting import PICTURE_DRAFTS, TEXT_DRAFTS, check_draft
-from .errors import HealthGPTError
+from .errors import OptionError
 from .images import read_if_any, read_study
 from .results import Answer, Picture
 
@@ -66,38 +66,38 @@ def checked_request(
 
 
 def check_folder(out: Path) -> None:
-    """Raise HealthGPTError where no file can come to be at `out`: before minutes are spent on what to write there."""
+    """Raise OptionError where no file can come to be at `out`: before minutes are spent on what to write there."""
     if not out.parent.is_dir():
-        raise HealthGPTError(f"the folder to hold {out.name!r} does not exist")
+        raise OptionError(f"the folder to hold {out.name!r} does not exist")
     if not os.access(out.parent, os.W_OK | os.X_OK):
-        raise HealthGPTError(f"the folder to hold {out.name!r} cannot be written to")
+        raise OptionError(f"the folder to hold {out.name!r} cannot be written to")
 
 
 def refuse_the_image(target: Path, source: str | os.PathLike[str] | bytes | None, option: str, dashes: str) -> None:
-    """Raise HealthGPTError where `target`, which `option` would write, is the picture itself: a patient's is not lost.
+    """Raise OptionError where `target`, which `option` would write, is the picture itself: a patient's is not lost.
 
     `source` could be read.
     """
     if source is not None and not isinstance(source, bytes) and target.exists() and target.samefile(source):
-        raise HealthGPTError(f"{option} must not be the file of {dashes}image, got {target.name!r} for both")
+        raise OptionError(f"{option} must not be the file of {dashes}image, got {target.name!r} for both")
 
 
 def _is_dicom_target(out: Path, suffixes: tuple[str, ...], has_image: bool, dashes: str) -> bool:
-    """Whether `out` is to be DICOM, not PNG; HealthGPTError where its ending is another or it cannot be written."""
+    """Whether `out` is to be DICOM, not PNG; OptionError where its ending is another or it cannot be written."""
     as_dicom = out.suffix.lower() == ".dcm"
     if out.suffix.lower() not in suffixes:
-        raise HealthGPTError(f"{dashes}out must be a {' or '.join(suffixes)} file, got {out.name!r}")
+        raise OptionError(f"{dashes}out must be a {' or '.join(suffixes)} file, got {out.name!r}")
     if as_dicom and not has_image:
-        raise HealthGPTError(f"{dashes}out as .dcm takes patient and study from {dashes}image, which is missing")
+        raise OptionError(f"{dashes}out as .dcm takes patient and study from {dashes}image, which is missing")
     try:
         usable = b"\0" not in os.fsencode(out)
     except UnicodeEncodeError:
         usable = False
     if not usable:
-        raise HealthGPTError(f"{dashes}out must be a usable path, got {out.name!r}")
+        raise OptionError(f"{dashes}out must be a usable path, got {out.name!r}")
     check_folder(out)
     if out.is_dir():
-        raise HealthGPTError(f"{dashes}out must be a file, {out.name!r} is a folder")
+        raise OptionError(f"{dashes}out must be a file, {out.name!r} is a folder")
     return as_dicom
 
 

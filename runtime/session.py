@@ -14,7 +14,7 @@ from .bundle import Bundle
 from .checks import is_whole
 from .decoding import CodeGrid, FreeText, Grammar, Sampling
 from .drafting import Drafts
-from .errors import BundleError, ExecutorError, GenerationError, KeptError
+from .errors import BundleError, ExecutorError, GenerationError, KeptError, OptionError
 from .executors import Executor, Group, open_executor
 from .inference import Inference, Request, Run
 from .invariance import sequences_agree
@@ -29,7 +29,7 @@ from .steps import Steps, finish
 if TYPE_CHECKING:
     from .together import Together
 
-# The original's limits (HEALTHGPT.md); pictures of another size get the same slack over their codes.
+# The original's limits: 1024 new tokens, 1100 for a picture of 1024 codes. Other sizes get the same slack.
 DEFAULT_ANSWER_TOKENS = 1024
 CODE_SLACK_TOKENS = 76
 DEFAULT_TOGETHER = 4
@@ -38,7 +38,10 @@ MAX_THREADS = 1024
 
 
 class Session:
-    """A loaded bundle, all its tasks resident. Made by `load`."""
+    """A loaded bundle, all its tasks resident. Made by `load`.
+
+    Several threads may use it at once: each request gets what it gets alone, and their passes share the device.
+    """
 
     def __init__(
         self, bundle: Bundle, executor: Executor, tokenizer: Tokenizer, *, keep_pictures_bytes: int = 0
@@ -158,7 +161,7 @@ class Session:
         total = codes.grid * codes.grid
         most = total + CODE_SLACK_TOKENS if request.max_new_tokens is None else request.max_new_tokens
         if not request.faithful and not (is_whole(most) and most > total):
-            raise GenerationError(f"max_new_tokens must be at least {total + 1} for {total} codes, got {most!r:.40}")
+            raise OptionError(f"max_new_tokens must be at least {total + 1} for {total} codes, got {most!r:.40}")
         previews = Previews(codes.grid, self.executor.picture, on_preview) if on_preview else None
         values: list[int] = []
         count = 0
@@ -200,7 +203,7 @@ class Session:
         return ids, with_patches(ids, manifest.language.vocab, manifest.vision.patches)
 
     def together(self, limit: int = DEFAULT_TOGETHER) -> Together:
-        """Up to `limit` requests at a time, one pass for all of them. Raises GenerationError.
+        """Up to `limit` requests at a time, one pass for all of them. Raises OptionError.
 
             together = session.together()
             for path in paths:
@@ -300,7 +303,7 @@ def load(
     `executor` is onnx, on the `device` cpu or cuda, or tensorrt, on the engines that `healthgpt-edge build` made.
     `kernels=False` computes everything by ONNX Runtime's own nodes. With `keep_pictures_bytes` the session keeps the
     caches of pictures it was asked about, the last ones in so many bytes, and a request with the very same picture
-    starts after it; by default nothing outlives its request. Raises BundleError, ExecutorError, GenerationError.
+    starts after it; by default nothing outlives its request. Raises BundleError, ExecutorError, OptionError.
     """
     if threads is not None and not (is_whole(threads) and 1 <= threads <= MAX_THREADS):
         raise ExecutorError(f"threads must be from 1 to {MAX_THREADS}, got {threads!r:.40}")

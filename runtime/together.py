@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .checks import is_whole
-from .errors import GenerationError
+from .errors import OptionError
 from .executors import Group
 from .inference import Request
 from .manifest import COMPREHENSION, GENERATION
@@ -59,7 +59,7 @@ class Together:
 
     def __init__(self, session: Session, limit: int) -> None:
         if not (is_whole(limit) and 1 <= limit <= MAX_TOGETHER):
-            raise GenerationError(f"limit must be from 1 to {MAX_TOGETHER} requests, got {limit!r:.40}")
+            raise OptionError(f"limit must be from 1 to {MAX_TOGETHER} requests, got {limit!r:.40}")
         self.limit = limit
         self._session = session
         self._groups: dict[str, Group | None] = {}  # by task

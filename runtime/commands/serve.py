@@ -45,6 +45,7 @@ def serve(
         session.drafts.agree(task)
     if together > 1 and any(session.group(task, together) is None for task in tasks):
         note("requests are done one by one: this executor takes one sequence a pass, or rounds by how many there are")
+        together = 1
     # Who asks may be gone, as at the end of stdin.
     with suppress(ConnectionError):
         Server(session, sys.stdin.fileno(), sys.stdout.fileno(), together).run()

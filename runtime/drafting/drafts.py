@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from ..errors import GenerationError
+from ..errors import OptionError
 from ..executors import Executor
 from ..images import prepare
 from ..invariance import rows_agree
@@ -48,7 +48,7 @@ class Drafts:
     def for_picture(self, mode: str, kind: PassKind, image: Image.Image | None) -> Drafter | None:
         """A drafter for a picture made from `image` (None: from words); None for plain decoding.
 
-        Raises GenerationError, and BundleError if `image` must be encoded and the bundle has no encoder.
+        Raises OptionError, and BundleError if `image` must be encoded and the bundle has no encoder.
         """
         check_draft(mode, PICTURE_DRAFTS)
         codes = self.manifest.codes
@@ -59,7 +59,7 @@ class Drafts:
         encoded = mode == "input" or (mode == "auto" and self._encoding_pays(kind, image))
         if encoded:
             if image is None:
-                raise GenerationError("drafts from the input need a picture, got none")
+                raise OptionError("drafts from the input need a picture, got none")
             begin = time.perf_counter()
             grid = self._executor.draft(prepare(image, codes.image_size, self.manifest.vision.background))
             self._encoder_seconds = time.perf_counter() - begin
@@ -76,7 +76,7 @@ class Drafts:
         )
 
     def for_text(self, mode: str, kind: PassKind, prompt: Sequence[int]) -> Drafter | None:
-        """A drafter for the answer to `prompt`, token ids; None for plain decoding. Raises GenerationError."""
+        """A drafter for the answer to `prompt`, token ids; None for plain decoding. Raises OptionError."""
         check_draft(mode, TEXT_DRAFTS)
         if mode == "none":
             return None
@@ -100,6 +100,6 @@ class Drafts:
 
 
 def check_draft(mode: str, known: tuple[str, ...]) -> None:
-    """Raise GenerationError unless `mode` is one of PICTURE_DRAFTS or TEXT_DRAFTS, whichever are `known`."""
+    """Raise OptionError unless `mode` is one of PICTURE_DRAFTS or TEXT_DRAFTS, whichever are `known`."""
     if mode not in known:
-        raise GenerationError(f"draft must be one of {', '.join(known)}, got {mode!r:.40}")
+        raise OptionError(f"draft must be one of {', '.join(known)}, got {mode!r:.40}")

@@ -54,6 +54,7 @@ class Server:
             version=version("healthgpt-edge"),
             executor=self._session.executor.name,
             tasks=[_NAMES[task] for task in sorted(self._session.bundle.manifest.tasks)],
+            together=self._together.limit,
         )
         while self._begin():
             self._go_on()
@@ -74,7 +75,7 @@ class Server:
             assert isinstance(line, Line)
             said = _failed(error) if error else {"event": "result", **result}
             if line.is_cancelled:  # and may have failed for another reason since
-                said = _failed(Cancelled()) | {"cancelled": True}
+                said = _failed(Cancelled())
             self._begun.remove(line)  # while this is written it is too late to cancel it
             self._write_event(id=line.name, **said)
 
@@ -208,11 +209,13 @@ def _inline(pixels: np.ndarray) -> dict[str, str]:
 
 
 def _failed(error: Exception) -> dict[str, Any]:
-    if isinstance(error, (HealthGPTError, OSError, MemoryError)):  # a peer that is gone is found gone by this line, too
-        said = in_one_line(error)
+    if isinstance(error, HealthGPTError):
+        kind, said = error.kind, in_one_line(error)
+    elif isinstance(error, (OSError, MemoryError)):  # a peer that is gone is found gone by this line, too
+        kind, said = "machine", in_one_line(error)
     else:  # ours, but the next request may be served; its text may hold what was asked
-        said = f"internal error: {type(error).__name__}{_place(error)}"
-    return {"event": "error", "error": said}
+        kind, said = "internal", f"internal error: {type(error).__name__}{_place(error)}"
+    return {"event": "error", "error": said, "kind": kind}
 
 
 def _place(error: Exception) -> str:

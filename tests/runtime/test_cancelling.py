@@ -39,7 +39,7 @@ def session(golden_bundle):
 
 
 def cancelled(name: Any) -> dict[str, Any]:
-    return {"event": "error", "id": name, "error": "the request was cancelled", "cancelled": True}
+    return {"event": "error", "id": name, "error": "the request was cancelled", "kind": "cancelled"}
 
 
 def cancel(name: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from healthgpt_edge.decoding import CodeGrid, FreeText, Sampling, Selector, decode
-from healthgpt_edge.errors import GenerationError
+from healthgpt_edge.errors import GenerationError, OptionError
 from healthgpt_edge.executors import Choice
 
 GREEDY = Sampling()
@@ -78,7 +78,7 @@ def draw(scores: list[float], count: int, sampling: Sampling, first: int = 0) ->
     ],
 )
 def test_sampling_is_checked(options, message):
-    with pytest.raises(GenerationError) as caught:
+    with pytest.raises(OptionError) as caught:
         Sampling(**options)
     assert str(caught.value) == message
 

@@ -19,7 +19,7 @@ from healthgpt_edge import previews as previews_module
 from healthgpt_edge.drafting import PICTURE_DRAFTS, PassKind
 from healthgpt_edge.drafting import drafts as drafts_module
 from healthgpt_edge.drafting.costs import RowCosts
-from healthgpt_edge.errors import BundleError, GenerationError
+from healthgpt_edge.errors import BundleError, GenerationError, OptionError
 from healthgpt_edge.executors.onnx import OnnxExecutor
 from healthgpt_edge.prefixes import Prefix, Prefixes
 from healthgpt_edge.previews import Previews
@@ -109,7 +109,7 @@ def test_a_short_answer_is_decoded_plainly(session):
 @pytest.mark.parametrize("call", ["answer", "generate"])
 def test_a_draft_that_is_none(session, call):
     known = {"answer": "auto, lookup, none", "generate": "auto, input, jacobi, none"}[call]
-    text = message(GenerationError, lambda: getattr(session, call)(None, QUESTION, draft="magic"))
+    text = message(OptionError, lambda: getattr(session, call)(None, QUESTION, draft="magic"))
     assert text == f"draft must be one of {known}, got 'magic'"
 
 
@@ -132,7 +132,7 @@ def test_the_time_of_the_encoder_is_lost_unless_it_was_asked_for(golden_bundle, 
 
 
 def test_drafts_from_an_input_need_one(session):
-    text = message(GenerationError, lambda: session.generate(None, QUESTION, draft="input"))
+    text = message(OptionError, lambda: session.generate(None, QUESTION, draft="input"))
     assert text == "drafts from the input need a picture, got none"
 
 
@@ -396,7 +396,7 @@ def test_nothing_is_kept_unless_asked_for_nor_after_forgetting(golden_bundle, se
     keeping.answer(COM.image, QUESTION, max_new_tokens=1)
     keeping.forget_pictures()
     assert keeping.answer(COM.image, QUESTION, max_new_tokens=1).reused_tokens == 0
-    text = message(GenerationError, lambda: load(golden_bundle("m3"), keep_pictures_bytes=-1))
+    text = message(OptionError, lambda: load(golden_bundle("m3"), keep_pictures_bytes=-1))
     assert text == "keep_pictures_bytes must be 0 or above, got -1"
 
 

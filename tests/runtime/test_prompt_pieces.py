@@ -109,4 +109,4 @@ def test_a_peer_is_told_how_far_it_is_and_may_cancel_it(session):
         events = peer.end()
     assert first == {"event": "prompt", "id": 1, "tokens": first["tokens"], "of": first["of"]}
     assert first["tokens"] < second["tokens"] < second["of"] == first["of"]
-    assert events[-2]["cancelled"] and events[-1]["found"]
+    assert events[-2]["kind"] == "cancelled" and events[-1]["found"]

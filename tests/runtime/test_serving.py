@@ -24,7 +24,15 @@ from peer import ASK, QUESTION, line, process
 
 from healthgpt_edge import load, read_study
 from healthgpt_edge.commands.serve import serve
-from healthgpt_edge.errors import GenerationError
+from healthgpt_edge.errors import (
+    BundleError,
+    Cancelled,
+    ExecutorError,
+    GenerationError,
+    ImageError,
+    OptionError,
+    PromptError,
+)
 from healthgpt_edge.images import read_image
 from healthgpt_edge.serving import Server, channel
 
@@ -62,7 +70,7 @@ def refusal(session, request: dict[str, Any] | bytes) -> str:
     before, refused, after = events(session, {**ASK, "id": 1}, request, {**ASK, "id": 2})
     assert (before["event"], before["id"], after["event"], after["id"]) == ("result", 1, "result", 2)
     assert before["token_ids"] == after["token_ids"]
-    assert set(refused) == {"event", "id", "error"} and refused["event"] == "error"
+    assert set(refused) == {"event", "id", "error", "kind"} and refused["event"] == "error"
     assert refused["error"].isprintable()
     return refused["error"]
 
@@ -438,6 +446,30 @@ def test_an_error_of_ours_names_its_place_and_not_what_was_asked(session, monkey
     assert SECRET not in message
 
 
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (OptionError("x"), "request"),
+        (PromptError("x"), "words"),
+        (ImageError("x"), "picture"),
+        (GenerationError("x"), "model"),
+        (BundleError("x"), "bundle"),
+        (ExecutorError("x"), "machine"),
+        (MemoryError(), "machine"),
+        (OSError(28, "No space left on device"), "machine"),
+        (Cancelled(), "cancelled"),
+        (KeyError("x"), "internal"),
+    ],
+)
+def test_errors_have_a_kind_for_programs(session, monkeypatch, error, kind):
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(session, "generating", fail)
+    (said,) = events(session, {"task": "generate", "instruction": "x"})
+    assert (said["event"], said["kind"]) == ("error", kind)
+
+
 def test_too_little_memory_is_an_error_of_that_request(session, monkeypatch):
     def exhausted(*_: object, **__: object) -> None:
         raise MemoryError
@@ -495,9 +527,11 @@ def test_the_process_ends_with_its_requests(golden_bundle):
         "version": ready["version"],
         "executor": "onnx-cpu+kernels",
         "tasks": ["answer", "generate"],
+        "together": 1,
     }
     assert first["token_ids"] == COM.record["output_ids"][:4]
     assert [event["event"] for event in others] == ["error"] * 3
+    assert [event["kind"] for event in others] == ["picture", "request", "request"]
     assert SECRET not in others[0]["error"]
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from peer import ASK, Peer
 
 from healthgpt_edge import Sampling, load, machine
-from healthgpt_edge.errors import Cancelled, ExecutorError, GenerationError, ImageError
+from healthgpt_edge.errors import Cancelled, ExecutorError, ImageError, OptionError
 from healthgpt_edge.executors.onnx_group import OnnxGroup
 from healthgpt_edge.images import read_image
 from healthgpt_edge.invariance import sequences_agree
@@ -262,7 +262,7 @@ def test_nothing_is_left_of_what_was_done(session):
 
 @pytest.mark.parametrize("limit", [0, MAX_TOGETHER + 1, True, 2.0, "4", None])
 def test_how_many_is_checked(session, limit):
-    with pytest.raises(GenerationError, match=r"^limit must be from 1 to 64 requests, got "):
+    with pytest.raises(OptionError, match=r"^limit must be from 1 to 64 requests, got "):
         session.together(limit)
 
 
@@ -270,9 +270,7 @@ def test_an_answer_cannot_be_faithful(session):
     together = session.together()
     together.answer("words", None, "What?", faithful=True, max_new_tokens=4)
     (one,) = done(together).values()
-    assert (
-        isinstance(one.error, GenerationError) and str(one.error) == "faithful is for pictures, got it with a question"
-    )
+    assert isinstance(one.error, OptionError) and str(one.error) == "faithful is for pictures, got it with a question"
 
 
 def test_drafts_that_are_asked_for_are_refused(session):
