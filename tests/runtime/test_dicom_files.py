@@ -315,6 +315,18 @@ LIES = {
         encapsulated(JPEG_2000[: len(JPEG_2000) // 2], syntax=uid.JPEG2000Lossless),
         "cannot be read as DICOM: damaged or not supported (RuntimeError)",
     ),
+    "subsampled": (
+        encapsulated(JPEG_2000[:43] + b"\2" + JPEG_2000[44:], syntax=uid.JPEG2000Lossless),
+        "JPEG 2000 with subsampled components is not supported",
+    ),
+    "a film": (
+        encapsulated(JPEG, syntax=uid.MPEG2MPML),
+        "JPEG-LS, JPEG 2000 or RLE transfer syntax, found MPEG2 Main Profile / Main Level",
+    ),
+    "of another maker": (
+        encapsulated(JPEG).replace(b"1.2.840.10008.1.2.4.50", b"1.2.840.19998.1.2.4.50"),
+        "JPEG-LS, JPEG 2000 or RLE transfer syntax, found an unknown one",
+    ),
     "jpeg 2000 cut in its header": (
         encapsulated(JPEG_2000[:44], syntax=uid.JPEG2000Lossless),
         "the JPEG 2000 codestream is cut short",

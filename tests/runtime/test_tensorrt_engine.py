@@ -1,7 +1,8 @@
-"""What is said of an engine that TensorRT does not take. (TensorRT stands in for itself; none of this ran on a GPU.)"""
+"""What is said of an engine that TensorRT does not take, or of no GPU. (Doubles stand in for TensorRT and for CUDA.)"""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from healthgpt_edge.errors import ExecutorError
+from healthgpt_edge.executors.cuda import CudaDevice
 from healthgpt_edge.executors.tensorrt_engine import TensorRtEngine
 
 DEVICE: Any = SimpleNamespace(name="a GPU", compute_capability="8.9")
@@ -40,3 +42,15 @@ def test_an_engine_of_another_gpu_is_refused_with_what_to_do(found: int, reason:
     )
     with pytest.raises(ExecutorError, match=message):
         load("tensorrt-rtx", engine_header_size=4, get_engine_validity=lambda header: ("invalid", found))
+
+
+def test_a_machine_without_cuda_or_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    with pytest.raises(
+        ExecutorError, match=r"^device cuda needs the module cuda\.bindings: pip install 'healthgpt-edge"
+    ):
+        CudaDevice()
+    runtime = SimpleNamespace(cudaError_t=SimpleNamespace(cudaSuccess=0), cudaGetDeviceCount=lambda: (0, 0))
+    monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(runtime=runtime))
+    with pytest.raises(ExecutorError, match=r"^device cuda needs an NVIDIA GPU, found none$"):
+        CudaDevice()
