@@ -232,4 +232,5 @@ class _Export:
             },
             provenance=checkpoint.provenance() | ({"calibration": [f"{count} pictures"]} if count else {}),
             files=self.files,
+            own_sha256="",
         ).sealed()

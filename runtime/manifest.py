@@ -111,7 +111,7 @@ class Task:
 class Manifest:
     """Everything the runtime knows about a bundle before it opens another file of it.
 
-    own_sha256: of all the rest of it; empty in bundles from before there was one, which open unchecked.
+    own_sha256: of all the rest of it, given by `sealed`.
     """
 
     format: str
@@ -129,7 +129,7 @@ class Manifest:
     tasks: dict[str, Task]
     provenance: dict[str, Any]
     files: dict[str, FileEntry]
-    own_sha256: str = ""
+    own_sha256: str
 
     def sealed(self) -> Manifest:
         """This manifest with the hash of itself."""
@@ -155,7 +155,7 @@ class Manifest:
             raise BundleError(f"bundle format version must be {VERSION}, found {data.get('version')!r}")
         manifest = parse(cls, data, "bundle.json")
         _check(manifest)
-        if manifest.own_sha256 and manifest != manifest.sealed():
+        if manifest != manifest.sealed():
             expected, found = manifest.own_sha256[:16], manifest.sealed().own_sha256[:16]
             raise BundleError(f"bundle.json is damaged: SHA-256 must be {expected}..., found {found}...")
         return manifest

@@ -31,6 +31,7 @@ from command import Outcome, export_options, run
 from golden_cases import FILES, GOLDEN, arguments
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from sealed import seal
 
 from healthgpt_edge.images import write_image
 
@@ -406,13 +407,13 @@ ASK = ("answer", "--question", QUESTION, "--threads", 1)
 
 
 def manifest(change: Callable[[dict[str, Any]], object]) -> Change:
-    """Another manifest, without the hash of the one that was there."""
+    """Another manifest, with the hash of what it says now."""
 
-    def unsealed(data: dict[str, Any]) -> None:
+    def sealed(data: dict[str, Any]) -> None:
         change(data)
-        del data["own_sha256"]
+        seal(data)
 
-    return lambda bundle: edit_json(bundle / "bundle.json", unsealed)
+    return lambda bundle: edit_json(bundle / "bundle.json", sealed)
 
 
 def link(name: str) -> Change:

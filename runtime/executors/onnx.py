@@ -17,7 +17,7 @@ from ..bundle import Bundle
 from ..errors import ExecutorError, HealthGPTError
 from ..manifest import CACHE_TYPES, PRECISIONS, Manifest
 from .contract import Value, cache_values, graph_values
-from .onnx_context import OnnxContext, Sequence, first_line, return_freed_memory
+from .onnx_context import BoundSequence, OnnxContext, first_line, return_freed_memory
 from .onnx_group import OnnxGroup
 from .onnx_memory import Buffer, Caches
 
@@ -99,7 +99,7 @@ class OnnxExecutor:
         # On a GPU, sessions have one stream each, whose working memory passes share.
         self._lock: AbstractContextManager[Any] = threading.RLock() if self._device.is_gpu else nullcontext()
         # Of a GPU, what sequences have left: the CUDA graphs of one go with its memory.
-        self._left: dict[str, list[Sequence]] = {task: [] for task in tasks}
+        self._left: dict[str, list[BoundSequence]] = {task: [] for task in tasks}
         # The rest (a faithful run's vocabulary, the encoder for drafts) is opened by who asks for it first.
         self._sessions = {
             (task, role): self._open(task, role)
@@ -188,7 +188,7 @@ class OnnxExecutor:
     def _vocabulary(self, task: str) -> Callable[[np.ndarray], np.ndarray]:
         return lambda hidden: self.run(task, "vocabulary", {"hidden": hidden})[0]
 
-    def _sequence(self, task: str, image_features: np.ndarray | None) -> Sequence:
+    def _sequence(self, task: str, image_features: np.ndarray | None) -> BoundSequence:
         session, device, manifest = self.session(task, "language"), self._device, self.bundle.manifest
         # Where graphs are captured, all sequences are of one size: with room for an image, seen or not.
         patches = manifest.vision.patches if self._has_graphs else 1
@@ -202,9 +202,9 @@ class OnnxExecutor:
             caches = Caches(cache_values(manifest), device.memory, device.step_tokens)
             features = Buffer(np.ascontiguousarray(image_features[None]), device.memory)
             graphs = self._has_graphs if device.is_gpu else None
-            return Sequence(session, caches, features, device.memory, graphs)
+            return BoundSequence(session, caches, features, device.memory, graphs)
 
-    def _keep(self, task: str, sequence: Sequence) -> None:
+    def _keep(self, task: str, sequence: BoundSequence) -> None:
         """Take back what a sequence that is gone leaves; on the CPU that is freed."""
         if self._has_graphs:
             with self._lock:

@@ -96,7 +96,7 @@ class Pass:
             self._session.release_captured_graph(self._graph_id)
 
 
-class Sequence:
+class BoundSequence:
     """What a sequence takes: its caches, its image's features [1, P, C], and the passes that are bound to them.
 
     With `graphs` passes of few tokens are CUDA graphs, without they are not; None for a session that knows of none.
@@ -150,10 +150,10 @@ class OnnxContext:
 
     def __init__(
         self,
-        sequence: Sequence,
+        sequence: BoundSequence,
         vocabulary: Callable[[np.ndarray], np.ndarray],
         lock: AbstractContextManager[Any],
-        give_back: Callable[[Sequence], None],
+        give_back: Callable[[BoundSequence], None],
     ) -> None:
         self._sequence, self._vocabulary, self._lock = sequence, vocabulary, lock
         self._passes = 0

@@ -15,10 +15,12 @@ import torch
 from command import Outcome, run
 from onnx import TensorProto, helper
 from PIL import Image
+from sealed import seal
 
 from healthgpt_edge import phantoms
 from healthgpt_edge.bundle import Bundle
 from healthgpt_edge.errors import BundleError
+from healthgpt_edge.evaluation.scores import psnr
 from healthgpt_edge.export import calibrate
 from healthgpt_edge.export.bundle import export_bundle
 from healthgpt_edge.export.calibrate import INSTRUCTION, QUESTIONS, Moments, _embeddings, _layer, _pass
@@ -232,7 +234,7 @@ def test_an_int8_cache_bundle_answers_and_draws(commanded, tmp_path):
         drawn = command("generate", bundle, *words, "--certify", "--json").json
         assert drawn["certified"]
         with Image.open(tmp_path / "out.png") as made:
-            assert phantoms.psnr(np.asarray(made), task.target) > phantoms.psnr(task.baseline, task.target) + 3
+            assert psnr(np.asarray(made), task.target) > psnr(task.baseline, task.target) + 3
 
 
 def test_kernels_and_bodies_agree_on_int8_caches(commanded):
@@ -255,9 +257,11 @@ def test_int8_caches_are_kept_in_a_file_and_come_back(commanded, tmp_path):
 def test_a_manifest_that_contradicts_its_graphs_on_caches_is_refused(commanded, tmp_path):
     shutil.copytree(commanded / "bundle", tmp_path / "bundle")
     manifest = tmp_path / "bundle/bundle.json"
-    told = json.loads(manifest.read_text()) | {"own_sha256": ""}
+    told = json.loads(manifest.read_text())
     for precision, found in (("fp16", "float16 ['B', 4, 'M', 32] by the manifest, found int8"), ("fp32", "float32 [")):
-        manifest.write_text(json.dumps(told | {"cache_precision": precision}))
+        told["cache_precision"] = precision
+        seal(told)
+        manifest.write_text(json.dumps(told))
         outcome = run("answer", tmp_path / "bundle", "--question", "What is this?")
         assert outcome.code == 2 and outcome.output == ""
         assert f"comprehension.language.onnx: past_key_values.0.key must be {found}" in outcome.errors

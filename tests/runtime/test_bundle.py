@@ -18,6 +18,7 @@ import numpy as np
 import onnxruntime
 import pytest
 from command import run
+from sealed import seal
 
 from healthgpt_edge.bundle import Bundle
 from healthgpt_edge.errors import BundleError, ExecutorError, HealthGPTError
@@ -54,10 +55,10 @@ def flip(path: Path, at: float = 0.5) -> None:
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Another manifest, without the hash of the one that was there."""
+    """Another manifest, with the hash of what it says now."""
     data = json.loads((path / "bundle.json").read_bytes())
     change(data)
-    del data["own_sha256"]
+    seal(data)
     replace_bytes(path / "bundle.json", json.dumps(data).encode())
 
 
@@ -346,12 +347,15 @@ def test_damage_of_a_manifest_is_named(manifest_data):
     assert message.startswith(f"bundle.json is damaged: SHA-256 must be {data['own_sha256'][:16]}..., found ")
 
 
-def test_a_manifest_from_before_it_had_a_hash_is_read(manifest_data):
+def test_a_manifest_without_its_hash_is_refused(manifest_data):
     data = copy.deepcopy(manifest_data)
     del data["own_sha256"]
-    assert Manifest.from_json(json.dumps(data).encode()).sealed() == Manifest.from_json(
-        json.dumps(manifest_data).encode()
+    assert refusal(lambda: Manifest.from_json(json.dumps(data).encode())) == (
+        "bundle.json has unknown keys [] and lacks ['own_sha256']"
     )
+    data["own_sha256"] = ""
+    message = refusal(lambda: Manifest.from_json(json.dumps(data).encode()))
+    assert message.startswith("bundle.json is damaged: SHA-256 must be ..., found ")
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
