@@ -708,6 +708,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_damage_is_named(release, name):
     damage, message = DAMAGES[name]
     damage(release)
