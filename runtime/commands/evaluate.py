@@ -32,7 +32,7 @@ _COLUMNS = {
     "next tokens": [("next_tokens", "{:.2%}")],
     "nats": [("divergence", "{:.4f}")],
     "levels": [("levels", "{:.2f}")],
-    "of": [("total", "{:.0f}")],
+    "cases": [("total", "{:.0f}")],
 }
 
 
