@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -11,6 +11,9 @@ from ..errors import HealthGPTError
 from .loading import load_session
 from .options import BundlePath, Device, Json, Threads
 from .output import print_json, print_table, progress_bar, progress_of
+
+if TYPE_CHECKING:
+    from ..session import Session
 
 
 def verify(
@@ -42,12 +45,14 @@ def verify(
     if executor is not None:
         from ..acceptance import compare
 
-        own_threads = threads if executor == "onnx" else None  # the other one's, then
-        found = load_session(bundle, executor=executor, device=device, threads=own_threads, kernels=True, verify=False)
+        def load(name: str, device: str | None, kernels: bool) -> Session:
+            if name != "onnx":  # which alone has these options
+                return load_session(bundle, executor=name, device=device, kernels=True, verify=False)
+            return load_session(bundle, executor=name, device=device, threads=threads, kernels=kernels, verify=False)
+
+        found = load(executor, device, kernels=True)
         # The same executor on the same device is held to the graphs' standard bodies, not to itself.
-        kernels = against != executor or device == "cuda"
-        threads = threads if against == "onnx" else None
-        expected = load_session(bundle, executor=against, device=None, threads=threads, kernels=kernels, verify=False)
+        expected = load(against, None, kernels=against != executor or device == "cuda")
         if found.executor.name == expected.executor.name:
             raise HealthGPTError(f"{executor} must be compared with another, found {expected.executor.name} in both")
         with progress_bar() as progress:

@@ -13,6 +13,7 @@ from healthgpt_edge.acceptance import Report, compare
 from healthgpt_edge.bundle import Bundle
 from healthgpt_edge.errors import HealthGPTError
 from healthgpt_edge.executors.onnx import DEVICES
+from healthgpt_edge.executors.tensorrt import TensorRtExecutor
 from healthgpt_edge.export.bundle import export_bundle
 from healthgpt_edge.export.checkpoint import Checkpoint
 from healthgpt_edge.export.demo import PHANTOM
@@ -149,6 +150,17 @@ def test_nothing_is_compared_with_itself(sessions, tmp_path, monkeypatch):
     outcome = run("verify", sessions("int4")[0].bundle.path, "--executor", "onnx", "--threads", "1")
     assert (outcome.code, outcome.output) == (2, "")
     assert outcome.errors.endswith("error: onnx must be compared with another, found onnx-cpu in both\n")
+
+
+def test_engines_are_not_compared_with_themselves_either(sessions, monkeypatch):
+    """And --threads, an option of ONNX Runtime's, is not theirs to refuse."""
+    doubles, _ = sessions("fp32")
+    monkeypatch.setattr(TensorRtExecutor, "open", lambda bundle, tasks: doubles.executor)
+    words = ("--executor", "tensorrt", "--against", "tensorrt", "--threads", 1)
+    outcome = run("verify", doubles.bundle.path, *words)
+    name = doubles.executor.name
+    assert outcome.code == 2
+    assert outcome.errors == f"error: tensorrt must be compared with another, found {name} in both\n"
 
 
 def test_the_command_line_fails_closed(sessions, monkeypatch):
