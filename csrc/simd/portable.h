@@ -5,13 +5,8 @@
 #include <cmath>
 #include <cstdint>
 
+#define SIMD_IN_MEMORY  // the vectors here are arrays
 #include "simd/unroll.h"
-
-// The vectors here are arrays, which are not in registers.
-#undef SIMD_KEEP
-#undef SIMD_HOLD
-#define SIMD_HOLD(vector) asm volatile("" : "+m"(vector))
-#define SIMD_KEEP(vector) static_cast<void>(vector)
 
 namespace healthgpt {
 namespace {

@@ -6,8 +6,12 @@
 #define SIMD_INLINE_LAMBDA __attribute__((always_inline))
 
 // SIMD_KEEP keeps a sum in one register over the iterations of a loop; GCC 12 would otherwise copy all sums through
-// memory in every iteration. SIMD_HOLD does the same and also keeps a result that is never read.
-#if defined(__x86_64__)
+// memory in every iteration. SIMD_HOLD does the same and also keeps a result that is never read. Vectors that no
+// register holds (SIMD_IN_MEMORY) have nothing to keep.
+#if defined(SIMD_IN_MEMORY)
+#define SIMD_KEEP(vector) static_cast<void>(vector)
+#define SIMD_HOLD(vector) asm volatile("" : "+m"(vector))
+#elif defined(__x86_64__)
 #define SIMD_KEEP(vector) asm("" : "+v"(vector))
 #define SIMD_HOLD(vector) asm volatile("" : "+v"(vector))
 #elif defined(__aarch64__)

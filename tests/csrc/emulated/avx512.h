@@ -4,13 +4,8 @@
 #define SIMDE_ENABLE_NATIVE_ALIASES
 #include <simde/x86/avx512.h>
 
+#define SIMD_IN_MEMORY  // no register of AVX2 holds such a vector
 #include "simd/unroll.h"
-
-// No register of AVX2 holds such a vector.
-#undef SIMD_KEEP
-#undef SIMD_HOLD
-#define SIMD_HOLD(vector) asm volatile("" : "+m"(vector))
-#define SIMD_KEEP(vector) static_cast<void>(vector)
 
 namespace healthgpt {
 namespace {
