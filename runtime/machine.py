@@ -40,11 +40,8 @@ def version(package: str) -> str | None:
 
 def instruction_sets() -> str:
     """Those of this processor that the native kernels are built for; empty without the native module."""
-    try:
-        kernels: Any = importlib.import_module("healthgpt_edge._kernels")
-    except ImportError:
-        return ""
-    return " ".join(kernels.targets())
+    kernels = _native_module()
+    return " ".join(kernels.targets()) if kernels else ""
 
 
 def cores() -> int:
@@ -72,11 +69,16 @@ def arithmetic_rate(kind: str, threads: int) -> float | None:
 
 
 def _native(name: str, *arguments: int) -> float | None:
+    kernels = _native_module()
+    return float(getattr(kernels, name)(*arguments)) if kernels else None
+
+
+def _native_module() -> Any:
+    """The kernels for Python; None where they are not built."""
     try:
-        kernels: Any = importlib.import_module("healthgpt_edge._kernels")
+        return importlib.import_module("healthgpt_edge._kernels")
     except ImportError:
         return None
-    return float(getattr(kernels, name)(*arguments))
 
 
 def _processor() -> str:

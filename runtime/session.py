@@ -233,9 +233,9 @@ class Session:
 
         It is a patient's data, readable by the file's owner alone. Raises KeptError, also where nothing is kept.
         """
-        if not self.prefixes.kept():
-            raise KeptError(f"no picture is kept, within keep_pictures_bytes={self.prefixes.limit_bytes}")
         pictures = [(prefix, context.caches(prefix.length)) for prefix, context in self.prefixes.kept()]
+        if not pictures:
+            raise KeptError(f"no picture is kept, within keep_pictures_bytes={self.prefixes.limit_bytes}")
         write_kept(Path(path), self.bundle.manifest, self.executor.name, pictures)
 
     def restore_pictures(self, path: str | os.PathLike[str]) -> None:

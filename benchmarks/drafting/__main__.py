@@ -42,7 +42,7 @@ PRECISIONS = ("fp32", "int4")
 PLAIN, AUTO = "none", "auto"
 # auto as on a machine where rows cost nothing, up to so many.
 EVERY, WIDEST = "auto, 16 free rows", "auto, 64 free rows"
-PREFIX_CACHE_BYTES = 64 << 20
+KEEP_PICTURES_BYTES = 64 << 20
 
 
 @dataclass
@@ -110,7 +110,7 @@ def draw(session: Session, count: int) -> dict[str, dict[str, Tally]]:
 def ask(path: Path, count: int, threads: int) -> dict[str, Any]:
     """Time to the first piece of an answer, of the first question about a picture and of the others; ids compared."""
     options = {"tasks": (COMPREHENSION,), "threads": threads, "verify": False}
-    session = load(path, keep_pictures_bytes=PREFIX_CACHE_BYTES, **options)
+    session = load(path, keep_pictures_bytes=KEEP_PICTURES_BYTES, **options)
     without = load(path, **options)
     first_ms: list[float] = []
     later_ms: list[float] = []

@@ -11,7 +11,7 @@ from ..errors import BundleError, HealthGPTError, RequestError, in_one_line
 from ..images import read_if_any, read_image
 from ..manifest import COMPREHENSION, GENERATION, Manifest
 from ..phantoms import MAX_ANSWER_TOKENS, Question, Task, held_out, questions, tasks
-from ..serving.fields import INTEGER, PAIR, STRING, Tasks, take_id, take_task
+from ..serving.fields import INTEGER, PAIR, STRING, TASKS, Tasks, take_id, take_task
 from ..serving.lines import parse
 from ..session import Session
 
@@ -29,7 +29,6 @@ _BOTH = {
     "max_new_tokens": INTEGER,
 }
 _FIELDS: Tasks = {"answer": {"question": STRING, **_BOTH}, "generate": {"instruction": STRING, **_BOTH}}
-_TASKS = {"answer": COMPREHENSION, "generate": GENERATION}
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +94,7 @@ def _case(line: bytearray, number: int, folder: Path) -> Case:
     kind = fields.pop("kind", task)
     if not kind.isprintable():
         raise RequestError("kind must be printable, found control characters")
-    return Case(name=number if name is None else name, kind=kind, task=_TASKS[task], words=words, **fields)
+    return Case(name=number if name is None else name, kind=kind, task=TASKS[task], words=words, **fields)
 
 
 def check_cases(

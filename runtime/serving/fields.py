@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from ..checks import is_real, is_whole
 from ..errors import RequestError
+from ..manifest import COMPREHENSION, GENERATION
 from .lines import kind
 
 
@@ -42,6 +43,8 @@ _BOTH = {
     "out": STRING,
     "stream": FLAG,
 }
+# What a peer calls a task, and what the runtime does.
+TASKS = {"answer": COMPREHENSION, "generate": GENERATION}
 # The fields of each task. The first, if there is any, must be there.
 Tasks = dict[str, dict[str, Type]]
 _SERVED: Tasks = {

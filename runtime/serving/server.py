@@ -18,17 +18,15 @@ import numpy as np
 from ..errors import Cancelled, HealthGPTError, RequestError, in_one_line
 from ..images import png_bytes, write_image, write_report
 from ..machine import version
-from ..manifest import COMPREHENSION, GENERATION
 from ..requests import ANSWER, PICTURE, checked_request, result_fields
 from ..session import Session
 from ..steps import Steps
 from .channel import Channel, Line
-from .fields import take_id, take_task
+from .fields import TASKS, take_id, take_task
 from .lines import parse
 
 # Of what lines say and mean; a change that a peer has to know of counts it up.
 PROTOCOL = 1
-_NAMES = {COMPREHENSION: "answer", GENERATION: "generate"}
 
 Say = Callable[..., None]
 
@@ -53,7 +51,7 @@ class Server:
             protocol=PROTOCOL,
             version=version("healthgpt-edge"),
             executor=self._session.executor.name,
-            tasks=[_NAMES[task] for task in sorted(self._session.bundle.manifest.tasks)],
+            tasks=[name for name, task in TASKS.items() if task in self._session.bundle.manifest.tasks],
             together=self._together.limit,
         )
         while self._begin():
