@@ -15,7 +15,7 @@ import onnxruntime
 
 from ..bundle import Bundle
 from ..errors import ExecutorError, HealthGPTError
-from ..manifest import CACHE_TYPES, PRECISIONS, Manifest
+from ..manifest import CACHE_TYPES, GENERATION, PRECISIONS, Manifest
 from .contract import Value, cache_values, graph_values
 from .onnx_context import BoundSequence, OnnxContext, first_line, return_freed_memory
 from .onnx_group import OnnxGroup
@@ -199,7 +199,9 @@ class OnnxExecutor:
                 sequence = self._left[task].pop()
                 sequence.features.write(image_features[None])
                 return sequence
-            caches = Caches(cache_values(manifest), device.memory, device.step_tokens)
+            # Growing costs a GPU more than a hundred tokens, and all codes of a picture will come.
+            ahead = manifest.codes.grid**2 if task == GENERATION and manifest.codes and device.is_gpu else 0
+            caches = Caches(cache_values(manifest), device.memory, device.step_tokens, ahead=ahead)
             features = Buffer(np.ascontiguousarray(image_features[None]), device.memory)
             graphs = self._has_graphs if device.is_gpu else None
             return BoundSequence(session, caches, features, device.memory, graphs)

@@ -34,10 +34,16 @@ class Buffer:
 
 
 class Caches:
-    """Keys and values of some sequences, by what follows `past_` and `present_` in the graph; grown in steps."""
+    """Keys and values of some sequences, by what follows `past_` and `present_` in the graph; grown in steps.
 
-    def __init__(self, values: dict[str, Value], device: str, step_tokens: int, sequences: int = 1) -> None:
+    New ones have room for `ahead` tokens more than are asked for: those that are sure to come.
+    """
+
+    def __init__(
+        self, values: dict[str, Value], device: str, step_tokens: int, sequences: int = 1, ahead: int = 0
+    ) -> None:
         self._values, self._device, self._step_tokens, self._sequences = values, device, step_tokens, sequences
+        self._ahead = ahead
         self.buffers: dict[str, Buffer] = {}
         self.capacity = 0
 
@@ -52,7 +58,8 @@ class Caches:
         """
         if length <= self.capacity:
             return False
-        self.capacity = -(-length // self._step_tokens) * self._step_tokens
+        needed = length if self.capacity else length + self._ahead
+        self.capacity = -(-needed // self._step_tokens) * self._step_tokens
         sizes: dict[int | str, int] = {"B": self._sequences, "M": self.capacity}
         for name, value in self._values.items():
             grown = _zeros(tuple(int(sizes.get(size, size)) for size in value.shape), np.dtype(value.type))

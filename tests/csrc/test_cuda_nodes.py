@@ -223,6 +223,20 @@ def test_memory_and_graphs_are_used_again(bundles, cuda, monkeypatch):
         np.testing.assert_array_equal(one[:, :, :320], rows[name])
 
 
+def test_the_caches_of_a_picture_have_room_for_its_codes(bundles, cuda, monkeypatch):
+    """Growing them on a GPU takes as long as a hundred codes."""
+    monkeypatch.setitem(DEVICES, "cuda", DEVICES["cuda"]._replace(step_tokens=16))
+    session = load(bundles / "fp16", tasks=("generation",), threads=1, verify=False, device="cuda")
+    context = session.executor.context("generation", None)
+    context.forward(np.arange(7))
+    size = context.memory_bytes
+    context.length = 7 + session.bundle.manifest.codes.grid**2 - 1
+    context.forward(np.array([3]))
+    assert context.memory_bytes == size
+    context.forward(np.arange(16))
+    assert context.memory_bytes > size
+
+
 def test_a_pass_of_drafts_has_the_bits_of_plain_steps(bundles, cuda):
     session = load(bundles / "fp16", tasks=("comprehension",), threads=1, verify=False, device="cuda")
     assert session.drafts.agree("comprehension")
