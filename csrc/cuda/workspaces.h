@@ -16,8 +16,8 @@ namespace healthgpt::cuda {
 class Workspaces {
  public:
   // Each use has a piece of its own, because each keeps a different number of zeroed counters at the start. Attention
-  // adds its number of counters to kAttention.
-  enum Use : int64_t { kDecode = 0, kPrefill = 1, kAttention = 2 };
+  // adds its number of counters to kAttention, group norm subtracts its own from kGroupNorm.
+  enum Use : int64_t { kGroupNorm = -1, kDecode = 0, kPrefill = 1, kAttention = 2 };
 
   static std::shared_ptr<Workspaces> Get();
 

@@ -8,9 +8,9 @@ namespace healthgpt::cuda {
 
 int64_t HLoraPrefillWorkspaceBytes(const HLoraLinearArguments& arguments);
 
-// The arguments are those of HLoraLinear, without norm, pairing or residual. The workspace need not begin with zeros.
-// x and gate(x R) * (x A) are rounded to 16 bits, as in the original, and so are integer weights (to float16). Sums and
-// the gate are float32.
+// The arguments are those of HLoraLinear. The workspace need not begin with zeros.
+// x, normalised or paired, and gate(x R) * (x A) are rounded to 16 bits, as in the original, and so are integer weights
+// (to float16). Sums and the gate are float32.
 Status HLoraPrefill(const HLoraLinearArguments& arguments, Stream stream);
 
 }  // namespace healthgpt::cuda

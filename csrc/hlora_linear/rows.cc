@@ -5,9 +5,6 @@
 namespace healthgpt::cuda {
 
 Status HLoraLinearRows(HLoraLinearArguments arguments, Workspaces& workspaces, Stream stream) {
-  if (arguments.normalise || arguments.pair_input || arguments.residual != nullptr) {
-    return "[hlora_linear] a linear of any number of rows takes no norm, pairing or residual";
-  }
   if (arguments.rows > kMostExactRows) {
     arguments.workspace_bytes = HLoraPrefillWorkspaceBytes(arguments);
     arguments.workspace = workspaces.Reserve(stream, Workspaces::kPrefill, arguments.workspace_bytes);
@@ -18,8 +15,9 @@ Status HLoraLinearRows(HLoraLinearArguments arguments, Workspaces& workspaces, S
     arguments.workspace_bytes = HLoraLinearWorkspaceBytes(arguments);
     arguments.workspace = workspaces.Reserve(stream, Workspaces::kDecode, arguments.workspace_bytes);
     if (const Status wrong = HLoraLinear(arguments, stream)) return wrong;
-    arguments.x += arguments.rows * arguments.weight.channels;
+    arguments.x += arguments.rows * arguments.weight.channels * (arguments.pair_input ? 2 : 1);
     arguments.y += arguments.rows * arguments.weight.outputs;
+    if (arguments.residual != nullptr) arguments.residual += arguments.rows * arguments.weight.outputs;
   }
   return nullptr;
 }

@@ -13,8 +13,8 @@ constexpr int kHLoraLinearVersion = 1;
 // The most rows of a pass with drafts (runtime/drafting/pace.py). Each of them must have the bits of a plain step.
 constexpr int64_t kMostExactRows = 64;
 
-// Up to kMostExactRows rows go through cuda.h, more through prefill.h, which needs cuBLASLt. Takes no norm, pairing or
-// residual. Throws if there is no working memory.
+// Up to kMostExactRows rows go through cuda.h, more through prefill.h, which needs cuBLASLt. Throws if there is no
+// working memory.
 Status HLoraLinearRows(HLoraLinearArguments arguments, Workspaces& workspaces, Stream stream);
 
 }  // namespace healthgpt::cuda

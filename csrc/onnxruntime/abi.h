@@ -57,7 +57,8 @@ struct OrtApi {
   void* gap_63;
   OrtStatus* (*GetTensorShapeElementCount)(const OrtTensorTypeAndShapeInfo* info, size_t* count);
   OrtStatus* (*GetTensorTypeAndShape)(const OrtValue* value, OrtTensorTypeAndShapeInfo** info);
-  void* gap_66[20];
+  void* gap_66[19];
+  OrtStatus* (*KernelInfoGetAttribute_float)(const OrtKernelInfo* info, const char* name, float* value);
   OrtStatus* (*KernelInfoGetAttribute_int64)(const OrtKernelInfo* info, const char* name, int64_t* value);
   void* gap_87[3];
   OrtStatus* (*KernelContext_GetInput)(const OrtKernelContext* context, size_t index, const OrtValue** value);
@@ -126,6 +127,7 @@ HEALTHGPT_IS_AT(OrtApi, GetDimensionsCount, 61);
 HEALTHGPT_IS_AT(OrtApi, GetDimensions, 62);
 HEALTHGPT_IS_AT(OrtApi, GetTensorShapeElementCount, 64);
 HEALTHGPT_IS_AT(OrtApi, GetTensorTypeAndShape, 65);
+HEALTHGPT_IS_AT(OrtApi, KernelInfoGetAttribute_float, 85);
 HEALTHGPT_IS_AT(OrtApi, KernelInfoGetAttribute_int64, 86);
 HEALTHGPT_IS_AT(OrtApi, KernelContext_GetInput, 90);
 HEALTHGPT_IS_AT(OrtApi, KernelContext_GetOutput, 91);

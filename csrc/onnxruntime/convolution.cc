@@ -1,8 +1,6 @@
 // The nodes of the VQGAN's 3x3 convolutions (export/graph/functions.py) on the CPU, by the launcher convolution.h.
 #include "convolution/convolution.h"
 
-#include <array>
-
 #include "onnxruntime/kernels.h"
 #include "onnxruntime/operator.h"
 
@@ -13,13 +11,6 @@ constexpr Operand kOperands[] = {
     {"x", kOrtFloat32},           {"weight", kOrtUndefined},  {"bias", kOrtFloat32},
     {"norm_weight", kOrtFloat32}, {"norm_bias", kOrtFloat32}, {"residual", kOrtFloat32},
 };
-
-template <size_t count>
-constexpr std::array<Operand, count> FirstOperands() {
-  std::array<Operand, count> operands = {};
-  for (size_t i = 0; i < count; ++i) operands[i] = kOperands[i];
-  return operands;
-}
 
 // The four nodes differ in the number of their operands and in the size of the result.
 struct Plain {
@@ -45,7 +36,7 @@ struct Residual {
 
 template <class Node>
 class ConvolutionKernel {
-  static constexpr auto kOperandArray = FirstOperands<Node::kOperandCount>();
+  static constexpr auto kOperandArray = FirstOperands<Node::kOperandCount>(kOperands);
   static constexpr bool kNormed = Node::kOperandCount > 3;
 
  public:

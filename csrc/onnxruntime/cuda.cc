@@ -10,8 +10,10 @@ const char* Provider() { return "CUDAExecutionProvider"; }
 #endif
 
 std::vector<const OrtCustomOp*> Operators() {
-  return {CudaLinearOperator(), CudaHLoraLinearOperator(), CudaCachedAttentionOperator(cuda::Storage::kFloat16),
-          CudaCachedAttentionOperator(cuda::Storage::kInt8)};
+  std::vector<const OrtCustomOp*> operators = {CudaLinearOperator(), CudaNormSwishOperator()};
+  for (const OrtCustomOp* one : CudaHLoraLinearOperators()) operators.push_back(one);
+  for (const OrtCustomOp* one : CudaCachedAttentionOperators()) operators.push_back(one);
+  return operators;
 }
 
 }  // namespace healthgpt

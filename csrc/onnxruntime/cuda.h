@@ -10,8 +10,9 @@
 namespace healthgpt {
 
 const OrtCustomOp* CudaLinearOperator();
-const OrtCustomOp* CudaHLoraLinearOperator();
-const OrtCustomOp* CudaCachedAttentionOperator(cuda::Storage cache);
+std::vector<const OrtCustomOp*> CudaHLoraLinearOperators();
+std::vector<const OrtCustomOp*> CudaCachedAttentionOperators();
+const OrtCustomOp* CudaNormSwishOperator();
 
 inline cuda::Stream StreamOf(const Call& call) { return static_cast<cuda::Stream>(call.Stream()); }
 

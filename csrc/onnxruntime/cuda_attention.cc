@@ -1,4 +1,4 @@
-// The node CachedAttention on a GPU, by cached_attention/cuda.h.
+// The nodes CachedAttention and PackedCachedAttention on a GPU, by cached_attention/cuda.h.
 #include "cached_attention/cuda.h"
 #include "onnxruntime/attention_node.h"
 #include "onnxruntime/cuda.h"
@@ -20,8 +20,10 @@ class CudaAttention {
   }
 
   void operator()(Arguments arguments, Call& call) const {
-    arguments.query_stride = arguments.heads * arguments.head_size;
-    arguments.key_stride = arguments.value_stride = arguments.kv_heads * arguments.head_size;
+    if (arguments.query_stride == 0) {  // query, key and value are apart
+      arguments.query_stride = arguments.heads * arguments.head_size;
+      arguments.key_stride = arguments.value_stride = arguments.kv_heads * arguments.head_size;
+    }
     arguments.workspace_bytes = cuda::CachedAttentionWorkspaceBytes(arguments);
     const cuda::Stream stream = StreamOf(call);
     const int64_t use = cuda::Workspaces::kAttention + arguments.batch * arguments.kv_heads;
@@ -35,9 +37,11 @@ class CudaAttention {
 
 }  // namespace
 
-const OrtCustomOp* CudaCachedAttentionOperator(cuda::Storage cache) {
-  return cache == cuda::Storage::kInt8 ? Operator<CachedAttentionKernel<CudaAttention<cuda::Storage::kInt8>>>()
-                                       : Operator<CachedAttentionKernel<CudaAttention<cuda::Storage::kFloat16>>>();
+std::vector<const OrtCustomOp*> CudaCachedAttentionOperators() {
+  using Halves = CudaAttention<cuda::Storage::kFloat16>;
+  using Bytes = CudaAttention<cuda::Storage::kInt8>;
+  return {Operator<CachedAttentionKernel<Halves>>(), Operator<CachedAttentionKernel<Halves, true>>(),
+          Operator<CachedAttentionKernel<Bytes>>(), Operator<CachedAttentionKernel<Bytes, true>>()};
 }
 
 }  // namespace healthgpt

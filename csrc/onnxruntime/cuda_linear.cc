@@ -1,4 +1,4 @@
-// The nodes Linear and HLoraLinear on a GPU, by hlora_linear/rows.h.
+// The node Linear and those with an H-LoRA linear on a GPU, by hlora_linear/rows.h.
 #include "hlora_linear/rows.h"
 #include "onnxruntime/cuda.h"
 #include "onnxruntime/linear_node.h"
@@ -79,6 +79,10 @@ class CudaLinear {
     arguments.weight = weight_->Of(operands.weight);
     arguments.bias = operands.bias;
     arguments.y = operands.y;
+    arguments.normalise = operands.normalise;
+    arguments.epsilon = operands.epsilon;
+    arguments.pair_input = operands.pair_input;
+    arguments.residual = operands.residual;
     if (operands.experts > 0) {
       arguments.adapter_in = adapter_in_->Of(operands.adapter_in);
       arguments.adapter_out = adapter_out_->Of(operands.adapter_out);
@@ -94,6 +98,6 @@ class CudaLinear {
 }  // namespace
 
 const OrtCustomOp* CudaLinearOperator() { return Operator<LinearKernel<CudaLinear>>(); }
-const OrtCustomOp* CudaHLoraLinearOperator() { return Operator<HLoraLinearKernel<CudaLinear>>(); }
+std::vector<const OrtCustomOp*> CudaHLoraLinearOperators() { return HLoraLinearOperators<CudaLinear>(); }
 
 }  // namespace healthgpt

@@ -43,6 +43,6 @@ struct CpuLinear {
 }  // namespace
 
 const OrtCustomOp* LinearOperator() { return Operator<LinearKernel<CpuLinear>>(); }
-const OrtCustomOp* HLoraLinearOperator() { return Operator<HLoraLinearKernel<CpuLinear>>(); }
+const OrtCustomOp* HLoraLinearOperator() { return Operator<HLoraLinearKernel<CpuLinear, AloneNode>>(); }
 
 }  // namespace healthgpt

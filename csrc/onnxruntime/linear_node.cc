@@ -37,15 +37,19 @@ MatrixOperand ReadMatrix(const Tensor& values, const Tensor& scales, int64_t blo
 
 }  // namespace
 
-LinearOperands ReadLinear(Call& call, int64_t block_size, int64_t experts) {
+LinearOperands ReadLinear(Call& call, int64_t block_size, int64_t experts, const Around& around) {
   const Tensor x = call.Input(0), bias = call.Input(3);
   LinearOperands operands;
   operands.weight = ReadMatrix(call.Input(1), call.Input(2), block_size);
   const int64_t channels = operands.weight.channels, outputs = operands.weight.outputs;
-  if (x.rank == 0 || x.shape[x.rank - 1] != channels) {
-    throw std::invalid_argument("x must end in " + std::to_string(channels) + " channels, found " + x.ShapeText());
+  const int64_t width = around.pair_input ? 2 * channels : channels;
+  if (x.rank == 0 || x.shape[x.rank - 1] != width) {
+    throw std::invalid_argument("x must end in " + std::to_string(width) + " channels, found " + x.ShapeText());
   }
-  operands.rows = x.elements / channels;
+  operands.rows = x.elements / width;
+  operands.normalise = around.normalise;
+  operands.epsilon = around.epsilon;
+  operands.pair_input = around.pair_input;
   operands.x = x.As<float>();
   if (bias.given) {
     bias.Expect({outputs});
@@ -67,6 +71,13 @@ LinearOperands ReadLinear(Call& call, int64_t block_size, int64_t experts) {
   int64_t shape[Tensor::kMostDimensions];
   std::copy_n(x.shape, x.rank, shape);
   shape[x.rank - 1] = outputs;
+  if (around.residual) {
+    const Tensor residual = call.Input(8);
+    bool same = residual.rank == x.rank;
+    for (size_t i = 0; same && i < x.rank; ++i) same = residual.shape[i] == shape[i];
+    if (!same) throw std::invalid_argument("residual must have the shape of the result, found " + residual.ShapeText());
+    operands.residual = residual.As<float>();
+  }
   operands.y = static_cast<float*>(call.Output(0, shape, x.rank));
   return operands;
 }

@@ -1,4 +1,5 @@
-// The nodes healthgpt::Linear and healthgpt::HLoraLinear (export/graph/functions.py), for the CPU and for a GPU.
+// The nodes healthgpt::Linear, healthgpt::HLoraLinear and those around the latter (export/graph/functions.py), for the
+// CPU and for a GPU.
 #pragma once
 
 #include "onnxruntime/operator.h"
@@ -23,6 +24,16 @@ struct LinearOperands {
   int64_t experts = 0;          // 0 for a linear without adapters
   MatrixOperand adapter_in;     // (C, R + E)
   MatrixOperand adapter_out;    // (R, O)
+  bool normalise = false;       // replaces x by x / sqrt(mean(x^2) + epsilon)
+  float epsilon = 0;
+  bool pair_input = false;          // x is (S, 2 C) and stands for silu(x[:, :C]) * x[:, C:]
+  const float* residual = nullptr;  // (S, O) or null, added to the result
+};
+
+// What a node does around its linear.
+struct Around {
+  bool normalise = false, pair_input = false, residual = false;
+  float epsilon = 0;
 };
 
 constexpr Operand kHLoraLinearInputs[] = {
@@ -34,18 +45,18 @@ constexpr Operand kHLoraLinearInputs[] = {
     {"adapter_in_scale", kOrtFloat32, kOrtOptional},
     {"adapter_out", kOrtUndefined},
     {"adapter_out_scale", kOrtFloat32, kOrtOptional},
+    {"residual", kOrtFloat32},
 };
 
 // The operands of a node; without experts only the first four inputs. Throws if shapes or types do not fit together.
-LinearOperands ReadLinear(Call& call, int64_t block_size, int64_t experts);
+LinearOperands ReadLinear(Call& call, int64_t block_size, int64_t experts, const Around& around = {});
 
 // A Launcher(attributes, has_adapters) is made with the session and called as launcher(operands, call).
 template <class Launcher>
 class LinearKernel {
  public:
   static constexpr const char* kName = "Linear";
-  static constexpr Operand kInputs[] = {kHLoraLinearInputs[0], kHLoraLinearInputs[1], kHLoraLinearInputs[2],
-                                        kHLoraLinearInputs[3]};
+  static constexpr auto kInputs = FirstOperands<4>(kHLoraLinearInputs);
   static constexpr Operand kOutputs[] = {{"y", kOrtFloat32}};
 
   // Float matrices have no blocks, so they ignore the attribute.
@@ -59,23 +70,54 @@ class LinearKernel {
   Launcher launcher_;
 };
 
-template <class Launcher>
-class HLoraLinearKernel {
- public:
+// The nodes with an H-LoRA linear.
+struct AloneNode {
   static constexpr const char* kName = "HLoraLinear";
-  static constexpr auto& kInputs = kHLoraLinearInputs;
+  static constexpr Around kAround = {};
+};
+struct NormNode {
+  static constexpr const char* kName = "NormHLoraLinear";
+  static constexpr Around kAround = {true, false, false};
+};
+struct ResidualNode {
+  static constexpr const char* kName = "ResidualHLoraLinear";
+  static constexpr Around kAround = {false, false, true};
+};
+struct SwigluResidualNode {
+  static constexpr const char* kName = "SwigluResidualHLoraLinear";
+  static constexpr Around kAround = {false, true, true};
+};
+
+template <class Launcher, class Node>
+class HLoraLinearKernel {
+  static constexpr auto kOperands = FirstOperands<Node::kAround.residual ? 9 : 8>(kHLoraLinearInputs);
+
+ public:
+  static constexpr const char* kName = Node::kName;
+  static constexpr const auto& kInputs = kOperands;
   static constexpr Operand kOutputs[] = {{"y", kOrtFloat32}};
 
   explicit HLoraLinearKernel(const Attributes& attributes)
       : block_size_(attributes.Integer("block_size", 0, INT64_MAX)),
         experts_(attributes.Integer("experts", 1, INT32_MAX)),
-        launcher_(attributes, true) {}
+        launcher_(attributes, true) {
+    if (around_.normalise) around_.epsilon = attributes.Positive("epsilon");
+  }
 
-  void Compute(Call& call) const { launcher_(ReadLinear(call, block_size_, experts_), call); }
+  void Compute(Call& call) const { launcher_(ReadLinear(call, block_size_, experts_, around_), call); }
 
  private:
   int64_t block_size_, experts_;
+  Around around_ = Node::kAround;
   Launcher launcher_;
 };
+
+// The operators of all nodes with an H-LoRA linear, by one launcher.
+template <class Launcher>
+std::vector<const OrtCustomOp*> HLoraLinearOperators() {
+  return {Operator<HLoraLinearKernel<Launcher, AloneNode>>(), Operator<HLoraLinearKernel<Launcher, NormNode>>(),
+          Operator<HLoraLinearKernel<Launcher, ResidualNode>>(),
+          Operator<HLoraLinearKernel<Launcher, SwigluResidualNode>>()};
+}
 
 }  // namespace healthgpt

@@ -1,6 +1,7 @@
 #include "onnxruntime/operator.h"
 
 #include <atomic>
+#include <cfloat>
 
 namespace healthgpt {
 namespace {
@@ -79,6 +80,15 @@ int64_t Attributes::Integer(const char* name, int64_t smallest, int64_t largest)
   if (value < smallest || value > largest) {
     throw std::invalid_argument(std::string(name) + " must be from " + std::to_string(smallest) + " to " +
                                 std::to_string(largest) + ", found " + std::to_string(value));
+  }
+  return value;
+}
+
+float Attributes::Positive(const char* name) const {
+  float value = 0.0f;
+  Check(api_, api_.KernelInfoGetAttribute_float(info_, name, &value));
+  if (!(value >= 0.0f && value <= FLT_MAX)) {
+    throw std::invalid_argument(std::string(name) + " must be 0 or a positive number, found " + std::to_string(value));
   }
   return value;
 }

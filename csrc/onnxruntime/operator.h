@@ -14,6 +14,7 @@
 // used. A graph may come from anyone, so a kernel checks every shape before it passes a pointer on.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <exception>
@@ -37,6 +38,15 @@ struct Operand {
   OrtElementType type;  // kOrtUndefined accepts every type
   OrtCharacteristic characteristic = kOrtRequired;
 };
+
+// The first of some operands, for nodes that differ in their number.
+template <size_t count, size_t all>
+constexpr std::array<Operand, count> FirstOperands(const Operand (&operands)[all]) {
+  static_assert(count <= all);
+  std::array<Operand, count> first = {};
+  for (size_t i = 0; i < count; ++i) first[i] = operands[i];
+  return first;
+}
 
 // A view of an input.
 struct Tensor {
@@ -67,6 +77,8 @@ class Attributes {
   Attributes(const OrtApi& api, const OrtKernelInfo* info) : api_(api), info_(info) {}
   // The integer attribute `name`. Throws if it is missing or out of range.
   int64_t Integer(const char* name, int64_t smallest, int64_t largest) const;
+  // The float attribute `name`. Throws if it is missing, negative or not finite.
+  float Positive(const char* name) const;
   // The input at `index`; not `given` if it is not a constant of the graph.
   Tensor Constant(size_t index, const Operand& operand) const;
 

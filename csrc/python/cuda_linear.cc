@@ -73,7 +73,8 @@ int64_t LinearWorkspaceBytes(int64_t rows, const StoredMatrix& weight, const Sto
 // The operands that all launchers have. x is (S, C), or (S, 2 C) for pairs.
 Arguments Operands(const py::object& x, const StoredMatrix& weight, const py::object& y, const py::object& bias,
                    const StoredMatrix* adapter_in, const StoredMatrix* adapter_out, int64_t experts,
-                   const py::object& expert_of, const py::object& route_bias, bool pair_input = false) {
+                   const py::object& expert_of, const py::object& route_bias, std::optional<float> epsilon,
+                   bool pair_input, const py::object& residual) {
   const std::vector<int64_t> shape = DeviceArray("x", x).shape();
   if (shape.size() != 2) throw py::value_error("x must have 2 dimensions");
   Arguments arguments = Matrices(shape[0], weight, adapter_in, adapter_out, experts);
@@ -86,6 +87,10 @@ Arguments Operands(const py::object& x, const StoredMatrix& weight, const py::ob
     arguments.expert_of = given.data<int32_t>();
   }
   arguments.route_bias = OptionalFloats("route_bias", route_bias, {experts});
+  arguments.normalise = epsilon.has_value();
+  arguments.epsilon = epsilon.value_or(0.0f);
+  arguments.pair_input = pair_input;
+  arguments.residual = OptionalFloats("residual", residual, {arguments.rows, weight.matrix.outputs});
   return arguments;
 }
 
@@ -99,12 +104,8 @@ void HLoraLinear(const py::object& x, const StoredMatrix& weight, const py::obje
                  const py::object& bias, const StoredMatrix* adapter_in, const StoredMatrix* adapter_out,
                  int64_t experts, const py::object& expert_of, const py::object& route_bias,
                  std::optional<float> epsilon, bool pair_input, const py::object& residual, uintptr_t stream) {
-  Arguments arguments =
-      Operands(x, weight, y, bias, adapter_in, adapter_out, experts, expert_of, route_bias, pair_input);
-  arguments.residual = OptionalFloats("residual", residual, {arguments.rows, weight.matrix.outputs});
-  arguments.normalise = epsilon.has_value();
-  arguments.epsilon = epsilon.value_or(0.0f);
-  arguments.pair_input = pair_input;
+  Arguments arguments = Operands(x, weight, y, bias, adapter_in, adapter_out, experts, expert_of, route_bias, epsilon,
+                                 pair_input, residual);
   GiveWorkspace(workspace, arguments);
   Raise(cuda::HLoraLinear(arguments, StreamOf(stream)));
 }
@@ -117,18 +118,22 @@ int64_t PrefillWorkspaceBytes(int64_t rows, const StoredMatrix& weight, const St
 
 void HLoraPrefill(const py::object& x, const StoredMatrix& weight, const py::object& y, const py::object& workspace,
                   const py::object& bias, const StoredMatrix* adapter_in, const StoredMatrix* adapter_out,
-                  int64_t experts, const py::object& expert_of, const py::object& route_bias, uintptr_t stream) {
-  Arguments arguments = Operands(x, weight, y, bias, adapter_in, adapter_out, experts, expert_of, route_bias);
+                  int64_t experts, const py::object& expert_of, const py::object& route_bias,
+                  std::optional<float> epsilon, bool pair_input, const py::object& residual, uintptr_t stream) {
+  Arguments arguments = Operands(x, weight, y, bias, adapter_in, adapter_out, experts, expert_of, route_bias, epsilon,
+                                 pair_input, residual);
   GiveWorkspace(workspace, arguments);
   Raise(cuda::HLoraPrefill(arguments, StreamOf(stream)));
 }
 
 void HLoraLinearRows(const py::object& x, const StoredMatrix& weight, const py::object& y, const py::object& bias,
                      const StoredMatrix* adapter_in, const StoredMatrix* adapter_out, int64_t experts,
-                     const py::object& expert_of, const py::object& route_bias, uintptr_t stream) {
+                     const py::object& expert_of, const py::object& route_bias, std::optional<float> epsilon,
+                     bool pair_input, const py::object& residual, uintptr_t stream) {
   // Never freed: at the end of the process CUDA may already be gone.
   static auto& workspaces = *new std::shared_ptr(cuda::Workspaces::Get());
-  const Arguments arguments = Operands(x, weight, y, bias, adapter_in, adapter_out, experts, expert_of, route_bias);
+  const Arguments arguments = Operands(x, weight, y, bias, adapter_in, adapter_out, experts, expert_of, route_bias,
+                                       epsilon, pair_input, residual);
   Raise(cuda::HLoraLinearRows(arguments, *workspaces, StreamOf(stream)));
 }
 #endif
@@ -161,12 +166,14 @@ void BindLinear(py::module_& module) {
   module.def("hlora_prefill", &HLoraPrefill, py::arg("x"), py::arg("weight"), py::arg("y"), py::arg("workspace"),
              py::arg("bias") = py::none(), py::arg("adapter_in") = py::none(), py::arg("adapter_out") = py::none(),
              py::arg("experts") = 0, py::arg("expert_of") = py::none(), py::arg("route_bias") = py::none(),
+             py::arg("epsilon") = py::none(), py::arg("pair_input") = false, py::arg("residual") = py::none(),
              py::arg("stream") = 0,
              "y [S, O] = x W + b + gate(x R) * (x A) B for many rows, by cuBLASLt. Operands as in "
              "csrc/hlora_linear/cuda.h.");
   module.def("hlora_linear_rows", &HLoraLinearRows, py::arg("x"), py::arg("weight"), py::arg("y"),
              py::arg("bias") = py::none(), py::arg("adapter_in") = py::none(), py::arg("adapter_out") = py::none(),
              py::arg("experts") = 0, py::arg("expert_of") = py::none(), py::arg("route_bias") = py::none(),
+             py::arg("epsilon") = py::none(), py::arg("pair_input") = false, py::arg("residual") = py::none(),
              py::arg("stream") = 0,
              "y [S, O] = x W + b + gate(x R) * (x A) B for any number of rows, with its own working memory for each "
              "stream. Operands as in csrc/hlora_linear/cuda.h.");

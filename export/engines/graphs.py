@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError, Message
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, inliner, numpy_helper
 
 from healthgpt_edge.bundle import Bundle
 from healthgpt_edge.errors import ExecutorError
 
 from ..graph.builder import DOMAIN
+from ..graph.functions import FUSED
 
 # Bits per value, by type, of what weight files hold.
 _BITS = {
@@ -29,7 +30,7 @@ _PLACE = ["length", "location", "offset"]
 
 
 def read_graph(bundle: Bundle, file: str) -> ModelProto:
-    """A graph of the bundle, checked to keep its external data in the bundle's own files.
+    """A graph of the bundle, checked to keep its external data in the bundle's own files; FUSED nodes as their bodies.
 
     Nothing checks this later: `values_of` and TensorRT's parser follow whatever path is given. Raises ExecutorError.
     """
@@ -42,6 +43,19 @@ def read_graph(bundle: Bundle, file: str) -> ModelProto:
     for tensor in _tensors_in(model):
         if tensor.data_location == TensorProto.EXTERNAL:
             _check_place(tensor, bundle, file)
+    return _unfused(model)
+
+
+def _unfused(model: ModelProto) -> ModelProto:
+    """The model with the bodies of the nodes FUSED in their place: TensorRT fuses by itself."""
+    present = [(DOMAIN, function.name) for function in model.functions if function.name in FUSED]
+    if not present:
+        return model
+    model = inliner.inline_selected_functions(model, present)
+    used = {name for node in model.graph.node for name in node.input} | {entry.name for entry in model.graph.output}
+    kept = [node for node in model.graph.node if used.intersection(node.output)]
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
     return model
 
 

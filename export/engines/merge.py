@@ -67,7 +67,9 @@ class _Plugin:
         self.types = tuple(tensor and tensor.data_type for tensor in given)
         arrays = [tensor and values_of(tensor, folder) for tensor in given]
         if not _are_adapters(arrays, self.experts, self.block_size):
-            raise ExecutorError(f"node {node.name} must have the matrices of an H-LoRA linear, found others")
+            raise ExecutorError(
+                f"the linear of {input_at(node, 1)} must have an H-LoRA linear's matrices, found others"
+            )
         adapter_in, self.in_scale, adapter_out, self.out_scale = arrays
         self.own_rank = adapter_out.shape[0]
         self._more = ((0, 0), (0, -self.own_rank % rank_multiple))

@@ -78,9 +78,14 @@ class GraphBuilder:
             self._initializers[key] = file.put(key, data_type, produce).initializer(key)
         return key
 
-    def call(self, function: FunctionProto, *inputs: str, **attributes: Any) -> Any:
-        """Append a node of domain `healthgpt` that carries `function` as its standard body."""
-        self._functions[function.name] = function
+    def call(
+        self, function: FunctionProto, *inputs: str, within: Sequence[FunctionProto] = (), **attributes: Any
+    ) -> Any:
+        """Append a node of domain `healthgpt` that carries `function` as its standard body.
+
+        `within` are the functions that the body calls.
+        """
+        self._functions |= {one.name: one for one in (function, *within)}
         return self.op(function.name, *inputs, outputs=len(function.output), domain=DOMAIN, **attributes)
 
     def model(self) -> ModelProto:

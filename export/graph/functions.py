@@ -1,8 +1,10 @@
 """The named nodes of the graphs, as ONNX functions of standard operators.
 
 Any runtime can run the bodies below; one that has a kernel for a name in the domain `healthgpt` runs that on the same
-inputs instead. A body is generated for the types that its graph stores. B batch, S sequence, C channels in, O
-channels out, R rank, E experts, H heads, K key/value heads, D head size, M cache capacity.
+inputs instead. A body is generated for the types that its graph stores. Some bodies are other named nodes and what
+stands around these (`FUSED`): who has a kernel for the whole launches one in place of several, others have one for the
+part. B batch, S sequence, C channels in, O channels out, R rank, E experts, H heads, K key/value heads, D head size, M
+cache capacity.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ from ..quantize import is_quantised
 from .builder import DOMAIN, OPSET
 
 # What the text of every body begins with.
-HEADER = f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>'
+HEADER = f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}, "{DOMAIN}" : 1]>'
+# The nodes whose bodies hold other named nodes.
+FUSED = ("NormHLoraLinear", "ResidualHLoraLinear", "SwigluResidualHLoraLinear", "PackedCachedAttention")
 
 
 def _stored(name: str, data_type: int) -> tuple[str, str]:
@@ -88,6 +92,67 @@ def hlora_linear(linear_type: int, adapter_type: int, bias: bool) -> FunctionPro
             y = Add ({base}, expansion)
         }}
     """)
+
+
+_HLORA_MATRICES = "weight, weight_scale, bias, adapter_in, adapter_in_scale, adapter_out, adapter_out_scale"
+
+
+def _around_hlora(
+    name: str, linear_type: int, adapter_type: int, before: str, rows: str, after: str = "", **more: str
+) -> FunctionProto:
+    """An `HLoraLinear` of `rows`, which `before` makes of x, giving `product`, of which `after` makes y.
+
+    more: the inputs and the attributes that the node has besides.
+    """
+    # ONNX Runtime takes the types of an input from where it is used first, and calls of functions take no INT4 there.
+    # (The shapes are not needed, and left out when a session optimises its graph.)
+    types = {"weight": linear_type, "adapter_in": adapter_type, "adapter_out": adapter_type}
+    typed = [f"{one}_shape = Shape ({one})" for one, kind in types.items() if kind == TensorProto.INT4]
+    return parser.parse_function(f"""
+        {HEADER}
+        {name} <block_size, experts{more.get("attributes", "")}> (
+            x, {_HLORA_MATRICES}{more.get("inputs", "")}
+        ) => (y) {{
+            {" ".join(typed)}
+            {before}
+            {"product" if after else "y"} = {DOMAIN}.HLoraLinear
+                <block_size: int = @block_size, experts: int = @experts> ({rows}, {_HLORA_MATRICES})
+            {after}
+        }}
+    """)
+
+
+def norm_hlora_linear(linear_type: int, adapter_type: int, channels: int) -> FunctionProto:
+    """`HLoraLinear` of x / sqrt(mean(x^2) + epsilon), the RMS norm without its weight, which the matrices hold.
+
+    Inputs and attributes are those of `HLoraLinear`, and epsilon.
+    """
+    norm = f"""
+        width = Constant <value_ints = [{channels}]> ()
+        ones = ConstantOfShape <value = float[1] {{1}}> (width)
+        normed = RMSNormalization <axis = -1, epsilon: float = @epsilon> (x, ones)
+    """
+    return _around_hlora("NormHLoraLinear", linear_type, adapter_type, norm, "normed", attributes=", epsilon")
+
+
+_ADD_RESIDUAL = "y = Add (residual, product)"
+
+
+def residual_hlora_linear(linear_type: int, adapter_type: int) -> FunctionProto:
+    """`HLoraLinear` plus residual [B, S, O]."""
+    return _around_hlora("ResidualHLoraLinear", linear_type, adapter_type, "", "x", _ADD_RESIDUAL, inputs=", residual")
+
+
+def swiglu_residual_hlora_linear(linear_type: int, adapter_type: int) -> FunctionProto:
+    """`HLoraLinear` of silu(gate) * up, plus residual [B, S, O]; x [B, S, 2C] is gate, then up."""
+    swiglu = """
+        gate, up = Split <axis = -1, num_outputs = 2> (x)
+        share = Sigmoid (gate)
+        swish = Mul (gate, share)
+        activated = Mul (swish, up)
+    """
+    name = "SwigluResidualHLoraLinear"
+    return _around_hlora(name, linear_type, adapter_type, swiglu, "activated", _ADD_RESIDUAL, inputs=", residual")
 
 
 # The start of every body of CachedAttention: split heads and apply rotary positions.
@@ -181,6 +246,26 @@ def cached_attention(cache_type: int) -> FunctionProto:
     """)
 
 
+def packed_cached_attention(cache_type: int) -> FunctionProto:
+    """`CachedAttention` of packed [B, S, (H + 2K) D]: query, then key, then value.
+
+    Attributes are those of `CachedAttention`, and sizes: of query, key and value, H*D, K*D and K*D.
+    """
+    pasts, presents = (", ".join(f"{time}_{kind}" for kind in caches(cache_type)) for time in ("past", "present"))
+    return parser.parse_function(f"""
+        {HEADER}
+        PackedCachedAttention <heads, kv_heads, window, sizes> (
+            packed, cosine, sine, past_length, visible, {pasts}
+        ) => (output, {presents}) {{
+            split_at = Constant <value_ints: ints = @sizes> ()
+            query, key, value = Split <axis = -1> (packed, split_at)
+            output, {presents} = {DOMAIN}.CachedAttention
+                <heads: int = @heads, kv_heads: int = @kv_heads, window: int = @window>
+                (query, key, value, cosine, sine, past_length, visible, {pasts})
+        }}
+    """)
+
+
 GROUP_NORM_EPSILON = 1e-6
 
 
@@ -196,28 +281,40 @@ def _convolve(data_type: int) -> str:
     """
 
 
-# Group normalisation as an instance normalisation of the groups: ONNX Runtime has no CPU kernel for GroupNormalization,
-# and its standard body takes 1.7 times as long.
+def norm_swish() -> FunctionProto:
+    """swish(group_norm(x)) of x [B, H, W, C]; norm_weight and norm_bias [C]. Attribute: groups, which divides C."""
+    # As an instance normalisation of the groups: ONNX Runtime has no CPU kernel for GroupNormalization, and that one's
+    # standard body takes 1.7 times as long.
+    return parser.parse_function(f"""
+        {HEADER}
+        NormSwish <groups> (x, norm_weight, norm_bias) => (y) {{
+            groups_scalar = Constant <value_int: int = @groups> ()
+            keep = Constant <value_ints = [0]> ()
+            last = Constant <value_ints = [-1]> ()
+            groups_vector = Reshape (groups_scalar, last)
+            by_group = Concat <axis = 0> (keep, groups_vector, last)
+            one = ConstantOfShape <value = float[1] {{1}}> (groups_vector)
+            zero = ConstantOfShape <value = float[1] {{0}}> (groups_vector)
+            picture = Transpose <perm = [0, 3, 1, 2]> (x)
+            grouped = Reshape (picture, by_group)
+            normed_groups = InstanceNormalization <epsilon = {GROUP_NORM_EPSILON:.7f}> (grouped, one, zero)
+            picture_shape = Shape (picture)
+            normed = Reshape (normed_groups, picture_shape)
+            column = Constant <value_ints = [-1, 1, 1]> ()
+            scale = Reshape (norm_weight, column)
+            shift = Reshape (norm_bias, column)
+            scaled = Mul (normed, scale)
+            shifted = Add (scaled, shift)
+            gate = Sigmoid (shifted)
+            swish = Mul (shifted, gate)
+            y = Transpose <perm = [0, 2, 3, 1]> (swish)
+        }}
+    """)
+
+
 _NORM_SWISH = f"""
-    groups_scalar = Constant <value_int: int = @groups> ()
-    keep = Constant <value_ints = [0]> ()
-    last = Constant <value_ints = [-1]> ()
-    groups_vector = Reshape (groups_scalar, last)
-    by_group = Concat <axis = 0> (keep, groups_vector, last)
-    one = ConstantOfShape <value = float[1] {{1}}> (groups_vector)
-    zero = ConstantOfShape <value = float[1] {{0}}> (groups_vector)
-    picture = Transpose <perm = [0, 3, 1, 2]> (x)
-    grouped = Reshape (picture, by_group)
-    normed_groups = InstanceNormalization <epsilon = {GROUP_NORM_EPSILON:.7f}> (grouped, one, zero)
-    picture_shape = Shape (picture)
-    normed = Reshape (normed_groups, picture_shape)
-    column = Constant <value_ints = [-1, 1, 1]> ()
-    scale = Reshape (norm_weight, column)
-    shift = Reshape (norm_bias, column)
-    scaled = Mul (normed, scale)
-    shifted = Add (scaled, shift)
-    gate = Sigmoid (shifted)
-    columns = Mul (shifted, gate)
+    rows_in = {DOMAIN}.NormSwish <groups: int = @groups> (x, norm_weight, norm_bias)
+    columns = Transpose <perm = [0, 3, 1, 2]> (rows_in)
 """
 
 

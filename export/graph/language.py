@@ -7,10 +7,11 @@ features in. Letters: B batch, S new tokens, P patches, C hidden, V vocabulary, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
-from onnx import ModelProto, TensorProto
+from onnx import FunctionProto, ModelProto, TensorProto
 
 from .. import fold
 from ..checkpoint import Checkpoint
@@ -18,7 +19,15 @@ from ..folded import FoldedLinear, to_float
 from ..quantize import Storage
 from ..weights import WeightFile
 from .builder import GraphBuilder
-from .functions import cached_attention, caches, hlora_linear
+from .functions import (
+    cached_attention,
+    caches,
+    hlora_linear,
+    norm_hlora_linear,
+    packed_cached_attention,
+    residual_hlora_linear,
+    swiglu_residual_hlora_linear,
+)
 from .matrices import stored_linear, stored_matrix
 
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
@@ -37,7 +46,11 @@ class LanguageGraph:
         # Qwen has biases on some linears. All get one then, so that one function body serves the whole graph.
         self.has_bias = self.config.architecture == "qwen2"
         self.linear_function = hlora_linear(storage.linear, storage.adapter, self.has_bias)
+        self.norm_function = norm_hlora_linear(storage.linear, storage.adapter, self.config.hidden)
+        self.residual_function = residual_hlora_linear(storage.linear, storage.adapter)
+        self.swiglu_function = swiglu_residual_hlora_linear(storage.linear, storage.adapter)
         self.attention_function = cached_attention(storage.cache)
+        self.packed_attention_function = packed_cached_attention(storage.cache)
 
     def build(self, on_layer: Callable[[], None] = lambda: None) -> ModelProto:
         """The whole graph; `on_layer` is called after each decoder layer, for a progress bar."""
@@ -117,58 +130,65 @@ class LanguageGraph:
 
     def _layer(self, layer: int, hidden: str, shared: tuple[str, str, str, str], past: list[str]) -> str:
         graph, config = self.graph, self.config
+        # The node itself writes the graph's outputs: a copy in between would touch the whole cache for every token.
+        kinds = caches(self.storage.cache)
+        presents = [f"present_key_values.{layer}.{kind}" for kind in kinds]
+        sizes = {"heads": config.heads, "kv_heads": config.kv_heads, "window": config.sliding_window or 0}
         with graph.scope("attention"):
-            normed = self._norm(hidden)
             if "self_attn.qkv_proj" in config.linears:
                 query_size, key_size = config.heads * config.head_dim, config.kv_heads * config.head_dim
-                sizes = graph.constant([query_size, key_size, key_size], np.int64)
-                packed = self._linear(layer, "self_attn.qkv_proj", normed)
-                query, key, value = graph.op("Split", packed, sizes, outputs=3, axis=-1)
+                attended, *_ = graph.call(
+                    self.packed_attention_function,
+                    *(self._normed_linear(layer, "self_attn.qkv_proj", hidden), *shared, *past),
+                    within=(self.attention_function,),
+                    last=presents,
+                    sizes=[query_size, key_size, key_size],
+                    **sizes,
+                )
             else:
-                query, key, value = (self._linear(layer, f"self_attn.{p}_proj", normed) for p in "qkv")
-            # The node itself writes the graph's outputs: a copy in between would touch the whole cache for every token.
-            kinds = caches(self.storage.cache)
-            presents = [f"present_key_values.{layer}.{kind}" for kind in kinds]
-            attended, *_ = graph.call(
-                self.attention_function,
-                *(query, key, value, *shared, *past),
-                last=presents,
-                heads=config.heads,
-                kv_heads=config.kv_heads,
-                window=config.sliding_window or 0,
-            )
-            hidden = graph.op("Add", hidden, self._linear(layer, "self_attn.o_proj", attended))
+                normed = self._norm(hidden)
+                rows = [self._linear(layer, f"self_attn.{p}_proj", normed) for p in "qkv"]
+                attended, *_ = graph.call(self.attention_function, *rows, *shared, *past, last=presents, **sizes)
+            hidden = self._linear(layer, "self_attn.o_proj", attended, hidden, around=self.residual_function)
         for present, (kind, data_type) in zip(presents, kinds.items(), strict=True):
             graph.output(present, present, data_type, self._cache_shape(kind))
         with graph.scope("mlp"):
-            normed = self._norm(hidden)
             if "mlp.gate_up_proj" in config.linears:
-                packed = self._linear(layer, "mlp.gate_up_proj", normed)
-                gate, up = graph.op("Split", packed, outputs=2, axis=-1, num_outputs=2)
-            else:
-                gate, up = (self._linear(layer, f"mlp.{p}_proj", normed) for p in ("gate", "up"))
+                packed = self._normed_linear(layer, "mlp.gate_up_proj", hidden)
+                return self._linear(layer, "mlp.down_proj", packed, hidden, around=self.swiglu_function)
+            normed = self._norm(hidden)
+            gate, up = (self._linear(layer, f"mlp.{p}_proj", normed) for p in ("gate", "up"))
             activated = graph.op("Mul", graph.op("Mul", gate, graph.op("Sigmoid", gate)), up)
-            return str(graph.op("Add", hidden, self._linear(layer, "mlp.down_proj", activated)))
+            return self._linear(layer, "mlp.down_proj", activated, hidden, around=self.residual_function)
 
     def _norm(self, hidden: str) -> str:
         """RMS normalisation without its weight, which is folded into the matrices that follow."""
         ones = self.graph.constant(np.ones(self.config.hidden), np.float32)
         return str(self.graph.op("RMSNormalization", hidden, ones, axis=-1, epsilon=self.config.rms_epsilon))
 
-    def _linear(self, layer: int, linear: str, x: str) -> str:
-        """One H-LoRA linear."""
+    def _normed_linear(self, layer: int, linear: str, hidden: str) -> str:
+        """One H-LoRA linear of the normed hidden states; of several, the norm would be computed several times."""
+        return self._linear(layer, linear, hidden, around=self.norm_function, epsilon=self.config.rms_epsilon)
+
+    def _linear(
+        self, layer: int, linear: str, x: str, *more: str, around: FunctionProto | None = None, **attributes: Any
+    ) -> str:
+        """One H-LoRA linear, with what is `around` it, which takes `more` inputs and attributes."""
         folded, storage = FoldedLinear(self.checkpoint, self.task, layer, linear), self.storage
         with self.graph.scope(linear):
             return str(
                 self.graph.call(
-                    self.linear_function,
+                    around or self.linear_function,
                     x,
                     *self._stored(self.base, f"{folded.key}.weight", storage.linear, folded.base),
                     self.graph.weight(self.base, f"{folded.key}.bias", FLOAT, folded.bias) if self.has_bias else "",
                     *self._stored(self.own, f"{folded.key}.adapter_in", storage.adapter, folded.adapter_in),
                     *self._stored(self.own, f"{folded.key}.adapter_out", storage.adapter, folded.adapter_out),
+                    *more,
+                    within=(self.linear_function,),
                     block_size=self.block_size,
                     experts=self.checkpoint.tasks[self.task].experts,
+                    **attributes,
                 )
             )
 

@@ -57,8 +57,10 @@ class VqBlocks:
         scale, shift = self.released(f"{norm}.weight"), self.released(f"{norm}.bias")
         inputs = [x, *self.kernel(name), scale, shift]
         if residual is None:
-            return str(self.graph.call(functions.norm_swish_convolution(self.picture), *inputs, groups=GROUPS))
-        return str(self.graph.call(functions.residual_convolution(self.picture), *inputs, residual, groups=GROUPS))
+            function = functions.norm_swish_convolution(self.picture)
+        else:
+            function, inputs = functions.residual_convolution(self.picture), [*inputs, residual]
+        return str(self.graph.call(function, *inputs, within=(functions.norm_swish(),), groups=GROUPS))
 
     def pointwise(self, name: str, x: str) -> str:
         """A 1x1 convolution: one matrix for all pixels."""

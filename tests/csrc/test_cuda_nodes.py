@@ -14,10 +14,12 @@ import pytest
 from cmake_build import ROOT, build
 from onnx import numpy_helper
 from test_onnxruntime_library import (
+    AROUND,
     BLOCK_SIZE,
     FLOAT,
     HEADS,
     STORED,
+    around_operands,
     attention_operands,
     attention_results,
     hlora_operands,
@@ -30,7 +32,14 @@ from healthgpt_edge.errors import ExecutorError
 from healthgpt_edge.executors.onnx import DEVICES
 from healthgpt_edge.export.bundle import export_bundle
 from healthgpt_edge.export.checkpoint import Checkpoint
-from healthgpt_edge.export.graph.functions import cached_attention, caches, hlora_linear, linear
+from healthgpt_edge.export.graph.functions import (
+    cached_attention,
+    caches,
+    hlora_linear,
+    linear,
+    norm_swish,
+    packed_cached_attention,
+)
 from healthgpt_edge.export.phantom.release import released_files
 
 # Of the largest result. Up to 64 rows x is the sum of two float16, above it is rounded to one; bfloat16 has 8 bits
@@ -79,6 +88,35 @@ def test_hlora_linear(library, storage, rows):
     near(found, expected, tolerance(storage, 2 * rows))  # there are two sequences of them
 
 
+@pytest.mark.parametrize("op", AROUND)
+@pytest.mark.parametrize("storage", ["float16", "int4"])
+@pytest.mark.parametrize("rows", [1, 20, 40])
+def test_what_stands_around_a_linear(library, op, storage, rows):
+    """One launch, two of 32 rows or less, and many: there are two sequences of `rows`."""
+    operands, bodies = around_operands(op, storage, rows)
+    more = {"block_size": BLOCK_SIZE, "experts": 4, **AROUND[op]}
+    (found,) = run(op, operands, {"y": FLOAT}, kernels=library, **more)
+    (expected,) = run(op, operands, {"y": FLOAT}, body=bodies, **more)
+    near(found, expected, tolerance(storage, 2 * rows))
+
+
+@pytest.mark.parametrize(
+    ("op", "wrong", "attributes", "message"),
+    [
+        ("NormHLoraLinear", {}, {"epsilon": -1.0}, "epsilon must be 0 or a positive number, found -1"),
+        ("ResidualHLoraLinear", {"residual": np.zeros((2, 5, 23), np.float32)}, {}, "found [2, 5, 23]"),
+        ("ResidualHLoraLinear", {"residual": np.zeros((5, 24), np.float32)}, {}, "found [5, 24]"),
+        ("SwigluResidualHLoraLinear", {"x": np.zeros((2, 5, 70), np.float32)}, {}, "x must end in 140 channels"),
+    ],
+)
+def test_what_cannot_stand_around_a_linear_is_named(library, op, wrong, attributes, message):
+    operands, _ = around_operands(op, "float16")
+    more = {"block_size": BLOCK_SIZE, "experts": 4, **AROUND[op], **attributes}
+    with pytest.raises(Exception) as caught:  # onnxruntime's own exceptions share no public base class
+        run(op, operands | wrong, {"y": FLOAT}, kernels=library, **more)
+    assert f"{op}: " in str(caught.value) and message in str(caught.value)
+
+
 def test_weights_that_are_no_constants(library):
     """Nothing of them can be copied when the session is opened: they are read as they lie."""
     operands, more = hlora_operands("float16", "float16"), {"block_size": BLOCK_SIZE, "experts": 4}
@@ -107,6 +145,35 @@ def test_cached_attention(library, cache, tokens):
         assert present.dtype == wanted.dtype
         one = 1 if cache == "int8" and present.dtype == np.int8 else 1e-6  # a rotated key may fall to either of two
         np.testing.assert_allclose(present.astype(float), wanted.astype(float), rtol=2e-3, atol=one)
+
+
+@pytest.mark.parametrize("cache", ["float16", "int8"])
+def test_packed_attention_is_that_of_its_parts(library, cache):
+    apart = attention_operands(cache, tokens=3)
+    packed = np.concatenate([apart.pop(name) for name in ("query", "key", "value")], axis=-1)
+    operands, results = {"packed": packed, **apart}, attention_results(cache)
+    more = HEADS | {"window": 0}
+    found = run("PackedCachedAttention", operands, results, kernels=library, sizes=[32, 16, 16], **more)
+    for one, wanted in zip(
+        found,
+        run("CachedAttention", attention_operands(cache, tokens=3), results, kernels=library, **more),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(one, wanted)
+    # Without its kernel it is the other node's.
+    bodies = [packed_cached_attention(STORED[cache]), cached_attention(STORED[cache])]
+    body = run("PackedCachedAttention", operands, results, body=bodies, sizes=[32, 16, 16], **more)
+    near(found[0], body[0], 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 7, 8), (1, 1, 3, 32)], ids=str)
+def test_norm_and_swish(library, shape):
+    random = np.random.default_rng(0)
+    sizes = {"x": shape, "norm_weight": shape[-1:], "norm_bias": shape[-1:]}
+    operands = {name: random.standard_normal(size).astype(np.float32) for name, size in sizes.items()}
+    (found,) = run("NormSwish", operands, {"y": FLOAT}, kernels=library, groups=4)
+    (expected,) = run("NormSwish", operands, {"y": FLOAT}, body=norm_swish(), groups=4)
+    near(found, expected, 1e-6)
 
 
 @pytest.mark.parametrize(

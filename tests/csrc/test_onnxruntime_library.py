@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import FunctionProto, TensorProto, helper, numpy_helper
 
 from healthgpt_edge.executors.onnx import DEVICES
 from healthgpt_edge.export.graph.builder import DOMAIN, IR_VERSION, OPSET
@@ -26,8 +26,11 @@ from healthgpt_edge.export.graph.functions import (
     enlarged_convolution,
     hlora_linear,
     linear,
+    norm_hlora_linear,
     norm_swish_convolution,
     residual_convolution,
+    residual_hlora_linear,
+    swiglu_residual_hlora_linear,
 )
 from healthgpt_edge.export.quantize import quantise
 
@@ -50,7 +53,7 @@ def library() -> Path:
     return path
 
 
-def model(op: str, operands: Operands, results: dict[str, int], body: Any = None, **attributes: int) -> onnx.ModelProto:
+def model(op: str, operands: Operands, results: dict[str, int], body: Any = None, **attributes: Any) -> onnx.ModelProto:
     """One node. TensorProtos are stored in the graph, arrays are its inputs, None is left out."""
     names = [name if value is not None else "" for name, value in operands.items()]
     inputs = [
@@ -67,7 +70,7 @@ def model(op: str, operands: Operands, results: dict[str, int], body: Any = None
             [value for value in operands.values() if isinstance(value, TensorProto)],
         ),
         opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)],
-        functions=[body] if body else [],
+        functions=body if isinstance(body, list) else [body] if body else [],
         ir_version=IR_VERSION,
     )
 
@@ -89,7 +92,13 @@ def run(
     op: str, operands: Operands, results: dict[str, int], threads: int = 1, kernels: Path | bool = True, **more: Any
 ) -> list[np.ndarray]:
     """By the kernel, from a graph without a body; by the body where one is given."""
-    session = open_session(model(op, operands, results, **more), kernels if "body" not in more else False, threads)
+    graph = model(op, operands, results, **more)
+    if "body" in more:
+        # What bodies say of types alone is left out (functions.py).
+        basic = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        session = open_session(graph, False, threads, graph_optimization_level=basic)
+    else:
+        session = open_session(graph, kernels, threads)
     return session.run(None, {name: value for name, value in operands.items() if isinstance(value, np.ndarray)})
 
 
@@ -127,6 +136,30 @@ def hlora_operands(storage: str, adapters: str, has_bias: bool = True, rows: int
         **stored("adapter_in", into, adapters),
         **stored("adapter_out", out_of, adapters),
     }
+
+
+# What stands around an H-LoRA linear, as attributes of its node.
+AROUND = {
+    "NormHLoraLinear": {"epsilon": 0.5},
+    "ResidualHLoraLinear": {},
+    "SwigluResidualHLoraLinear": {},
+}
+
+
+def around_operands(op: str, storage: str, rows: int = 5) -> tuple[Operands, list[FunctionProto]]:
+    """Operands of one of AROUND, and its body with the one within."""
+    kind, random = STORED[storage], np.random.default_rng(2)
+    operands = hlora_operands(storage, storage, rows=rows)
+    bodies = {
+        "NormHLoraLinear": norm_hlora_linear(kind, kind, 70),
+        "ResidualHLoraLinear": residual_hlora_linear(kind, kind),
+        "SwigluResidualHLoraLinear": swiglu_residual_hlora_linear(kind, kind),
+    }
+    if op == "SwigluResidualHLoraLinear":
+        operands["x"] = random.standard_normal((2, rows, 140)).astype(np.float32)
+    if op != "NormHLoraLinear":
+        operands["residual"] = random.standard_normal((2, rows, 24)).astype(np.float32)
+    return operands, [bodies[op], hlora_linear(kind, kind, True)]
 
 
 def assert_near(found: np.ndarray, expected: np.ndarray, exact: bool) -> None:

@@ -45,7 +45,8 @@ class LanguageRun:
         self.options = onnxruntime.SessionOptions()
         self.options.intra_op_num_threads = 1
         if not optimised:
-            self.options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+            # Nothing is fused, but what bodies say of types alone is left out (functions.py).
+            self.options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
         if save_as is not None:
             self.options.optimized_model_filepath = str(save_as)
         self.session = self._open(folder / f"{task}.language.onnx")

@@ -26,7 +26,7 @@ from healthgpt_edge.export.bundle import export_bundle
 from healthgpt_edge.export.checkpoint import Checkpoint
 from healthgpt_edge.export.demo import PHANTOM
 from healthgpt_edge.export.engines.build import Compiler, default_settings, engine_model, new_folder
-from healthgpt_edge.export.engines.graphs import location_of
+from healthgpt_edge.export.engines.graphs import location_of, read_graph
 from healthgpt_edge.export.engines.lower import lower
 from healthgpt_edge.export.engines.merge import merge
 from healthgpt_edge.export.engines.plugin import DOMAIN, KERNEL, use_plugin
@@ -420,10 +420,10 @@ def test_a_file_that_is_no_graph_is_refused(plain, tmp_path, data):
 def test_a_linear_without_its_matrices_is_refused(plain, tmp_path, inputs):
     file = "generation.language.onnx"
     model = onnx.load(plain / file, load_external_data=False)
-    node = next(node for node in model.graph.node if node.op_type == "HLoraLinear")
+    node = next(node for node in model.graph.node if node.op_type == "NormHLoraLinear")
     del node.input[inputs - 1 :]
     bundle = edited(plain, tmp_path, file, model.SerializeToString())
-    with pytest.raises(ExecutorError, match=f"node {node.name} must have the matrices of an H-LoRA linear, found"):
+    with pytest.raises(ExecutorError, match=f"the linear of {node.input[1]} must have an H-LoRA linear's matrices"):
         model_of(bundle, LANGUAGE, tmp_path)
 
 
@@ -432,9 +432,7 @@ def test_a_linear_without_its_matrices_is_refused(plain, tmp_path, inputs):
 
 def test_the_base_is_in_the_merged_graph_once(plain, tmp_path):
     bundle = Bundle.open(plain)
-    graphs = {
-        task: onnx.load(bundle.graph(task, "language"), load_external_data=False) for task in bundle.manifest.tasks
-    }
+    graphs = {task: read_graph(bundle, bundle.graph(task, "language").name) for task in bundle.manifest.tasks}
     with WeightFile(tmp_path / "stacked.bin", "stacked.bin") as stacked:
         merged = merge(graphs, plain, stacked)
     names = [tensor.name for tensor in merged.graph.initializer]
@@ -516,9 +514,7 @@ def test_the_plugins_matrices_are_the_bundles_bytes(plain, tmp_path):
 
 def test_what_the_plugin_does_not_take_is_named(plain, tmp_path):
     bundle = Bundle.open(plain)
-    graphs = {
-        task: onnx.load(bundle.graph(task, "language"), load_external_data=False) for task in bundle.manifest.tasks
-    }
+    graphs = {task: read_graph(bundle, bundle.graph(task, "language").name) for task in bundle.manifest.tasks}
     with WeightFile(tmp_path / "stacked.bin", "stacked.bin") as stacked:
         merged = merge(graphs, plain, stacked, KERNEL)
     node = next(node for node in merged.graph.node if node.op_type == "HLoraLinear")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import Counter
+from collections import Counter, defaultdict
 from functools import cache
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from language_runs import (
     spliced,
     write_graphs,
 )
-from onnx import TensorProto
+from onnx import TensorProto, helper
 from tolerances import (
     LOGITS_8_BIT_LARGEST,
     LOGITS_8_BIT_MEAN,
@@ -305,18 +305,29 @@ def test_what_a_kernel_is_told(golden_bundle, system, task):
     """Attributes that the standard bodies ignore are there for kernels, which do not see the mask or the blocks."""
     model = onnx.load(golden_bundle(system) / f"{task}.language.onnx", load_external_data=False)
     config = model_of(system, task).language
-    told = {"HLoraLinear": [], "Linear": [], "CachedAttention": []}
+    told = defaultdict(list)
     for node in model.graph.node:
         if node.domain == "healthgpt":
-            told[node.op_type].append({attribute.name: attribute.i for attribute in node.attribute})
-    assert told["HLoraLinear"] == [{"block_size": 128, "experts": 4}] * config.layers * len(config.linears)
-    assert told["Linear"] == [{"block_size": 128}]
+            attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+            told[node.op_type].append(attributes)
+    linear = {"block_size": 128, "experts": 4}
     attention = {"heads": config.heads, "kv_heads": config.kv_heads, "window": config.sliding_window or 0}
-    assert told["CachedAttention"] == [attention] * config.layers
+    query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    if system == "qwen":  # whose linears are not packed
+        layer = {"HLoraLinear": [linear] * 5, "ResidualHLoraLinear": [linear] * 2, "CachedAttention": [attention]}
+    else:
+        layer = {
+            "NormHLoraLinear": [linear | {"epsilon": pytest.approx(config.rms_epsilon)}] * 2,
+            "PackedCachedAttention": [attention | {"sizes": [query, key, key]}],
+            "ResidualHLoraLinear": [linear],
+            "SwigluResidualHLoraLinear": [linear],
+        }
+    expected = {name: nodes * config.layers for name, nodes in layer.items()}
+    assert told == expected | {"Linear": [{"block_size": 128}]}
     assert attention["window"] == (2047 if system == "m3" else 0)
     # It writes to the buffers that the caller binds, with nothing in between.
     caches = {node.name for node in model.graph.output if node.name.startswith("present_")}
-    written = {name for node in model.graph.node if node.op_type == "CachedAttention" for name in node.output[1:]}
+    written = {name for node in model.graph.node if "Attention" in node.op_type for name in node.output[1:]}
     assert caches == written and len(caches) == 2 * config.layers
 
 

@@ -22,7 +22,7 @@ def hlora_prefill(device: Any) -> list[np.ndarray]:
 
     stored, _, bias = operands(device, "int4", SHARED)
     x = normal(np.random.default_rng(1), 40, SHARED[0])
-    return [prefill(device, x, stored, SHARED[3], SHARED[1], bias, **ROUTERS["first"])]
+    return [prefill(device, x, stored, SHARED[3], SHARED[1], bias, epsilon=0.1, **ROUTERS["first"])]
 
 
 def cached_attention(device: Any, cache: str, tokens: int = 8, heads: int = 4) -> list[np.ndarray]:

@@ -10,13 +10,17 @@ from test_linear import ROUTERS, SHARED, each_storage, formula, normal, operands
 TOLERANCE = {"float16": 1e-3, "bfloat16": 8e-3, "int8": 1e-3, "int4": 1e-3}
 
 
-def prefill(device, x, stored, experts, outputs, bias=None, **router):
+def prefill(device, x, stored, experts, outputs, bias=None, **options):
     if not hasattr(device.kernels, "hlora_prefill"):
         pytest.skip("built without cuBLASLt")
     matrices = stored if experts else {"weight": stored["weight"]}
     needed = device.kernels.hlora_prefill_workspace_bytes(len(x), experts=experts, **matrices)
     workspace, y = device.workspace(needed, 0), device.poisoned(len(x), outputs)
-    more = {name: device.put(value) for name, value in {"bias": bias, **router}.items() if value is not None}
+    more = {
+        name: device.put(value) if isinstance(value, np.ndarray) else value
+        for name, value in {"bias": bias, **options}.items()
+        if value is not None
+    }
     device.kernels.hlora_prefill(device.put(x), y=y, workspace=workspace, experts=experts, **matrices, **more)
     return device.get(y)
 
@@ -35,6 +39,26 @@ def test_equals_the_formula(device, storage, size, has_bias):
 
 
 @each_storage
+@pytest.mark.parametrize("size", [(31, 33, 8, 4, 32, 0), (96, 80, 16, 4, 32, 0)], ids=str)
+@pytest.mark.parametrize("experts", [0, 4])
+def test_norm_pairing_and_residual_on_the_way(device, storage, size, experts):
+    """Also with channels that are read one by one, because their rows are not aligned."""
+    stored, exact, bias = operands(device, storage, size)
+    random = np.random.default_rng(1)
+    x, residual = normal(random, 40, 2 * size[0]) * 3, normal(random, 40, size[1])
+    for more in (
+        {"epsilon": 1e-5},
+        {"pair_input": True},
+        {"residual": residual},
+        {"epsilon": 0.5, "pair_input": True, "residual": residual, "bias": bias},
+    ):
+        given = x if "pair_input" in more else np.ascontiguousarray(x[:, : size[0]])
+        expected = formula(given, exact, experts, **more)
+        found = prefill(device, given, stored, experts, size[1], **more)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE[storage] * np.abs(expected).max())
+
+
+@each_storage
 @pytest.mark.parametrize("name", ["first", "second", "both"])
 def test_a_router_of_several_plugins(device, storage, name):
     stored, exact, bias = operands(device, storage, SHARED)
@@ -46,23 +70,36 @@ def test_a_router_of_several_plugins(device, storage, name):
 
 @pytest.mark.parametrize("rows", [1, 33, 64, 65])
 @pytest.mark.parametrize("experts", [0, 5])
-def test_any_number_of_rows(device, rows, experts):
-    """By the kernels of few rows or of many, to their bits: all that there is, and x and y go on where they stopped."""
+@pytest.mark.parametrize("around", ["alone", "norm", "pairs and residual"])
+def test_any_number_of_rows(device, rows, experts, around):
+    """By the kernels of few rows or of many, to their bits: all that there is, and rows go on where they stopped."""
     if not hasattr(device.kernels, "hlora_linear_rows"):
         pytest.skip("built without cuBLASLt")
     stored, _, bias = operands(device, "int4", SHARED)
-    x = normal(np.random.default_rng(1), rows, SHARED[0])
-    router = ROUTERS["second"] if experts else {}
-    given = {name: device.put(value) for name, value in {"bias": bias, **router}.items()}
+    random = np.random.default_rng(1)
+    x = normal(random, rows, SHARED[0] * (2 if around == "pairs and residual" else 1))
+    options = {"bias": bias, **(ROUTERS["second"] if experts else {})}
+    options |= {"alone": {}, "norm": {"epsilon": 0.1}, "pairs and residual": {"pair_input": True}}[around]
+    residual = normal(random, rows, SHARED[1]) if around == "pairs and residual" else None
+
+    def pieces(first, end):
+        return options if residual is None else options | {"residual": residual[first:end]}
+
+    given = {
+        name: device.put(value) if isinstance(value, np.ndarray) else value for name, value in pieces(0, rows).items()
+    }
     matrices = stored if experts else {"weight": stored["weight"]}
     y = device.poisoned(rows, SHARED[1])
     device.kernels.hlora_linear_rows(device.put(x), y=y, experts=experts, **matrices, **given)
     if rows > 64:
-        expected = prefill(device, x, stored, experts, SHARED[1], bias, **router)
+        expected = prefill(device, x, stored, experts, SHARED[1], **pieces(0, rows))
     else:
-        more = {"bias": bias, "outputs": SHARED[1], **router}
-        pieces = [run(device, x[at : at + 32], stored, experts, **more) for at in range(0, rows, 32)]
-        expected = np.concatenate(pieces)
+        expected = np.concatenate(
+            [
+                run(device, x[at : at + 32], stored, experts, outputs=SHARED[1], **pieces(at, at + 32))
+                for at in range(0, rows, 32)
+            ]
+        )
     np.testing.assert_array_equal(device.get(y), expected)
 
 
