@@ -6,7 +6,7 @@ from contextlib import ExitStack
 
 import numpy as np
 
-from .executors import Context, Executor, Sequence
+from .executors import Executor, Sequence
 
 # One pass of all these rows, then passes of each: sizes on both sides of where kernels change their ways.
 _SIZES = (1, 3, 1, 4, 2, 13)
@@ -32,16 +32,18 @@ def sequences_agree(executor: Executor, task: str) -> bool:
     group = executor.group(task, len(_PROMPTS))
     if group is None:
         return False
-    ids = np.arange(max(_PROMPTS) + _PASSES, dtype=np.int64)
     with ExitStack() as seats:
-        pairs: list[tuple[Context, Sequence]] = []
-        for length in _PROMPTS:
+
+        def begin(length: int) -> tuple[Sequence, list[np.ndarray]]:
+            """One that has joined, and its logits by itself."""
             context = executor.context(task, None)
-            context.forward(ids[:length])
-            pairs.append((context, seats.enter_context(group.join(context))))
-        for _ in range(_PASSES):
-            together = group.forward({member: int(ids[member.length]) for _, member in pairs}, ())
-            alone = {member: context.forward(ids[context.length :][:1]) for context, member in pairs}
-            if not all(np.array_equal(alone[member], together[member]) for _, member in pairs):
+            context.forward(np.arange(length, 2 * length))  # other tokens than the others'
+            member = seats.enter_context(group.join(context))
+            return member, [context.forward(np.array([context.length])) for _ in range(_PASSES)]
+
+        alone = dict(map(begin, _PROMPTS))  # one after another: each context takes memory
+        for place in range(_PASSES):
+            together = group.forward({member: member.length for member in alone}, ())
+            if not all(np.array_equal(alone[member][place], together[member]) for member in alone):
                 return False
     return True

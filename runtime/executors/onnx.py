@@ -19,7 +19,7 @@ from ..manifest import CACHE_TYPES, GENERATION, PRECISIONS, Manifest
 from .contract import Value, cache_values, graph_values
 from .onnx_context import BoundSequence, OnnxContext, first_line, return_freed_memory
 from .onnx_group import OnnxGroup
-from .onnx_memory import Buffer, Caches
+from .onnx_memory import Buffer, Caches, KernelMemory, Memory
 
 # For a host that imported ONNX Runtime before us: what it has not yet sent of itself it keeps to itself from here on.
 onnxruntime.disable_telemetry_events()
@@ -38,7 +38,7 @@ class Device(NamedTuple):
     caches: tuple[str, ...]  # and of caches
     # Attention in the standard body reads the whole cache, so the cache grows in steps with the context: a step is
     # small beside a context, and copying at each step costs a fraction of a percent of the tokens in between. On a GPU
-    # the kernel reads what is filled, and growing goes through the host and ends the CUDA graphs.
+    # the kernel reads what is filled, and growing ends the CUDA graphs.
     step_tokens: int
     # The most tokens of a prompt in one pass of our kernels. All of M3's would take a CPU many seconds, in which it is
     # deaf and others wait; and more rows than about 200 gain nothing, but take more memory.
@@ -107,6 +107,10 @@ class OnnxExecutor:
             for role in bundle.manifest.tasks[task].graphs
             if role in _RESIDENT
         }
+        memory = self._device.memory
+        by_kernels = self._kernels if self._device.is_gpu else None
+        self._memory = KernelMemory(memory, by_kernels) if by_kernels else Memory(memory)
+        self._graphs = self._has_graphs if self._device.is_gpu else None  # as BoundSequence takes it
         self.name = f"onnx-{device}" + "+kernels" * (self._kernels is not None) + "+graphs" * self._has_graphs
 
     def _open(self, task: str, role: str) -> onnxruntime.InferenceSession:
@@ -178,18 +182,24 @@ class OnnxExecutor:
         return OnnxContext(sequence, self._vocabulary(task), self._lock, lambda left: self._keep(task, left))
 
     def group(self, task: str, sequences: int) -> OnnxGroup | None:
-        """On the CPU: on a GPU that is not written yet."""
-        if self._device.is_gpu:
+        """On a GPU by our kernels alone: ONNX Runtime's products round by how many rows there are."""
+        if self._device.is_gpu and not self._kernels:
             return None
-        manifest, device = self.bundle.manifest, self._device
-        caches = Caches(cache_values(manifest), device.memory, device.step_tokens, sequences)
-        return OnnxGroup(self.session(task, "language"), caches, manifest.language.hidden, self._vocabulary(task))
+        session, hidden = self.session(task, "language"), self.bundle.manifest.language.hidden
+        caches = self._caches(task, sequences)
+        return OnnxGroup(session, caches, hidden, self._vocabulary(task), self._lock, self._graphs)
+
+    def _caches(self, task: str, sequences: int = 1) -> Caches:
+        codes, device = self.bundle.manifest.codes, self._device
+        # Growing ends a GPU's CUDA graphs, and all codes of a picture will come.
+        ahead = codes.grid**2 if task == GENERATION and codes and device.is_gpu else 0
+        return Caches(cache_values(self.bundle.manifest), self._memory, device.step_tokens, sequences, ahead)
 
     def _vocabulary(self, task: str) -> Callable[[np.ndarray], np.ndarray]:
         return lambda hidden: self.run(task, "vocabulary", {"hidden": hidden})[0]
 
     def _sequence(self, task: str, image_features: np.ndarray | None) -> BoundSequence:
-        session, device, manifest = self.session(task, "language"), self._device, self.bundle.manifest
+        session, manifest = self.session(task, "language"), self.bundle.manifest
         # Where graphs are captured, all sequences are of one size: with room for an image, seen or not.
         patches = manifest.vision.patches if self._has_graphs else 1
         if image_features is None:
@@ -199,12 +209,8 @@ class OnnxExecutor:
                 sequence = self._left[task].pop()
                 sequence.features.write(image_features[None])
                 return sequence
-            # Growing costs a GPU more than a hundred tokens, and all codes of a picture will come.
-            ahead = manifest.codes.grid**2 if task == GENERATION and manifest.codes and device.is_gpu else 0
-            caches = Caches(cache_values(manifest), device.memory, device.step_tokens, ahead=ahead)
-            features = Buffer(np.ascontiguousarray(image_features[None]), device.memory)
-            graphs = self._has_graphs if device.is_gpu else None
-            return BoundSequence(session, caches, features, device.memory, graphs)
+            features = Buffer.of(np.ascontiguousarray(image_features[None]), self._device.memory)
+            return BoundSequence(session, self._caches(task), features, self._graphs)
 
     def _keep(self, task: str, sequence: BoundSequence) -> None:
         """Take back what a sequence that is gone leaves; on the CPU that is freed."""

@@ -31,29 +31,28 @@ _graph_ids = itertools.count(1)
 class Pass:
     """A pass of fixed sizes, bound to fixed memory: at decode steps of a small model binding takes a tenth of the time.
 
-    Over as many sequences as `features` [B, P, C] and `caches` are of. Where it is a CUDA graph, its first run captures
-    it and the others replay it.
+    Over the first sequences of `caches`, as many as `features` [B, P, C] is of. Where it is a CUDA graph, its first run
+    captures it and the others replay it. Must go before the caches grow.
     """
 
     def __init__(
         self,
         session: onnxruntime.InferenceSession,
-        caches: dict[str, Buffer],
+        caches: Caches,
         features: Buffer,
         tokens: int,
         last_positions: int,
-        device: str,
         is_graph: bool | None,
     ) -> None:
         self._session, self._binding = session, session.io_binding()
         outputs = {output.name: output for output in session.get_outputs()}
-        sequences = features.value.shape()[0]
-        self._token_ids = Buffer(np.zeros((sequences, tokens), np.int64), device)
-        self._past_length = Buffer(np.zeros(sequences, np.int64), device)
+        sequences, device = features.shape[0], caches.device
+        self._token_ids = Buffer.of(np.zeros((sequences, tokens), np.int64), device)
+        self._past_length = Buffer.of(np.zeros(sequences, np.int64), device)
         # The CPU has to know it, for it says where a slice begins.
-        self._last_positions = Buffer(np.array([last_positions], np.int64), "cpu")
+        self._last_positions = Buffer.of(np.array([last_positions], np.int64), "cpu")
         self._results = {
-            name: Buffer(np.zeros((sequences, last_positions, outputs[name].shape[-1]), np.float32), device)
+            name: Buffer.of(np.zeros((sequences, last_positions, outputs[name].shape[-1]), np.float32), device)
             for name in ("logits", "hidden")
             if name in outputs
         }
@@ -65,9 +64,9 @@ class Pass:
         }
         for name, buffer in inputs.items():
             self._binding.bind_ortvalue_input(name, buffer.value)
-        for name, buffer in caches.items():
-            self._binding.bind_ortvalue_input(f"past_{name}", buffer.value)
-            self._binding.bind_ortvalue_output(f"present_{name}", buffer.value)
+        for name, part in caches.first(sequences):
+            self._binding.bind_input(f"past_{name}", *part)
+            self._binding.bind_output(f"present_{name}", *part)
         for name, buffer in self._results.items():
             self._binding.bind_ortvalue_output(name, buffer.value)
         self._graph_id = next(_graph_ids) if is_graph else _NO_GRAPH
@@ -96,6 +95,13 @@ class Pass:
             self._session.release_captured_graph(self._graph_id)
 
 
+def drop(passes: dict[Any, Pass]) -> None:
+    """Empty a dictionary of passes, whose CUDA graphs would stay with the session otherwise."""
+    for one in passes.values():
+        one.release()
+    passes.clear()
+
+
 class BoundSequence:
     """What a sequence takes: its caches, its image's features [1, P, C], and the passes that are bound to them.
 
@@ -107,11 +113,10 @@ class BoundSequence:
         session: onnxruntime.InferenceSession,
         caches: Caches,
         features: Buffer,
-        device: str,
         graphs: bool | None,
     ) -> None:
         self.session, self.caches, self.features = session, caches, features
-        self._device, self._graphs = device, graphs
+        self._graphs = graphs
         self._passes: dict[tuple[int, int], Pass] = {}
 
     @property
@@ -120,11 +125,10 @@ class BoundSequence:
 
     def reserve(self, length: int, kept: int) -> bool:
         """Have room for `length` tokens and keep what the first `kept` left; whether that took new memory."""
-        if not self.caches.reserve(length, kept):
+        if length <= self.caches.capacity:
             return False
-        for one in self._passes.values():
-            one.release()
-        self._passes.clear()
+        drop(self._passes)
+        self.caches.grow(length, kept)
         return True
 
     def run(self, token_ids: np.ndarray, past_length: int, last_positions: int) -> tuple[np.ndarray, np.ndarray | None]:
@@ -134,7 +138,7 @@ class BoundSequence:
         bound = self._passes.pop(sizes, None)
         if bound is None:
             graph = is_step if self._graphs else self._graphs
-            bound = Pass(self.session, self.caches.buffers, self.features, *sizes, self._device, graph)
+            bound = Pass(self.session, self.caches, self.features, *sizes, graph)
         if is_step:
             self._passes[sizes] = bound  # the last one in use is the last one in order
         while not self._graphs and len(self._passes) > _BOUND_PASSES:
@@ -177,13 +181,20 @@ class OnnxContext:
             return np.array(logits[0])  # of its own: the next pass writes there again
 
     def caches(self, length: int) -> dict[str, np.ndarray]:
-        return self._sequence.caches.rows(length)
+        with self._lock:
+            return self._sequence.caches.rows(length)
 
     def restore(self, caches: dict[str, np.ndarray]) -> None:
         length = next(iter(caches.values())).shape[2]
-        self._reserve(length)
-        self._sequence.caches.restore(caches)
+        with self._lock:
+            self._reserve(length)
+            self._sequence.caches.restore(caches)
         self.length = length
+
+    def copy_to(self, caches: Caches, place: int) -> None:
+        """Begin a sequence of `caches` with this one; there must be room."""
+        with self._lock:
+            caches.take(self._sequence.caches, self.length, place=place)
 
     def _reserve(self, length: int) -> None:
         if self._sequence.reserve(length, self.length):

@@ -1,16 +1,18 @@
-"""Several sequences of the language graph by ONNX Runtime on the CPU, to each of which a pass appends a token."""
+"""Several sequences of the language graph by ONNX Runtime, to each of which a pass appends a token."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, cast
 
 import numpy as np
 import onnxruntime
 
 from ..errors import ExecutorError
 from . import Context, Sequence
-from .onnx_context import TRIM_EVERY_PASSES, Pass, return_freed_memory
+from .onnx_context import TRIM_EVERY_PASSES, OnnxContext, Pass, drop, return_freed_memory
 from .onnx_memory import Buffer, Caches
 
 
@@ -24,7 +26,11 @@ class OnnxMember:
 
 
 class OnnxGroup:
-    """At most so many sequences as `caches` are of. Those that are in it lie in the first of them, in order."""
+    """At most so many sequences as `caches` are of. Those that are in it lie in the first of them, in order.
+
+    With `graphs` its passes are CUDA graphs, as in BoundSequence. These are tied to the caches, so both then stay when
+    all have left, for those who come next.
+    """
 
     def __init__(
         self,
@@ -32,23 +38,29 @@ class OnnxGroup:
         caches: Caches,
         hidden: int,
         vocabulary: Callable[[np.ndarray], np.ndarray],
+        lock: AbstractContextManager[Any],
+        graphs: bool | None,
     ) -> None:
         self._session, self._caches, self._hidden, self._vocabulary = session, caches, hidden, vocabulary
+        self._lock, self._graphs = lock, graphs
         self._members: list[OnnxMember] = []
         self._bound: dict[int, Pass] = {}  # by the number of sequences
         self._passes = 0
+        weakref.finalize(self, _end, self._bound, lock)
 
     @contextmanager
     def join(self, context: Context) -> Iterator[Sequence]:
-        self._reserve(context.length)
-        self._caches.restore(context.caches(context.length), len(self._members))
-        member = OnnxMember(context.length)
+        with self._lock:
+            self._reserve(context.length)
+            cast(OnnxContext, context).copy_to(self._caches, len(self._members))
+            member = OnnxMember(context.length)
+            self._members.append(member)
         del context  # with what it holds, if nobody else wants it
-        self._members.append(member)
         try:
             yield member
         finally:
-            self._leave(member)
+            with self._lock:
+                self._leave(member)
 
     def forward(
         self, token_ids: Mapping[Sequence, int], full_vocabulary: Collection[Sequence]
@@ -56,43 +68,52 @@ class OnnxGroup:
         members = self._members
         if token_ids.keys() != set(members):
             raise ExecutorError(f"each of {len(members)} sequences needs a token, got {len(token_ids)}")
-        self._reserve(max(member.length for member in members) + 1)
-        ids = np.array([[token_ids[member]] for member in members], np.int64)
-        lengths = np.array([member.length for member in members], np.int64)
-        logits, hidden = self._pass(len(members)).run(ids, lengths)
-        self._passes += 1
-        if self._passes % TRIM_EVERY_PASSES == 0:
-            return_freed_memory()
-        # Of its own each: the next pass writes there again.
-        given: dict[Sequence, np.ndarray] = {
-            member: np.array(rows) for member, rows in zip(members, logits, strict=True)
-        }
-        for place, member in enumerate(members):
-            member.length += 1
-            if hidden is not None and member in full_vocabulary:
-                given[member] = np.concatenate([self._vocabulary(hidden[[place]])[0], given[member]], axis=-1)
-        return given
+        with self._lock:
+            self._reserve(max(member.length for member in members) + 1)
+            ids = np.array([[token_ids[member]] for member in members], np.int64)
+            lengths = np.array([member.length for member in members], np.int64)
+            logits, hidden = self._pass(len(members)).run(ids, lengths)
+            self._passes += 1
+            if self._passes % TRIM_EVERY_PASSES == 0:
+                return_freed_memory()
+            # Of its own each: the next pass writes there again.
+            given: dict[Sequence, np.ndarray] = {
+                member: np.array(rows) for member, rows in zip(members, logits, strict=True)
+            }
+            for place, member in enumerate(members):
+                member.length += 1
+                if hidden is not None and member in full_vocabulary:
+                    given[member] = np.concatenate([self._vocabulary(hidden[[place]])[0], given[member]], axis=-1)
+            return given
 
     def _pass(self, sequences: int) -> Pass:
         if sequences not in self._bound:
             # No token after the prefill is a picture's.
-            features = Buffer(np.zeros((sequences, 1, self._hidden), np.float32), "cpu")
-            self._bound[sequences] = Pass(self._session, self._caches.first(sequences), features, 1, 1, "cpu", None)
+            features = Buffer.of(np.zeros((sequences, 1, self._hidden), np.float32), self._caches.device)
+            self._bound[sequences] = Pass(self._session, self._caches, features, 1, 1, self._graphs)
         return self._bound[sequences]
 
     def _reserve(self, length: int) -> None:
+        if length <= self._caches.capacity:
+            return
+        drop(self._bound)
         kept = max((member.length for member in self._members), default=0)
-        if self._caches.reserve(max(length, kept), kept, len(self._members)):
-            self._bound.clear()
-            return_freed_memory()
+        self._caches.grow(length, kept, len(self._members))
+        return_freed_memory()
 
     def _leave(self, member: OnnxMember) -> None:
         """The last one takes its place; and of the last one nothing stays."""
         place, last = self._members.index(member), self._members.pop()
         if last is not member:
-            self._caches.restore(self._caches.rows(last.length, len(self._members)), place)
+            self._caches.take(self._caches, last.length, len(self._members), place)
             self._members[place] = last
-        if not self._members:
-            self._bound.clear()
+        if not self._members and not self._graphs:
+            drop(self._bound)
             self._caches.release()
             return_freed_memory()
+
+
+def _end(passes: dict[int, Pass], lock: AbstractContextManager[Any]) -> None:
+    """What is left of a group that is gone."""
+    with lock:
+        drop(passes)

@@ -1,25 +1,48 @@
-"""Arrays where ONNX Runtime's kernels look for them, on the CPU or on a GPU, and the caches of a sequence."""
+"""Arrays where ONNX Runtime's kernels look for them, on the CPU or on a GPU, and the caches of sequences."""
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
-from typing import Any
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnxruntime
 
+from ..errors import ExecutorError, in_one_line
 from .contract import Value
 
 
 class Buffer:
     """An array on a device, by ONNX Runtime's name of it: cpu or cuda."""
 
-    def __init__(self, array: np.ndarray, device: str) -> None:
-        # On the CPU both are the same memory.
-        self._array = array if device == "cpu" else None
-        self.value: Any = onnxruntime.OrtValue.ortvalue_from_numpy(array, device, 0)
-        self.size_bytes = array.nbytes
+    def __init__(self, value: Any, shape: tuple[int, ...], dtype: np.dtype[Any], array: np.ndarray | None) -> None:
+        self.value, self.shape, self.dtype = value, shape, dtype
+        self._array = array  # the same memory, where that is the CPU's
+
+    @classmethod
+    def of(cls, array: np.ndarray, device: str) -> Buffer:
+        """With an array's numbers; on the CPU in its memory."""
+        value = onnxruntime.OrtValue.ortvalue_from_numpy(array, device, 0)
+        return cls(value, array.shape, array.dtype, array if device == "cpu" else None)
+
+    @classmethod
+    def unwritten(cls, shape: tuple[int, ...], dtype: np.dtype[Any], device: str) -> Buffer:
+        """With whatever numbers its memory holds."""
+        value = onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(shape), dtype, device, 0)
+        return cls(value, shape, dtype, None)
+
+    @property
+    def size_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def address(self) -> int:
+        return int(self.value.data_ptr())
 
     def write(self, array: np.ndarray) -> None:
         """Take the numbers of an array of the same shape and type."""
@@ -30,7 +53,63 @@ class Buffer:
 
     def read(self) -> np.ndarray:
         """The array; on the CPU not a copy of it."""
-        return self.value.numpy() if self._array is None else self._array
+        array: np.ndarray = self.value.numpy() if self._array is None else self._array
+        return array
+
+
+class Memory:
+    """Where caches lie: on a device, by ONNX Runtime's name of it."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+
+    def buffer(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Buffer:
+        """For caches; zeros, because the standard bodies multiply by 0 what is not filled."""
+        return Buffer.of(_zeros(shape, dtype), self.device)
+
+    def copy(self, source: Buffer, target: Buffer, length: int, begin: int = 0, place: int = 0, count: int = 1) -> None:
+        """Copy the first `length` tokens of caches [B, K, M, ...]: of `count` sequences, from `begin` to `place`."""
+        whole = target.read()
+        whole[place : place + count, :, :length] = source.read()[begin : begin + count, :, :length]
+        target.write(whole)
+
+
+class KernelMemory(Memory):
+    """A GPU's, where our kernels alone use caches: they read what is filled, and their library copies on the GPU."""
+
+    def __init__(self, device: str, library: Path) -> None:
+        super().__init__(device)
+        self._copy_rows = ctypes.CDLL(os.fspath(library)).HealthGptCopyRows
+        address, number = ctypes.c_void_p, ctypes.c_int64
+        self._copy_rows.argtypes = [address, number, address, number, number, number]
+        self._copy_rows.restype = ctypes.c_char_p
+
+    def buffer(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Buffer:
+        return Buffer.unwritten(shape, dtype, self.device)
+
+    def copy(self, source: Buffer, target: Buffer, length: int, begin: int = 0, place: int = 0, count: int = 1) -> None:
+        heads, row_bytes = source.shape[1], math.prod(source.shape[3:]) * source.dtype.itemsize
+        to_bytes, from_bytes = (buffer.shape[2] * row_bytes for buffer in (target, source))  # of a head
+        error = self._copy_rows(
+            target.address + place * heads * to_bytes,
+            to_bytes,
+            source.address + begin * heads * from_bytes,
+            from_bytes,
+            length * row_bytes,
+            count * heads,
+        )
+        if error:
+            raise ExecutorError(f"caches cannot be copied on the GPU: {error.decode()}")
+
+
+class Part(NamedTuple):
+    """Caches of some sequences, as ONNX Runtime binds them by their address."""
+
+    device: str
+    device_id: int
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    address: int
 
 
 class Caches:
@@ -40,52 +119,68 @@ class Caches:
     """
 
     def __init__(
-        self, values: dict[str, Value], device: str, step_tokens: int, sequences: int = 1, ahead: int = 0
+        self, values: dict[str, Value], memory: Memory, step_tokens: int, sequences: int = 1, ahead: int = 0
     ) -> None:
-        self._values, self._device, self._step_tokens, self._sequences = values, device, step_tokens, sequences
+        self._values, self._memory, self._step_tokens, self._sequences = values, memory, step_tokens, sequences
         self._ahead = ahead
-        self.buffers: dict[str, Buffer] = {}
+        self._buffers: dict[str, Buffer] = {}
         self.capacity = 0
 
     @property
+    def device(self) -> str:
+        return self._memory.device
+
+    @property
     def size_bytes(self) -> int:
-        return sum(buffer.size_bytes for buffer in self.buffers.values())
+        return sum(buffer.size_bytes for buffer in self._buffers.values())
 
-    def reserve(self, length: int, kept: int, sequences: int = 1) -> bool:
-        """Have room for `length` tokens each; whether that took new buffers.
+    def grow(self, length: int, kept: int, sequences: int = 1) -> None:
+        """Have room for `length` tokens each, in new memory.
 
-        These hold what the first `kept` tokens of the first `sequences` left; memory that was never used stays so.
+        It holds what the first `kept` tokens of the first `sequences` left; what was never used takes no memory of the
+        CPU. Raises ExecutorError; then nothing is left of any sequence.
         """
-        if length <= self.capacity:
-            return False
+        if kept and not self._buffers:
+            raise ExecutorError("the caches are gone, because there was no memory for longer ones")
         needed = length if self.capacity else length + self._ahead
-        self.capacity = -(-needed // self._step_tokens) * self._step_tokens
-        sizes: dict[int | str, int] = {"B": self._sequences, "M": self.capacity}
-        for name, value in self._values.items():
-            grown = _zeros(tuple(int(sizes.get(size, size)) for size in value.shape), np.dtype(value.type))
-            if kept:
-                grown[:sequences, :, :kept] = self.buffers[name].read()[:sequences, :, :kept]
-            self.buffers[name] = Buffer(grown, self._device)
-        return True
+        capacity = -(-needed // self._step_tokens) * self._step_tokens
+        sizes: dict[int | str, int] = {"B": self._sequences, "M": capacity}
+        try:
+            for name, value in self._values.items():
+                shape = tuple(int(sizes.get(size, size)) for size in value.shape)
+                grown = self._memory.buffer(shape, np.dtype(value.type))
+                if kept:
+                    self._memory.copy(self._buffers[name], grown, kept, count=sequences)
+                self._buffers[name] = grown  # one by one, so that all are there twice at no time
+        except Exception as error:  # onnxruntime's own exceptions share no public base class
+            self.release()
+            raise ExecutorError(f"no memory for caches of {capacity} tokens: {in_one_line(error)}") from error
+        self.capacity = capacity
 
     def release(self) -> None:
         """Give all memory back."""
-        self.buffers.clear()
+        self._buffers.clear()
         self.capacity = 0
 
-    def first(self, sequences: int) -> dict[str, Buffer]:
-        """Those of the first sequences alone, in the same memory, which must be the CPU's."""
-        return {name: Buffer(buffer.read()[:sequences], self._device) for name, buffer in self.buffers.items()}
+    def first(self, sequences: int) -> Iterator[tuple[str, Part]]:
+        """Those of the first sequences alone, in the same memory; until they grow."""
+        for name, buffer in self._buffers.items():
+            yield name, Part(self.device, 0, buffer.dtype, (sequences, *buffer.shape[1:]), buffer.address)
 
-    def rows(self, length: int, sequence: int = 0) -> dict[str, np.ndarray]:
-        """What the first `length` tokens of one of the sequences left, [1, K, length, ...] each."""
-        return {name: buffer.read()[sequence : sequence + 1, :, :length] for name, buffer in self.buffers.items()}
+    def take(self, other: Caches, length: int, begin: int = 0, place: int = 0) -> None:
+        """Begin sequence `place` with the first `length` tokens of sequence `begin` of others; there must be room."""
+        for name, buffer in self._buffers.items():
+            self._memory.copy(other._buffers[name], buffer, length, begin, place)
 
-    def restore(self, rows: dict[str, np.ndarray], sequence: int = 0) -> None:
-        """Begin one of the sequences with what `rows` gave of another's caches; there must be room."""
-        for name, buffer in self.buffers.items():
+    def rows(self, length: int) -> dict[str, np.ndarray]:
+        """What the first `length` tokens of the first sequence left, [1, K, length, ...] each."""
+        return {name: buffer.read()[:1, :, :length] for name, buffer in self._buffers.items()}
+
+    def restore(self, rows: dict[str, np.ndarray]) -> None:
+        """Begin the first sequence with what `rows` gave of another's caches; there must be room."""
+        for name, buffer in self._buffers.items():
             whole = buffer.read()
-            whole[sequence, :, : rows[name].shape[2]] = rows[name][0]
+            whole[:1, :, : rows[name].shape[2]] = rows[name]
             buffer.write(whole)
 
 

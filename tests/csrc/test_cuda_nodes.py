@@ -6,6 +6,7 @@ all but CUDA itself, ONNX Runtime's provider for it and the time that things tak
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from test_onnxruntime_library import (
 from healthgpt_edge import load, phantoms
 from healthgpt_edge.errors import ExecutorError
 from healthgpt_edge.executors.onnx import DEVICES
+from healthgpt_edge.executors.onnx_memory import KernelMemory
 from healthgpt_edge.export.bundle import export_bundle
 from healthgpt_edge.export.checkpoint import Checkpoint
 from healthgpt_edge.export.graph.functions import (
@@ -291,7 +293,7 @@ def test_memory_and_graphs_are_used_again(bundles, cuda, monkeypatch):
 
 
 def test_the_caches_of_a_picture_have_room_for_its_codes(bundles, cuda, monkeypatch):
-    """Growing them on a GPU takes as long as a hundred codes."""
+    """Growing them ends the CUDA graphs of the steps."""
     monkeypatch.setitem(DEVICES, "cuda", DEVICES["cuda"]._replace(step_tokens=16))
     session = load(bundles / "fp16", tasks=("generation",), threads=1, verify=False, device="cuda")
     context = session.executor.context("generation", None)
@@ -340,7 +342,8 @@ def test_an_fp32_bundle_runs_on_the_standard_bodies(golden_bundle, bundles, cuda
         plain(session, path, options, **more)
 
     monkeypatch.setattr(onnxruntime.InferenceSession, "__init__", spy)
-    assert load(golden_bundle("qwen"), device="cuda", verify=False).executor.name == "onnx-cuda"
+    session = load(golden_bundle("qwen"), device="cuda", verify=False)
+    assert session.executor.name == "onnx-cuda" and session.executor.group("comprehension", 2) is None
     assert settings and all(one == {"use_tf32": "0"} for one in settings)
     settings.clear()
     load(bundles / "fp16", tasks=("comprehension",), device="cuda", verify=False)
@@ -348,3 +351,117 @@ def test_an_fp32_bundle_runs_on_the_standard_bodies(golden_bundle, bundles, cuda
     settings.clear()
     load(golden_bundle("qwen"), verify=False)
     assert settings and not any(settings)
+
+
+# --- several sequences ----------------------------------------------------------------------------------------------
+
+
+def test_requests_done_together_get_what_they_get_alone(bundles, cuda, monkeypatch):
+    session = load(bundles / "fp16", tasks=("comprehension",), threads=1, verify=False, device="cuda")
+    asked = {"What is it?": 4, "Where?": 9, "Is it there?": 6}
+    assert session.group("comprehension", 2) is not None  # compares, once
+    runs, together = Runs(monkeypatch), session.together(2)
+    for words, tokens in asked.items():
+        together.answer(words, None, words, max_new_tokens=tokens)
+    made = {words: answer.token_ids for words, answer, _ in together}
+    assert len(runs.seen) < sum(asked.values())  # or each was done by itself
+    for words, tokens in asked.items():
+        alone = session.answer(None, words, max_new_tokens=tokens, draft="none")
+        assert made[words] == alone.token_ids and len(made[words]) > 1
+
+
+class Members:
+    """Sequences of a group, and the same ones by themselves."""
+
+    def __init__(self, executor: Any, task: str, sequences: int) -> None:
+        self._executor, self._task = executor, task
+        self.group = executor.group(task, sequences)
+        self._alone: dict[Any, Any] = {}
+
+    def join(self, seats: ExitStack, length: int) -> None:
+        context = self._executor.context(self._task, None)
+        context.forward(np.arange(length, 2 * length))
+        member = seats.enter_context(self.group.join(context))
+        self._alone[member] = context
+        seats.callback(self._alone.pop, member)
+
+    def step(self) -> None:
+        """Give each of them a token, in a pass for all and in passes of their own."""
+        found = self.group.forward({member: member.length for member in self._alone}, ())
+        for member, context in self._alone.items():
+            np.testing.assert_array_equal(found[member], context.forward(np.array([context.length])))
+            assert member.length == context.length
+
+
+@pytest.fixture
+def short_caches(cuda, monkeypatch):
+    monkeypatch.setitem(DEVICES, "cuda", DEVICES["cuda"]._replace(step_tokens=32))
+
+
+@pytest.mark.parametrize(("precision", "task"), [("fp16", "generation"), ("int4", "comprehension")])
+def test_sequences_have_the_bits_of_plain_steps(bundles, short_caches, precision, task):
+    """While others come and go, and when the caches, of bytes too, grow with all that is in them."""
+    executor = load(bundles / precision, tasks=(task,), threads=1, verify=False, device="cuda").executor
+    members = Members(executor, task, 3)
+    with ExitStack() as seats, ExitStack() as first:
+        for one, length in ((first, 7), (seats, 30), (seats, 3)):
+            members.join(one, length)
+        members.step()
+        first.close()  # the last one takes its place
+        members.step()
+        members.join(seats, 5)
+        members.step()  # the second one has 33 tokens now
+        members.step()
+    with ExitStack() as seats:  # where others were
+        members.join(seats, 2)
+        members.join(seats, 40)
+        members.step()
+
+
+def test_graphs_of_a_group_stay_until_its_caches_move(bundles, short_caches, monkeypatch):
+    session = load(bundles / "fp16", tasks=("comprehension",), threads=1, verify=False, device="cuda")
+    released: list[str] = []
+    monkeypatch.setattr(
+        onnxruntime.InferenceSession, "release_captured_graph", lambda _, number: released.append(str(number))
+    )
+    runs, members = Runs(monkeypatch), Members(session.executor, "comprehension", 3)
+
+    def graph(members: Members) -> str:
+        runs.seen.clear()
+        members.step()
+        return runs.seen[0][0]
+
+    graphs = []
+    for _ in range(2):
+        with ExitStack() as seats:
+            members.join(seats, 3)
+            one = graph(members)
+            members.join(seats, 4)
+            graphs.append([one, graph(members)])
+    assert graphs[0] == graphs[1] and len({"-1", *graphs[0]}) == 3 and not released
+    with ExitStack() as seats:
+        members.join(seats, 33)
+        assert set(graphs[0]) <= set(released)
+        last = graph(members)
+        assert last not in ("-1", *graphs[0])
+    released.clear()
+    del members
+    assert released == [last]
+
+
+def test_what_is_not_copied_is_found_out(bundles, short_caches, monkeypatch):
+    """Then requests are done one by one."""
+    session = load(bundles / "fp16", tasks=("comprehension",), threads=1, verify=False, device="cuda")
+    monkeypatch.setattr(KernelMemory, "copy", lambda *what: None)
+    assert session.group("comprehension", 2) is None
+
+
+def test_a_copy_that_fails_says_what_cuda_says(bundles, short_caches, monkeypatch):
+    session = load(bundles / "fp16", tasks=("comprehension",), threads=1, verify=False, device="cuda")
+    members = Members(session.executor, "comprehension", 2)
+    monkeypatch.setattr(session.executor._memory, "_copy_rows", lambda *what: b"an illegal memory access")
+    with (
+        ExitStack() as seats,
+        pytest.raises(ExecutorError, match=r"^caches cannot be copied on the GPU: an illegal memory access$"),
+    ):
+        members.join(seats, 3)

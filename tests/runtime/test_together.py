@@ -18,6 +18,7 @@ from peer import ASK, Peer
 from healthgpt_edge import Sampling, load, machine
 from healthgpt_edge.errors import Cancelled, ExecutorError, ImageError, OptionError
 from healthgpt_edge.executors.onnx_group import OnnxGroup
+from healthgpt_edge.executors.onnx_memory import Memory
 from healthgpt_edge.images import read_image
 from healthgpt_edge.invariance import sequences_agree
 from healthgpt_edge.together import MAX_TOGETHER, Done, Together
@@ -334,6 +335,28 @@ def test_places_that_nobody_takes_take_no_memory(session):
         places = group._caches.size_bytes
         assert machine.proportional_memory() - before < places / 8
     assert group._caches.size_bytes == 0
+
+
+def test_a_group_without_memory_for_longer_caches_begins_anew(session, monkeypatch):
+    """It loses the sequences that are in it: some of its caches would be longer than others."""
+    group, context = session.executor.group("comprehension", 2), session.executor.context("comprehension", None)
+    context.forward(np.arange(256))
+    plain, left = Memory.buffer, iter(range(3))
+
+    def buffer(self, shape, dtype):
+        if shape[2] > 256 and next(left, None) is None:
+            raise MemoryError
+        return plain(self, shape, dtype)
+
+    with group.join(context) as member, monkeypatch.context() as patch:
+        patch.setattr(Memory, "buffer", buffer)
+        with pytest.raises(ExecutorError, match=r"^no memory for caches of 512 tokens: there is not enough memory$"):
+            group.forward({member: 7}, ())
+        assert group._caches.size_bytes == 0
+        with pytest.raises(ExecutorError, match=r"^the caches are gone, because there was no memory for longer ones$"):
+            group.forward({member: 7}, ())
+    with group.join(context) as member:
+        assert np.array_equal(group.forward({member: 7}, ())[member], context.forward(np.array([7])))
 
 
 # --- for a peer -----------------------------------------------------------------------------------------------------
