@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import ExitStack
+from typing import Any
 
 import numpy as np
 
@@ -46,6 +47,16 @@ def time_passes(
     return samples_ms
 
 
+def report(samples_ms: dict[int, list[float]]) -> list[dict[str, Any]]:
+    """What time_passes found: by sequences, the cost in passes of one, tokens a second, and a summary of the times."""
+    medians_ms = {size: float(np.median(samples)) for size, samples in samples_ms.items()}
+    return [
+        {"sequences": size, "cost": ms / medians_ms[1], "tokens_per_second": size / ms * 1e3}
+        | summary(samples_ms[size])
+        for size, ms in medians_ms.items()
+    ]
+
+
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--most", type=int, default=8, help="sequences at most")
@@ -55,16 +66,12 @@ def main() -> None:
     group = session.group(arguments.task, max(sizes))
     if group is None:
         sys.exit("sequences in a group must get the bits that they get by themselves, found others or no groups")
-    samples_ms = time_passes(session, arguments.task, group, arguments.context, sizes, arguments.repeat)
-    one_ms = float(np.median(samples_ms[1]))
+    passes = report(time_passes(session, arguments.task, group, arguments.context, sizes, arguments.repeat))
     print("| sequences | ms a pass | of one sequence | tokens a second | times as many |\n|---|---|---|---|---|")
-    sizes_json = []
-    for size, samples in samples_ms.items():
-        median_ms = float(np.median(samples))
-        cost, rate = median_ms / one_ms, size / median_ms * 1e3
-        print(f"| {size} | {median_ms:.2f} | {cost:.2f} | {rate:.1f} | {size / cost:.2f} |")
-        sizes_json.append({"sequences": size, "cost": cost, "tokens_per_second": rate, **summary(samples)})
-    save(arguments, "passes", sizes_json)
+    for one in passes:
+        size, cost, rate = one["sequences"], one["cost"], one["tokens_per_second"]
+        print(f"| {size} | {one['p50_ms']:.2f} | {cost:.2f} | {rate:.1f} | {size / cost:.2f} |")
+    save(arguments, "passes", passes)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@
     python -m benchmarks.gpu.bundles WORK --out FILE [--seconds N] [--rehearse LIBRARY]
 
 The first command writes the bundles, without a GPU. The second checks and times them: the trained phantom must give the
-same ids as on the CPU, and a full-size M3 with random weights must pass the checks of `healthgpt_edge.bench`. Results
-are written after every bundle. With --rehearse, LIBRARY is the host build of the CUDA nodes (the target
+same ids as on the CPU, and requests done together those of requests done alone; a full-size M3 with random weights must
+pass the checks of `healthgpt_edge.bench`. Then passes over several sequences are timed. Results are written after every
+bundle. With --rehearse, LIBRARY is the host build of the CUDA nodes (the target
 healthgpt_onnxruntime_cuda_host); it runs only a phantom, and its times mean nothing.
 """
 
@@ -24,19 +25,24 @@ import torch  # before onnxruntime, because it loads the CUDA libraries and cuDN
 from benchmarks import full_size, phantom
 from benchmarks.commit import commit
 from benchmarks.systems import SYSTEMS
+from benchmarks.together import report, time_passes
 from healthgpt_edge import bench, load, phantoms
 from healthgpt_edge.executors.onnx import DEVICES
 from healthgpt_edge.export.bundle import export_bundle
 from healthgpt_edge.export.checkpoint import Checkpoint
+from healthgpt_edge.session import Session
 
 NEW_TOKENS = 20
 REHEARSED_TOKENS = 3
 ROWS = {"phantom": "vit,pp300,tg64@300,vq,img", "m3": "vit,pp600,tg64@700,vq,img"}
 REHEARSED_ROWS = "pp3,tg2@3"
+# Sequences of a pass, and passes of each.
+TOGETHER, PASSES = [1, 2, 4, 8], 20
+REHEARSED_TOGETHER = [1, 2]
 
 
 class WrongAnswer(Exception):
-    """A bundle gives different ids on the GPU and on the CPU."""
+    """A bundle gives different ids on the GPU and on the CPU, or done together and alone."""
 
 
 class Case(NamedTuple):
@@ -70,15 +76,43 @@ CASES = [
 
 
 def check_phantom(bundle: Path, new_tokens: int) -> None:
-    """Check that the trained phantom gives the CPU's ids for every kind of question."""
+    """Check that the trained phantom gives the CPU's ids for every kind of question, and done together its own."""
     # On the CPU by the standard bodies: our CPU kernels quantise activations to 8 bits, the CUDA kernels do not.
     sessions = [
-        load(bundle, tasks=("comprehension",), device=device, kernels=device == "cuda") for device in ("cuda", "cpu")
+        load(bundle, device="cuda"),
+        load(bundle, tasks=("comprehension",), device="cpu", kernels=False),
     ]
     for question in list(phantoms.questions(phantoms.held_out(1)[0]))[: 1 if new_tokens < 8 else None]:
         found, expected = (one.answer(question.picture, question.text, max_new_tokens=new_tokens) for one in sessions)
         if found.token_ids != expected.token_ids:
             raise WrongAnswer(f"the phantom must say {expected.token_ids}, said {found.token_ids}: {bundle.name}")
+    check_together(sessions[0], new_tokens)
+
+
+def check_together(session: Session, new_tokens: int) -> None:
+    """Check that the trained phantom's answers, and its pictures, are the same where they are done together."""
+    (subject,), together, alone = phantoms.held_out(1), session.together(3), []
+    asked = [(question.picture, question.text) for question in phantoms.questions(subject)]
+    if new_tokens < 8:  # a rehearsal, in which a picture takes long
+        asked = [(None, words) for _, words in asked[:2]]
+    for picture, words in asked:
+        together.answer(len(alone), picture, words, max_new_tokens=new_tokens)
+        alone.append(session.answer(picture, words, max_new_tokens=new_tokens, draft="none"))
+    for drawing in phantoms.drawings(subject) if new_tokens >= 8 else []:
+        together.generate(len(alone), None, drawing.instruction)
+        alone.append(session.generate(None, drawing.instruction, draft="none"))
+    for place, made, error in together:
+        if error is not None:
+            raise error
+        if made.token_ids != alone[place].token_ids:
+            raise WrongAnswer(f"alone it gives {alone[place].token_ids}, together with others {made.token_ids}")
+
+
+def time_together(bundle: Path, context_tokens: int, sizes: list[int], passes: int) -> list[dict[str, Any]]:
+    """Passes over several sequences of a bundle; none where the executor does them one by one."""
+    session = load(bundle, tasks=("generation",), device="cuda", verify=False)
+    group = session.group("generation", max(sizes))
+    return report(time_passes(session, "generation", group, context_tokens, sizes, passes)) if group else []
 
 
 def export(cases: list[Case], work: Path) -> None:
@@ -99,11 +133,11 @@ def main() -> None:
     parser.add_argument("--rehearse", type=Path, metavar="LIBRARY")
     arguments = parser.parse_args()
     end, work = time.monotonic() + arguments.seconds, arguments.work
-    cases = CASES
+    cases, sizes = CASES, TOGETHER
     if arguments.rehearse:
         here = {"provider": "CPUExecutionProvider", "memory": "cpu", "library": arguments.rehearse, "step_tokens": 320}
         DEVICES["cuda"] = DEVICES["cuda"]._replace(**here)
-        cases = CASES[:1]
+        cases, sizes = CASES[:1], REHEARSED_TOGETHER
     if arguments.export:
         export(cases, work)
         return
@@ -117,12 +151,16 @@ def main() -> None:
             results["not_reached"].append(case.name)
             continue
         rows = bench.parse_rows(REHEARSED_ROWS if arguments.rehearse else ROWS[case.model])
+        context_tokens = next(row.context for row in rows if row.kind == "tg")
         try:
             if case.model == "phantom":
                 check_phantom(work / case.name, REHEARSED_TOKENS if arguments.rehearse else NEW_TOKENS)
             results[case.name] = bench.run(work / case.name, rows, device="cuda", repeat=1 if arguments.rehearse else 5)
             times = {f"{row['task']} {row['row']}": row["p50_ms"] for row in results[case.name]["rows"]}
             print(case.name, results[case.name]["settings"]["executor"], json.dumps(times), flush=True)
+            passes = time_together(work / case.name, context_tokens, sizes, 1 if arguments.rehearse else PASSES)
+            results[case.name]["together"] = passes
+            print(case.name, "together", {one["sequences"]: round(one["p50_ms"], 2) for one in passes}, flush=True)
         except Exception as error:  # continue with the other bundles
             results["failed"][case.name] = f"{type(error).__name__}: {error}"
             traceback.print_exc()
