@@ -139,6 +139,38 @@ def attention(device: Device) -> Iterator[dict[str, Any]]:
             assert torch.isfinite(output).all()
 
 
+def prompt_attention(device: Device) -> Iterator[dict[str, Any]]:
+    """One layer's attention of M3's prompt of 600 tokens, which has a picture."""
+    tokens, decoder = (5, TINY) if device.rehearses else (600, DECODERS["m3"])
+    size, heads, kv_heads = decoder.head_size, decoder.heads, decoder.kv_heads
+    packed = device.normal(1, tokens, (heads + 2 * kv_heads) * size)
+    # Angles of 0, so that PyTorch's attention, which rotates nothing, has the same result.
+    cosine, sine = torch.ones_like(packed[..., : size // 2]), device.zeros(1, tokens, size // 2)
+    caches = [device.zeros(1, kv_heads, tokens, size, dtype=torch.float16) for _ in range(2)]
+    output = device.poisoned(1, tokens, heads * size)
+    given = packed, cosine, sine, device.zeros(1, dtype=torch.int64), *caches, output
+    split = packed.view(1, tokens, -1, size).swapaxes(1, 2).split([heads, kv_heads, kv_heads], dim=1)
+
+    def call() -> None:
+        device.kernels.cached_attention_prefill(*given, stream=device.stream)
+
+    def peer(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        attend = torch.nn.functional.scaled_dot_product_attention
+        return attend(query, key, value, is_causal=True, enable_gqa=True)
+
+    call()
+    expected = peer(*(one.double() for one in split)).swapaxes(1, 2).reshape_as(output)
+    halves = [one.half() for one in split]
+    yield {
+        "system": "m3",
+        "tokens": tokens,
+        "error": check("attention of a prompt", output, expected, 2e-3),
+        "ours": device.measure([call]),
+        # PyTorch's neither rotates nor appends, and reads and writes float16.
+        "torch_attention": device.measure([lambda: peer(*halves)]),
+    }
+
+
 def whole_picture(device: Device) -> Iterator[dict[str, Any]]:
     """All codes of a picture, each chosen and looked up on the GPU without an exchange with the host."""
     count = 8 if device.rehearses else 1024
@@ -185,6 +217,7 @@ def parts(device: Device) -> dict[str, Callable[[], Iterator[dict[str, Any]]]]:
         "m3 decode step, int4": lambda: step(device, "int4", 256),
         "m3 linears, rank 256": lambda: linears(device, "m3", [256], halves + integers, ROWS),
         "attention": lambda: attention(device),
+        "attention of a prompt": lambda: prompt_attention(device),
         "picture": lambda: picture(device),
         "whole picture": lambda: whole_picture(device),
         "m3 prefill, rank 64": lambda: prefill(device),

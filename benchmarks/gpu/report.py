@@ -66,13 +66,14 @@ def linears(results: Results, bandwidth: float) -> str:
 def others(results: Results) -> str:
     kinds = {
         "attention": ("{system}, context {past}", ("ours", "", "torch_attention")),
+        "attention of a prompt": ("{system}, {tokens} tokens", ("ours", "", "torch_attention")),
         "picture": ("1024 codes", ("ours_graph", "torch_eager", "torch_graph")),
         "m3 prefill, rank 64": ("{linear}, {storage}, {rows} rows", ("ours", "original_eager", "original_graph")),
     }
     rows = [
         [f"{name}: {title.format(**result)}", *(milliseconds(result, column) for column in columns)]
         for name, (title, columns) in kinds.items()
-        for result in results[name]
+        for result in results.get(name, ())  # results may be older than a part
         if "absent" not in result
     ]
     rows += [
