@@ -18,7 +18,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 ARCHITECTURES = ("75", "80", "86", "87", "89", "90", "100", "120")
 # What a kernel's second parameter counts.
-_ROWS = {"HLoraLinearKernel": "row tiles {}", "CachedAttentionKernel": "rows at once {}"}
+_ROWS = {
+    "HLoraLinearKernel": "row tiles {}",
+    "CachedAttentionKernel": "rows at once {}",
+    "AttentionPrefillKernel": "head size up to {}",
+}
 _STORAGES = ("float32", "float16", "bfloat16", "int8", "int4")
 
 

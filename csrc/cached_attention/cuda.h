@@ -1,5 +1,5 @@
 // Rotary positions, cache append and attention over the cache on a GPU, for the few tokens of a decode step. See
-// cached_attention.h for the operation itself.
+// cached_attention.h for the operation itself, and prefill.h for many tokens.
 #pragma once
 
 #include "cuda/storage.h"
@@ -30,6 +30,9 @@ struct CachedAttentionArguments {
   void* workspace = nullptr;          // of CachedAttentionWorkspaceBytes, set to zero before its first use
   int64_t workspace_bytes = 0;        // layers that follow each other in a stream can share one workspace
 };
+
+// The error of operands that do not fit together or are not supported, or null. The workspace is not checked.
+Status CheckOperands(const CachedAttentionArguments& arguments);
 
 int64_t CachedAttentionWorkspaceBytes(const CachedAttentionArguments& arguments);
 

@@ -12,14 +12,14 @@
 #include <cmath>
 
 #include "cached_attention/rows.cuh"
+#include "cached_attention/softmax.cuh"
 #include "cuda/launch.cuh"
 
 namespace healthgpt::cuda {
 namespace {
 
-constexpr int kPartsAtOnce = 6;         // loaded by a thread at once
-constexpr int64_t kTargetBlocks = 528;  // four for each of Hopper's 132 multiprocessors
-constexpr float kNone = -INFINITY;
+constexpr int kPartsAtOnce = 6;          // loaded by a thread at once
+constexpr int64_t kTargetBlocks = 528;   // four for each of Hopper's 132 multiprocessors
 constexpr int64_t kMostCount = 1 << 25;  // positions of a cache, and heads: 32 bits also hold 32 tokens times these
 
 // kRows rows at a time; 1 only if there is a single row, of a single token.
@@ -75,9 +75,6 @@ __device__ inline void GiveToTeam(float own, float (&numbers)[kCount]) {
     }
   }
 }
-
-// Subtracted from scores before the exponential. It is 0 if no position is visible, or all scores are NaN.
-__device__ inline float Shift(float largest) { return largest == kNone ? 0.0f : largest; }
 
 // Puts a warp's results for a row into shared memory. `values` are the team's, `sum` is the warp's.
 template <class Memory>
@@ -332,7 +329,16 @@ PartSizes PartSizesOf(const CachedAttentionArguments& given, int64_t tokens) {
   return {count, count * CeilDivide(given.head_size, kVector) * kVector};
 }
 
-Status Check(const CachedAttentionArguments& given) {
+template <int kRows>
+auto KernelOf(Storage cache) {
+  return cache == Storage::kFloat16    ? CachedAttentionKernel<Storage::kFloat16, kRows>
+         : cache == Storage::kBFloat16 ? CachedAttentionKernel<Storage::kBFloat16, kRows>
+                                       : CachedAttentionKernel<Storage::kInt8, kRows>;
+}
+
+}  // namespace
+
+Status CheckOperands(const CachedAttentionArguments& given) {
   if (given.batch < 1 || given.tokens < 1) return "[cached_attention] there must be tokens, of one sequence or more";
   if (given.kv_heads < 1 || given.heads < 1 || given.heads % given.kv_heads != 0) {
     return "[cached_attention] heads must be a multiple of kv_heads";
@@ -352,20 +358,8 @@ Status Check(const CachedAttentionArguments& given) {
   if ((given.cache == Storage::kInt8) != (given.key_scales != nullptr && given.value_scales != nullptr)) {
     return "[cached_attention] int8 caches, and no others, must come with scales";
   }
-  if (given.workspace == nullptr || given.workspace_bytes < CachedAttentionWorkspaceBytes(given)) {
-    return "[cached_attention] the workspace is too small";
-  }
   return nullptr;
 }
-
-template <int kRows>
-auto KernelOf(Storage cache) {
-  return cache == Storage::kFloat16    ? CachedAttentionKernel<Storage::kFloat16, kRows>
-         : cache == Storage::kBFloat16 ? CachedAttentionKernel<Storage::kBFloat16, kRows>
-                                       : CachedAttentionKernel<Storage::kInt8, kRows>;
-}
-
-}  // namespace
 
 int64_t CachedAttentionWorkspaceBytes(const CachedAttentionArguments& given) {
   const PartSizes sizes = PartSizesOf(given, std::min(given.tokens, kMostDecodeTokens));
@@ -373,7 +367,10 @@ int64_t CachedAttentionWorkspaceBytes(const CachedAttentionArguments& given) {
 }
 
 Status CachedAttention(const CachedAttentionArguments& given, Stream stream) {
-  if (const Status wrong = Check(given)) return wrong;
+  if (const Status wrong = CheckOperands(given)) return wrong;
+  if (given.workspace == nullptr || given.workspace_bytes < CachedAttentionWorkspaceBytes(given)) {
+    return "[cached_attention] the workspace is too small";
+  }
   const int64_t group = given.heads / given.kv_heads, chunks = CeilDivide(given.capacity, kChunk);
   const int64_t blocks = std::min(chunks, CeilDivide(kTargetBlocks, given.batch * given.kv_heads));
   const float scale = 1.0f / std::sqrt(static_cast<float>(given.head_size));

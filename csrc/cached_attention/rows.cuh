@@ -1,4 +1,4 @@
-// How decode.cu reads and writes the caches: a chunk's rows go to registers, new tokens' rows to the caches.
+// How kernels read and write the caches: decode.cu's chunks go to registers, new tokens' rows to the caches.
 //
 // A team of 16 threads holds the numbers of one position, 8 per thread, for 8 positions of a chunk.
 #pragma once

@@ -27,6 +27,13 @@ __device__ inline float ToFloat(Half value) { return __half2float(__ushort_as_ha
 __device__ inline float ToFloat(BFloat16 value) { return __bfloat162float(__ushort_as_bfloat16(value.bits)); }
 __device__ inline Half Round(float value, Half) { return {__half_as_ushort(__float2half_rn(value))}; }
 __device__ inline BFloat16 Round(float value, BFloat16) { return {__bfloat16_as_ushort(__float2bfloat16_rn(value))}; }
+// Rounds two numbers to float16 and packs them into a word, `low` in the low bits: one instruction since Ampere.
+__device__ inline uint32_t RoundHalves(float low, float high) {
+  const __half2 halves = __floats2half2_rn(low, high);
+  uint32_t bits;
+  memcpy(&bits, &halves, sizeof bits);
+  return bits;
+}
 
 __device__ inline uint32_t SubtractHalves(uint32_t a, uint32_t b) {
   uint32_t result;
@@ -88,6 +95,10 @@ inline Half Round(float value, Half) {
   }
   const uint32_t rounded = magnitude + 0x0FFFu + (magnitude >> 13 & 1u) - 0x38000000u;
   return {static_cast<uint16_t>(sign | rounded >> 13)};
+}
+
+inline uint32_t RoundHalves(float low, float high) {
+  return Round(low, Half()).bits | static_cast<uint32_t>(Round(high, Half()).bits) << 16;
 }
 
 // The kernels use these only where the results are exact in float16, so float32's intermediate rounding changes

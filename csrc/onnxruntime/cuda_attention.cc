@@ -1,5 +1,5 @@
-// The nodes CachedAttention and PackedCachedAttention on a GPU, by cached_attention/cuda.h.
-#include "cached_attention/cuda.h"
+// The nodes CachedAttention and PackedCachedAttention on a GPU, by cached_attention/pass.h.
+#include "cached_attention/pass.h"
 #include "onnxruntime/attention_node.h"
 #include "onnxruntime/cuda.h"
 
@@ -24,11 +24,7 @@ class CudaAttention {
       arguments.query_stride = arguments.heads * arguments.head_size;
       arguments.key_stride = arguments.value_stride = arguments.kv_heads * arguments.head_size;
     }
-    arguments.workspace_bytes = cuda::CachedAttentionWorkspaceBytes(arguments);
-    const cuda::Stream stream = StreamOf(call);
-    const int64_t use = cuda::Workspaces::kAttention + arguments.batch * arguments.kv_heads;
-    arguments.workspace = workspaces_->Reserve(stream, use, arguments.workspace_bytes);
-    Raise(cuda::CachedAttention(arguments, stream));
+    Raise(cuda::CachedAttentionPass(arguments, *workspaces_, StreamOf(call)));
   }
 
  private:

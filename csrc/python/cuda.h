@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/storage.h"
+#include "cuda/workspaces.h"
 #include "python/array.h"
 
 namespace healthgpt {
@@ -33,5 +34,13 @@ inline void Raise(cuda::Status status) {
 }
 
 cuda::Storage StorageOf(const std::string& name);
+
+#ifndef HEALTHGPT_WITHOUT_CUBLASLT
+// The working memory of launchers that are given none. Never freed: at the end of the process CUDA may already be gone.
+inline cuda::Workspaces& KeptWorkspaces() {
+  static auto& kept = *new std::shared_ptr(cuda::Workspaces::Get());
+  return *kept;
+}
+#endif
 
 }  // namespace healthgpt

@@ -1,7 +1,8 @@
 // Attention on a GPU as a Python function, which checks shapes and calls the launcher.
 #include <pybind11/stl.h>
 
-#include "cached_attention/cuda.h"
+#include "cached_attention/pass.h"
+#include "cached_attention/prefill.h"
 #include "python/cuda.h"
 
 namespace py = pybind11;
@@ -21,10 +22,11 @@ int64_t AttentionWorkspaceBytes(int64_t batch, int64_t tokens, int64_t heads, in
   return cuda::CachedAttentionWorkspaceBytes(arguments);
 }
 
-void CachedAttention(const py::object& packed, const py::object& cosine, const py::object& sine,
-                     const py::object& past_length, const py::object& keys, const py::object& values,
-                     const py::object& output, const py::object& workspace, const std::string& storage, int64_t window,
-                     const py::object& key_scales, const py::object& value_scales, uintptr_t stream) {
+// The operands that all launchers have.
+cuda::CachedAttentionArguments Operands(const py::object& packed, const py::object& cosine, const py::object& sine,
+                                        const py::object& past_length, const py::object& keys, const py::object& values,
+                                        const py::object& output, const std::string& storage, int64_t window,
+                                        const py::object& key_scales, const py::object& value_scales) {
   const std::vector<int64_t> cache = DeviceArray("keys", keys).shape(), given = DeviceArray("packed", packed).shape();
   if (given.size() != 3 || cache.size() != 4) throw py::value_error("packed must have 3 dimensions, the caches 4");
   cuda::CachedAttentionArguments arguments;
@@ -64,10 +66,35 @@ void CachedAttention(const py::object& packed, const py::object& cosine, const p
   arguments.key_scales = OptionalFloats("key_scales", key_scales, rows);
   arguments.value_scales = OptionalFloats("value_scales", value_scales, rows);
   arguments.output = Floats("output", output, {given[0], given[1], query_size});
+  return arguments;
+}
+
+void CachedAttention(const py::object& packed, const py::object& cosine, const py::object& sine,
+                     const py::object& past_length, const py::object& keys, const py::object& values,
+                     const py::object& output, const py::object& workspace, const std::string& storage, int64_t window,
+                     const py::object& key_scales, const py::object& value_scales, uintptr_t stream) {
+  cuda::CachedAttentionArguments arguments =
+      Operands(packed, cosine, sine, past_length, keys, values, output, storage, window, key_scales, value_scales);
   const Array memory = DeviceArray("workspace", workspace);
   arguments.workspace = memory.data<void>();
   arguments.workspace_bytes = memory.bytes();
   Raise(cuda::CachedAttention(arguments, StreamOf(stream)));
+}
+
+// Defines a function of the operands alone: launch(arguments, stream).
+template <class Launch>
+void Define(py::module_& module, const char* name, Launch launch, const char* doc) {
+  const auto call = [launch](const py::object& packed, const py::object& cosine, const py::object& sine,
+                             const py::object& past_length, const py::object& keys, const py::object& values,
+                             const py::object& output, const std::string& storage, int64_t window,
+                             const py::object& key_scales, const py::object& value_scales, uintptr_t stream) {
+    Raise(launch(
+        Operands(packed, cosine, sine, past_length, keys, values, output, storage, window, key_scales, value_scales),
+        StreamOf(stream)));
+  };
+  module.def(name, call, py::arg("packed"), py::arg("cosine"), py::arg("sine"), py::arg("past_length"), py::arg("keys"),
+             py::arg("values"), py::arg("output"), py::arg("storage") = "float16", py::arg("window") = 0,
+             py::arg("key_scales") = py::none(), py::arg("value_scales") = py::none(), py::arg("stream") = 0, doc);
 }
 
 }  // namespace
@@ -83,6 +110,16 @@ void BindAttention(py::module_& module) {
              "Attention [B, S, H * D] over caches [B, K, M, D]. Appends the new keys and values to the caches; int8 "
              "caches have scales [B, K, M]. packed [B, S, (H + 2 K) * D] holds queries, keys and values. Operands as "
              "in csrc/cached_attention/cuda.h.");
+  Define(module, "cached_attention_prefill", &cuda::CachedAttentionPrefill,
+         "cached_attention for many tokens: csrc/cached_attention/prefill.h.");
+#ifndef HEALTHGPT_WITHOUT_CUBLASLT
+  const auto pass = [](const cuda::CachedAttentionArguments& arguments, cuda::Stream stream) {
+    return cuda::CachedAttentionPass(arguments, KeptWorkspaces(), stream);
+  };
+  Define(module, "cached_attention_pass", pass,
+         "cached_attention for any number of tokens, with its own working memory for each stream: "
+         "csrc/cached_attention/pass.h.");
+#endif
 }
 
 }  // namespace healthgpt

@@ -130,11 +130,9 @@ void HLoraLinearRows(const py::object& x, const StoredMatrix& weight, const py::
                      const StoredMatrix* adapter_in, const StoredMatrix* adapter_out, int64_t experts,
                      const py::object& expert_of, const py::object& route_bias, std::optional<float> epsilon,
                      bool pair_input, const py::object& residual, uintptr_t stream) {
-  // Never freed: at the end of the process CUDA may already be gone.
-  static auto& workspaces = *new std::shared_ptr(cuda::Workspaces::Get());
   const Arguments arguments = Operands(x, weight, y, bias, adapter_in, adapter_out, experts, expert_of, route_bias,
                                        epsilon, pair_input, residual);
-  Raise(cuda::HLoraLinearRows(arguments, *workspaces, StreamOf(stream)));
+  Raise(cuda::HLoraLinearRows(arguments, KeptWorkspaces(), StreamOf(stream)));
 }
 #endif
 

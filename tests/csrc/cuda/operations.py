@@ -33,6 +33,15 @@ def cached_attention(device: Any, cache: str, tokens: int = 8, heads: int = 4) -
     return [output, *(one[:, :, : 200 + tokens] for one in caches)]
 
 
+def attention_prefill(device: Any, cache: str) -> list[np.ndarray]:
+    """Two tiles of tokens, and three chunks of positions, the first of which no token of the second tile sees."""
+    from test_attention import operands, run
+
+    given = operands(1, 68, 2, 1, 36, 140, [70], cache)
+    output, *caches = run(device, *given, 66, cache, by="cached_attention_prefill")
+    return [output, *(one[:, :, :138] for one in caches)]
+
+
 def token_selection(device: Any, temperature: float) -> list[np.ndarray]:
     from test_tokens import Selection
 
@@ -84,6 +93,8 @@ OPERATIONS = {
     "attention": lambda device: cached_attention(device, "float16"),
     "attention, int8": lambda device: cached_attention(device, "int8"),
     "attention of one row": lambda device: cached_attention(device, "float16", tokens=1, heads=2),
+    "attention of a prompt": lambda device: attention_prefill(device, "float16"),
+    "attention of a prompt, int8": lambda device: attention_prefill(device, "int8"),
     "greedy": lambda device: token_selection(device, 0.0),
     "sampling": lambda device: token_selection(device, 0.8),
     "gather_rows": gather_rows,

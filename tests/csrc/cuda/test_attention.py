@@ -72,12 +72,12 @@ def formula(packed, cosine, sine, past_length, keys, values, key_scales, value_s
     return outputs.reshape(batch, tokens, -1), *caches
 
 
-def run(device, packed, cosine, sine, past_length, *more):
+def run(device, packed, cosine, sine, past_length, *more, by="cached_attention"):
     """The outputs and the caches, which the call has changed; `more` are the caches, the window, the format."""
     (*caches, window, cache), workspace = more[:6], more[6] if len(more) > 6 else None
     (batch, tokens, width), (_, kv_heads, capacity, size) = packed.shape, caches[0].shape
     heads = width // size - 2 * kv_heads
-    if workspace is None:
+    if by == "cached_attention" and workspace is None:
         needed = device.kernels.cached_attention_workspace_bytes(batch, tokens, heads, kv_heads, size, capacity)
         workspace = device.workspace(needed, batch * kv_heads)
     output = device.poisoned(batch, tokens, heads * size)
@@ -86,7 +86,8 @@ def run(device, packed, cosine, sine, past_length, *more):
     if cache == "int8":
         put[6:] = [device.put(one[..., 0]) for one in caches[2:]]
         scales = {"key_scales": put[6], "value_scales": put[7]}
-    device.kernels.cached_attention(*put[:6], output, workspace, cache, window, **scales)
+    memory = [] if workspace is None else [workspace]  # the others need none, or have their own
+    getattr(device.kernels, by)(*put[:6], output, *memory, cache, window, **scales)
     found = [device.get(one) for one in put[4:]]
     if cache == "int8":
         found[2:] = [one[..., None] for one in found[2:]]
