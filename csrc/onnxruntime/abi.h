@@ -38,7 +38,7 @@ enum OrtElementType : int {
 };
 
 enum OrtCharacteristic : int { kOrtRequired = 0, kOrtOptional = 1 };
-enum OrtMemoryType : int { kOrtDefaultMemory = 0 };
+enum OrtMemoryType : int { kOrtHostMemory = -2, kOrtDefaultMemory = 0 };
 
 struct OrtApi {
   OrtStatus* (*CreateStatus)(OrtErrorCode code, const char* message);

@@ -1,4 +1,5 @@
 // The node Linear and those with an H-LoRA linear on a GPU, by hlora_linear/rows.h.
+#include "cuda/shared_rows.h"
 #include "hlora_linear/rows.h"
 #include "onnxruntime/cuda.h"
 #include "onnxruntime/linear_node.h"
@@ -21,54 +22,57 @@ cuda::Storage StorageOf(OrtElementType type) {
   }
 }
 
-cuda::Matrix MatrixOf(const MatrixOperand& operand) {
-  cuda::Matrix matrix;
-  matrix.values = operand.values;
-  matrix.scales = operand.scales;
-  matrix.storage = StorageOf(operand.type);
-  matrix.channels = operand.channels;
-  matrix.outputs = matrix.stride = operand.outputs;
-  matrix.block_size = operand.block_size;
-  return matrix;
-}
-
-// A copy of a stored matrix with a stride that wide loads can read. There is no copy if the matrix has such a stride
-// already, if its rows begin inside a byte, or if it is not a constant of the graph.
-class WideMatrix {
+// A stored matrix of the graph, on the GPU with a stride that wide loads can read. ONNX Runtime leaves it where the
+// file is mapped (linear_node.h), so that sessions of the same weights can share it.
+class ResidentMatrix {
  public:
-  WideMatrix(const Attributes& attributes, size_t index) {
+  ResidentMatrix(const Attributes& attributes, size_t index) {
     const Tensor values = attributes.Constant(index, kHLoraLinearInputs[index]);
-    if (!values.given || values.rank != 2 || values.elements == 0 || values.type == kOrtFloat32) return;
+    const Tensor scales = attributes.Constant(index + 1, kHLoraLinearInputs[index + 1]);
+    if (!values.given) {
+      throw std::invalid_argument(std::string(kHLoraLinearInputs[index].name) + " must be a constant on a GPU");
+    }
+    if (values.rank != 2 || values.elements == 0) return;  // ReadLinear says what is wrong
     const cuda::Storage storage = StorageOf(values.type);
-    const int64_t bits = cuda::StorageBits(storage);
-    const int64_t stride = cuda::WideStride(storage, values.shape[1]);
-    if (stride == values.shape[1] || values.shape[1] * bits % 8 != 0) return;
-    const int64_t to_bytes = stride * bits / 8, from_bytes = values.shape[1] * bits / 8;
-    memory_ = std::make_unique<cuda::Memory>(values.shape[0] * to_bytes);
-    stride_ = stride;
-    Raise(cuda::CopyRows(memory_->data(), to_bytes, values.data, from_bytes, from_bytes, values.shape[0]));
+    const int64_t bits = cuda::StorageBits(storage), row_bits = values.shape[1] * bits;
+    stride_ = cuda::WideStride(storage, values.shape[1]);
+    if (row_bits % 8 == 0) {
+      values_ = cuda::SharedRows(values.data, values.shape[0], row_bits / 8, stride_ * bits / 8);
+    } else {  // rows begin within a byte
+      const int64_t bytes = cuda::CeilDivide(values.shape[0] * row_bits, 8);
+      stride_ = values.shape[1];
+      values_ = cuda::SharedRows(values.data, 1, bytes, bytes);
+    }
+    if (!scales.given || scales.elements == 0) return;
+    const int64_t bytes = scales.elements * static_cast<int64_t>(sizeof(float));
+    scales_ = cuda::SharedRows(scales.data, 1, bytes, bytes);
   }
 
+  // `operand` fits: it is what the constructor saw.
   cuda::Matrix Of(const MatrixOperand& operand) const {
-    cuda::Matrix matrix = MatrixOf(operand);
-    if (memory_ == nullptr) return matrix;
-    matrix.values = memory_->data();
+    cuda::Matrix matrix;
+    matrix.values = values_->data();
+    matrix.scales = scales_ == nullptr ? nullptr : static_cast<const float*>(scales_->data());
+    matrix.storage = StorageOf(operand.type);
+    matrix.channels = operand.channels;
+    matrix.outputs = operand.outputs;
     matrix.stride = stride_;
+    matrix.block_size = operand.block_size;
     return matrix;
   }
 
  private:
-  std::unique_ptr<cuda::Memory> memory_;
+  std::shared_ptr<const cuda::Memory> values_, scales_;
   int64_t stride_ = 0;
 };
 
 class CudaLinear {
  public:
   CudaLinear(const Attributes& attributes, bool has_adapters)
-      : workspaces_(cuda::Workspaces::Get()), weight_(std::make_unique<WideMatrix>(attributes, 1)) {
+      : workspaces_(cuda::Workspaces::Get()), weight_(std::make_unique<ResidentMatrix>(attributes, 1)) {
     if (!has_adapters) return;
-    adapter_in_ = std::make_unique<WideMatrix>(attributes, 4);
-    adapter_out_ = std::make_unique<WideMatrix>(attributes, 6);
+    adapter_in_ = std::make_unique<ResidentMatrix>(attributes, 4);
+    adapter_out_ = std::make_unique<ResidentMatrix>(attributes, 6);
   }
 
   void operator()(const LinearOperands& operands, Call& call) const {
@@ -92,7 +96,7 @@ class CudaLinear {
 
  private:
   std::shared_ptr<cuda::Workspaces> workspaces_;
-  std::unique_ptr<WideMatrix> weight_, adapter_in_, adapter_out_;
+  std::unique_ptr<ResidentMatrix> weight_, adapter_in_, adapter_out_;
 };
 
 }  // namespace

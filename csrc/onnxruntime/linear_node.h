@@ -36,15 +36,16 @@ struct Around {
   float epsilon = 0;
 };
 
+// Matrices stay in the mapped file: a launcher for a GPU copies them itself.
 constexpr Operand kHLoraLinearInputs[] = {
     {"x", kOrtFloat32},
-    {"weight", kOrtUndefined},
-    {"weight_scale", kOrtFloat32, kOrtOptional},
+    {"weight", kOrtUndefined, kOrtRequired, kOrtHostMemory},
+    {"weight_scale", kOrtFloat32, kOrtOptional, kOrtHostMemory},
     {"bias", kOrtFloat32, kOrtOptional},
-    {"adapter_in", kOrtUndefined},
-    {"adapter_in_scale", kOrtFloat32, kOrtOptional},
-    {"adapter_out", kOrtUndefined},
-    {"adapter_out_scale", kOrtFloat32, kOrtOptional},
+    {"adapter_in", kOrtUndefined, kOrtRequired, kOrtHostMemory},
+    {"adapter_in_scale", kOrtFloat32, kOrtOptional, kOrtHostMemory},
+    {"adapter_out", kOrtUndefined, kOrtRequired, kOrtHostMemory},
+    {"adapter_out_scale", kOrtFloat32, kOrtOptional, kOrtHostMemory},
     {"residual", kOrtFloat32},
 };
 

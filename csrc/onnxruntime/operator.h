@@ -37,6 +37,7 @@ struct Operand {
   const char* name;
   OrtElementType type;  // kOrtUndefined accepts every type
   OrtCharacteristic characteristic = kOrtRequired;
+  OrtMemoryType memory = kOrtDefaultMemory;  // where ONNX Runtime puts it
 };
 
 // The first of some operands, for nodes that differ in their number.
@@ -146,7 +147,7 @@ const OrtCustomOp* Operator() {
     description.GetInputCharacteristic = [](const OrtCustomOp*, size_t index) {
       return Kernel::kInputs[index].characteristic;
     };
-    description.GetInputMemoryType = [](const OrtCustomOp*, size_t) { return kOrtDefaultMemory; };
+    description.GetInputMemoryType = [](const OrtCustomOp*, size_t index) { return Kernel::kInputs[index].memory; };
     description.GetOutputTypeCount = [](const OrtCustomOp*) { return std::size(Kernel::kOutputs); };
     description.GetOutputType = [](const OrtCustomOp*, size_t index) { return Kernel::kOutputs[index].type; };
     description.GetOutputCharacteristic = [](const OrtCustomOp*, size_t index) {

@@ -6,6 +6,8 @@ all but CUDA itself, ONNX Runtime's provider for it and the time that things tak
 
 from __future__ import annotations
 
+import ctypes
+import gc
 from contextlib import ExitStack
 from typing import Any
 
@@ -25,7 +27,10 @@ from test_onnxruntime_library import (
     attention_results,
     hlora_operands,
     linear_operands,
+    model,
+    open_session,
     run,
+    tensor,
 )
 
 from healthgpt_edge import load, phantoms
@@ -119,16 +124,40 @@ def test_what_cannot_stand_around_a_linear_is_named(library, op, wrong, attribut
     assert f"{op}: " in str(caught.value) and message in str(caught.value)
 
 
-def test_weights_that_are_no_constants(library):
-    """Nothing of them can be copied when the session is opened: they are read as they lie."""
-    operands, more = hlora_operands("float16", "float16"), {"block_size": BLOCK_SIZE, "experts": 4}
-    operands = {
-        name: one if one is None or name == "x" else numpy_helper.to_array(one) if name != "bias" else one
-        for name, one in operands.items()
-    }
-    (found,) = run("HLoraLinear", operands, {"y": FLOAT}, kernels=library, **more)
-    (expected,) = run("HLoraLinear", operands, {"y": FLOAT}, **more)
-    near(found, expected, FEW_ROWS)
+def test_weights_that_are_no_constants_are_refused(library):
+    """They would lie on the CPU."""
+    operands, more = linear_operands((5, 70), 24, "float16", True), {"block_size": BLOCK_SIZE}
+    operands["weight"] = numpy_helper.to_array(operands["weight"])
+    with pytest.raises(Exception, match="weight must be a constant on a GPU"):
+        run("Linear", operands, {"y": FLOAT}, kernels=library, **more)
+
+
+def test_sessions_share_equal_matrices(library):
+    """And matrices that only look equal are none of it: of large ones all bytes are compared."""
+    held = ctypes.CDLL(str(library)).HealthGptMatrixBytes
+    held.restype = ctypes.c_int64
+    gc.collect()  # sessions of other tests
+    before, random = held(), np.random.default_rng(0)
+    first = random.standard_normal((700, 72)).astype(np.float16)
+    second = first.copy()
+    second[351, 7] += 1  # none of the bytes that are looked at first
+
+    def opened(weight: np.ndarray) -> Any:
+        operands = {"x": np.ones((3, 700), np.float32), "weight": tensor("weight", weight), "weight_scale": None}
+        operands["bias"] = None
+        session = open_session(model("Linear", operands, {"y": FLOAT}, block_size=0), library)
+        (found,) = session.run(None, {"x": operands["x"]})
+        np.testing.assert_allclose(found[0], weight.astype(float).sum(0), atol=1e-3)
+        return session
+
+    sessions = [opened(first), opened(first)]
+    assert held() - before == first.nbytes
+    sessions.append(opened(second))
+    assert held() - before == 2 * first.nbytes
+    del sessions[0]  # the other one still holds it
+    assert held() - before == 2 * first.nbytes
+    sessions.clear()
+    assert held() == before
 
 
 @pytest.mark.parametrize("cache", ["float16", "int8"])

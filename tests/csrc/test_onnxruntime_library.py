@@ -27,6 +27,7 @@ from healthgpt_edge.export.graph.functions import (
     hlora_linear,
     linear,
     norm_hlora_linear,
+    norm_swish,
     norm_swish_convolution,
     residual_convolution,
     residual_hlora_linear,
@@ -311,7 +312,8 @@ def test_convolutions(op, storage):
     operands, more = convolution_operands(op), convolution_attributes(op)
     operands["weight"] = operands["weight"].astype(storage)
     (found,) = run(op, operands, {"y": FLOAT}, threads=2, **more)
-    (expected,) = run(op, operands, {"y": FLOAT}, body=CONVOLUTIONS[op](STORED[storage]), **more)
+    bodies = [CONVOLUTIONS[op](STORED[storage]), norm_swish()]
+    (expected,) = run(op, operands, {"y": FLOAT}, body=bodies, **more)
     assert found.shape == ((2, 10, 14, 6) if op == "EnlargedConvolution" else (2, 5, 7, 6))
     # Winograd's transforms lose a digit: relative to results of up to 10.
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
