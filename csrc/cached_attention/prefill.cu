@@ -119,22 +119,29 @@ __device__ inline void Store(const Staged<Stored, kWidth>& staged, Rows<kWidth>&
   }
 }
 
-// Puts the block's queries of one head into shared memory: rotated, multiplied by `scale`, with zeros elsewhere.
+// Puts the block's queries of one head into shared memory: rotated, multiplied by `scale`, with zeros past the head's
+// end. Rows past the last token repeat it, because a condition in the loop would make each row's loads wait for the
+// last row's.
 template <int kWidth>
 __device__ inline void RotateQueries(const CachedAttentionArguments& given, const Head& head, const Piece& piece,
                                      int64_t query_head, Rows<kWidth>& rows) {
-  const int pair = static_cast<int>(threadIdx.x) % kPairs;
-  const bool is_inside = pair < head.half;
-  if (2 * pair >= kWidth) return;
-#pragma unroll 4
-  for (int row = static_cast<int>(threadIdx.x) / kPairs; row < kTokens; row += kThreads / kPairs) {
-    Pair query = {};
-    if (is_inside && row < piece.tokens) {
-      const int64_t token = head.first_token + row;
-      query = LoadPair(given, head, given.query + token * given.query_stride + query_head * head.size, token, pair);
+  const int pair = static_cast<int>(threadIdx.x) % kPairs, first = static_cast<int>(threadIdx.x) / kPairs;
+  constexpr int kTogether = kThreads / kPairs;  // rows
+  if (pair < head.half) {
+#pragma unroll 8
+    for (int i = 0; i < kTokens / kTogether; ++i) {
+      const int row = first + i * kTogether;
+      const int64_t token = head.first_token + Least(row, piece.tokens - 1);
+      const float* const numbers = given.query + token * given.query_stride + query_head * head.size;
+      const Pair query = LoadPair(given, head, numbers, token, pair);
+      rows.numbers[row][pair] = Round(query.turned_first() * piece.scale, Half());
+      rows.numbers[row][head.half + pair] = Round(query.turned_second() * piece.scale, Half());
     }
-    rows.numbers[row][is_inside ? pair : 2 * pair] = Round(query.turned_first() * piece.scale, Half());
-    rows.numbers[row][is_inside ? head.half + pair : 2 * pair + 1] = Round(query.turned_second() * piece.scale, Half());
+  } else if (2 * pair < kWidth) {
+    for (int i = 0; i < kTokens / kTogether; ++i) {
+      const int row = first + i * kTogether;
+      rows.numbers[row][2 * pair] = rows.numbers[row][2 * pair + 1] = Half{};
+    }
   }
 }
 
