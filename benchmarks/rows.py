@@ -11,11 +11,11 @@ How many drafts are accepted does, so it is assumed: a power of the rows, 0.5 to
 from __future__ import annotations
 
 import time
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from healthgpt_edge import load
+from healthgpt_edge import Session, load
 from healthgpt_edge.bench import summary
 
 from .passes import options, save
@@ -24,9 +24,8 @@ SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 EXPONENTS = (0.5, 0.6, 0.7)
 
 
-def time_rows(path: Path, task: str, context_tokens: int, repeat: int, threads: int) -> dict[int, list[float]]:
+def time_rows(session: Session, task: str, context_tokens: int, repeat: int) -> dict[int, list[float]]:
     """Milliseconds of passes by their rows; the first pass of each size is not counted."""
-    session = load(path, tasks=(task,), threads=threads, verify=False)
     random, vocabulary = np.random.default_rng(0), session.bundle.manifest.language.vocab
     context = session.executor.context(task, None)
     context.forward(random.integers(0, vocabulary, context_tokens))
@@ -42,19 +41,27 @@ def time_rows(path: Path, task: str, context_tokens: int, repeat: int, threads: 
     return samples_ms
 
 
+def report(samples_ms: dict[int, list[float]]) -> list[dict[str, Any]]:
+    """What time_rows found: by rows, the cost in passes of one, the gain of drafts, and a summary of the times."""
+    medians_ms = {rows: float(np.median(samples)) for rows, samples in samples_ms.items()}
+    found = []
+    for rows, median_ms in medians_ms.items():
+        cost = median_ms / medians_ms[1]
+        gains = {str(power): rows**power / cost for power in EXPONENTS}
+        found.append({"rows": rows, "cost": cost, "gain_by_exponent": gains, **summary(samples_ms[rows])})
+    return found
+
+
 def main() -> None:
     arguments = options(__doc__).parse_args()
-    samples_ms = time_rows(arguments.bundle, arguments.task, arguments.context, arguments.repeat, arguments.threads)
-    medians = {rows: float(np.median(samples)) for rows, samples in samples_ms.items()}
+    session = load(arguments.bundle, tasks=(arguments.task,), threads=arguments.threads, verify=False)
+    found = report(time_rows(session, arguments.task, arguments.context, arguments.repeat))
     print(f"| rows | ms | of one row | {' | '.join(f'times as fast at rows^{power}' for power in EXPONENTS)} |")
     print("|" + "---|" * (3 + len(EXPONENTS)))
-    rows_json = []
-    for rows, median_ms in medians.items():
-        cost = median_ms / medians[1]
-        gains = {str(power): rows**power / cost for power in EXPONENTS}
-        print(f"| {rows} | {median_ms:.2f} | {cost:.2f} | {' | '.join(f'{gain:.2f}' for gain in gains.values())} |")
-        rows_json.append({"rows": rows, "cost": cost, "gain_by_exponent": gains, **summary(samples_ms[rows])})
-    save(arguments, "rows", rows_json)
+    for one in found:
+        gains = " | ".join(f"{gain:.2f}" for gain in one["gain_by_exponent"].values())
+        print(f"| {one['rows']} | {one['p50_ms']:.2f} | {one['cost']:.2f} | {gains} |")
+    save(arguments, "rows", found)
 
 
 if __name__ == "__main__":

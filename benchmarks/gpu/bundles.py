@@ -5,9 +5,10 @@
 
 The first command writes the bundles, without a GPU. The second checks and times them: the trained phantom must give the
 same ids as on the CPU, and requests done together those of requests done alone; a full-size M3 with random weights must
-pass the checks of `healthgpt_edge.bench`. Then passes over several sequences are timed. Results are written after every
-bundle. With --rehearse, LIBRARY is the host build of the CUDA nodes (the target
-healthgpt_onnxruntime_cuda_host); it runs only a phantom, and its times mean nothing.
+pass the checks of `healthgpt_edge.bench`. Then passes of several rows and over several sequences are timed. Results are
+written after every bundle, M3's cost of rows also to FILE's name with -rows, for `benchmarks.drafting.laws`. With
+--rehearse, LIBRARY is the host build of the CUDA nodes (the target healthgpt_onnxruntime_cuda_host); it runs only a
+phantom, and its times mean nothing.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ import traceback
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch  # before onnxruntime, because it loads the CUDA libraries and cuDNN
 
-from benchmarks import full_size, phantom
+from benchmarks import full_size, phantom, together
+from benchmarks import rows as by_rows
 from benchmarks.commit import commit
 from benchmarks.systems import SYSTEMS
-from benchmarks.together import report, time_passes
-from healthgpt_edge import bench, load, phantoms
+from healthgpt_edge import bench, load, machine, phantoms
 from healthgpt_edge.executors.onnx import DEVICES
 from healthgpt_edge.export.bundle import export_bundle
 from healthgpt_edge.export.checkpoint import Checkpoint
@@ -70,6 +72,7 @@ class Case(NamedTuple):
 CASES = [
     Case("phantom", "fp16", None, 20),
     Case("phantom", "fp32", None, 20),
+    Case("phantom", "bf16", None, 20),
     Case("phantom", "int4", "int8", 20),
     Case("m3", "int4", None, 60),
 ]
@@ -108,11 +111,42 @@ def check_together(session: Session, new_tokens: int) -> None:
             raise WrongAnswer(f"alone it gives {alone[place].token_ids}, together with others {made.token_ids}")
 
 
-def time_together(bundle: Path, context_tokens: int, sizes: list[int], passes: int) -> list[dict[str, Any]]:
-    """Passes over several sequences of a bundle; none where the executor does them one by one."""
-    session = load(bundle, tasks=("generation",), device="cuda", verify=False)
-    group = session.group("generation", max(sizes))
-    return report(time_passes(session, "generation", group, context_tokens, sizes, passes)) if group else []
+def time_passes(bundle: Path, context_tokens: int, sizes: list[int], passes: int) -> dict[str, Any]:
+    """Passes of several rows, and over several sequences, with both tasks loaded, and what these take of the GPU."""
+    task, free = "generation", torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
+    session = load(bundle, device="cuda", verify=False)
+    used = free - torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
+    group = session.group(task, max(sizes))
+    found: dict[str, Any] = {"gpu_bytes_after_load": used, "together": []}
+    if group:  # else requests are done one by one
+        samples_ms = together.time_passes(session, task, group, context_tokens, sizes, passes)
+        found["together"] = together.report(samples_ms)
+    if passes > 1:  # a rehearsal takes too long with many rows
+        found["by_rows"] = by_rows.report(by_rows.time_rows(session, task, context_tokens, passes))
+        found["encoder_ms"] = time_encoder(session, passes)
+    return found
+
+
+def time_encoder(session: Session, count: int) -> float:
+    """The median milliseconds in which the VQGAN's encoder makes drafts of a picture."""
+    codes = session.bundle.manifest.codes
+    assert codes
+    pixels = np.random.default_rng(0).integers(0, 256, (codes.image_size, codes.image_size, 3), np.uint8)
+    session.executor.draft(pixels)  # opens it
+    samples = []
+    for _ in range(count):
+        begin = time.perf_counter()
+        session.executor.draft(pixels)
+        samples.append((time.perf_counter() - begin) * 1e3)
+    return float(np.median(samples))
+
+
+def save_rows(out: Path, bundle: str, context_tokens: int, found: dict[str, Any]) -> None:
+    """The cost of rows beside `out`, as `benchmarks.rows` writes it."""
+    settings = {"task": "generation", "context": context_tokens, "threads": machine.cores()}
+    report = {"commit": commit(), "gpu": torch.cuda.get_device_name(), "machine": machine.description()}
+    report |= {"bundle": bundle, **settings, "encoder_ms": found["encoder_ms"], "rows": found["by_rows"]}
+    out.with_name(f"{out.stem}-rows.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
 def export(cases: list[Case], work: Path) -> None:
@@ -158,9 +192,13 @@ def main() -> None:
             results[case.name] = bench.run(work / case.name, rows, device="cuda", repeat=1 if arguments.rehearse else 5)
             times = {f"{row['task']} {row['row']}": row["p50_ms"] for row in results[case.name]["rows"]}
             print(case.name, results[case.name]["settings"]["executor"], json.dumps(times), flush=True)
-            passes = time_together(work / case.name, context_tokens, sizes, 1 if arguments.rehearse else PASSES)
-            results[case.name]["together"] = passes
-            print(case.name, "together", {one["sequences"]: round(one["p50_ms"], 2) for one in passes}, flush=True)
+            passes = time_passes(work / case.name, context_tokens, sizes, 1 if arguments.rehearse else PASSES)
+            results[case.name] |= passes
+            for kind, name in (("together", "sequences"), ("by_rows", "rows")):
+                medians = {one[name]: round(one["p50_ms"], 2) for one in passes.get(kind, [])}
+                print(case.name, kind, medians, flush=True)
+            if case.model == "m3" and arguments.out:
+                save_rows(arguments.out, case.name, context_tokens, passes)
         except Exception as error:  # continue with the other bundles
             results["failed"][case.name] = f"{type(error).__name__}: {error}"
             traceback.print_exc()
