@@ -18,14 +18,16 @@ struct CachedAttentionArguments {
   const float* query = nullptr;          // (B, S, H * D)
   const float* key = nullptr;            // (B, S, K * D)
   const float* value = nullptr;          // (B, S, K * D)
-  const float* cosine = nullptr;         // (B, S, D / 2) of the new positions
-  const float* sine = nullptr;           // (B, S, D / 2)
-  Storage cache = Storage::kFloat32;     // or kFloat16, or kInt8 with a scale for each row of D
-  void* keys = nullptr;                  // (B, K, M, D): the new rows are written at past_length
-  void* values = nullptr;                // (B, K, M, D)
-  float* key_scales = nullptr;           // (B, K, M) for kInt8, otherwise null
-  float* value_scales = nullptr;         // (B, K, M)
-  float* output = nullptr;               // (B, S, H * D)
+  // Numbers from one token to the next: the output of one product for queries, keys and values can be read in place.
+  int64_t query_stride = 0, key_stride = 0, value_stride = 0;
+  const float* cosine = nullptr;      // (B, S, D / 2) of the new positions
+  const float* sine = nullptr;        // (B, S, D / 2)
+  Storage cache = Storage::kFloat32;  // or kFloat16, or kInt8 with a scale for each row of D
+  void* keys = nullptr;               // (B, K, M, D): the new rows are written at past_length
+  void* values = nullptr;             // (B, K, M, D)
+  float* key_scales = nullptr;        // (B, K, M) for kInt8, otherwise null
+  float* value_scales = nullptr;      // (B, K, M)
+  float* output = nullptr;            // (B, S, H * D)
 };
 
 // Arithmetic is float32 for all types of caches. A position's bits depend neither on how many positions are in the

@@ -72,11 +72,13 @@ void Append(const Head& head, float* rotated) {
   const CachedAttentionArguments& given = head.arguments;
   const int64_t size = given.head_size, half = size / 2;
   for (int64_t token = 0; token < given.tokens; ++token) {
-    const int64_t at = head.batch * given.tokens + token, from = (at * given.kv_heads + head.head) * size;
-    Rotate(given.key + from, given.cosine + at * half, given.sine + at * half, size, 1.0f, rotated);
+    const int64_t at = head.batch * given.tokens + token, within = head.head * size;
+    const float* value = given.value + at * given.value_stride + within;
+    Rotate(given.key + at * given.key_stride + within, given.cosine + at * half, given.sine + at * half, size, 1.0f,
+           rotated);
     const int64_t position = head.past + token;
     StoreCached(given.cache, rotated, size, head.cached(given.keys, position), head.scales(given.key_scales, position));
-    StoreCached(given.cache, given.value + from, size, head.cached(given.values, position),
+    StoreCached(given.cache, value, size, head.cached(given.values, position),
                 head.scales(given.value_scales, position));
   }
 }
@@ -253,8 +255,8 @@ void Attend(const Head& head, int64_t begin, int64_t count, float* memory) {
   for (int64_t row = 0; row < count; ++row) {
     const int64_t at = head.batch * given.tokens + (begin + row) / head.group;
     const int64_t query_head = head.head * head.group + (begin + row) % head.group;
-    Rotate(given.query + (at * given.heads + query_head) * size, given.cosine + at * half, given.sine + at * half, size,
-           scale, query + row * width);
+    Rotate(given.query + at * given.query_stride + query_head * size, given.cosine + at * half, given.sine + at * half,
+           size, scale, query + row * width);
     largest[row] = kNone;
     total[row] = 0.0f;
   }

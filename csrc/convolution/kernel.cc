@@ -28,13 +28,8 @@ constexpr int64_t kOutputsPerTask = 128;
 constexpr int64_t kTilesPerTask = 256;  // at least, if the picture has so many
 constexpr int64_t kRowsPerSum = 4;      // rows of pixels in a partial sum of the normalisation
 
-// swish(x scale + shift), where swish(x) = x sigmoid(x).
-SIMD_INLINE Floats NormSwish(Floats x, Floats scale, Floats shift) {
-  x = Simd::MultiplyAdd(x, scale, shift);
-  const Floats one = Simd::Repeat(1.0f);
-  // The limit keeps e^-x finite. Below it, the result would be 0 to about 1e-36 anyway.
-  return Simd::Divide(x, Simd::Add(one, Exp(Scaled(-1.0f, Simd::Max(Simd::Repeat(-87.0f), x)))));
-}
+// swish(x scale + shift).
+SIMD_INLINE Floats NormSwish(Floats x, Floats scale, Floats shift) { return Swish(Simd::MultiplyAdd(x, scale, shift)); }
 
 SIMD_INLINE Floats LoadWeights(const float* from, int count) { return Simd::Load(from, count); }
 SIMD_INLINE Floats LoadWeights(const uint16_t* from, int count) { return Simd::LoadHalf(from, count); }

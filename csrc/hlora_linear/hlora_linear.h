@@ -25,14 +25,19 @@ struct Matrix {
 };
 
 struct HLoraLinearArguments {
-  int64_t rows = 0;     // S: tokens
-  int64_t experts = 0;  // E; 0 for a plain linear, without adapters
-  const float* x = nullptr;
+  int64_t rows = 0;             // S: tokens
+  int64_t experts = 0;          // E; 0 for a plain linear, without adapters
+  const float* x = nullptr;     // (S, C)
   Matrix weight;                // (C, O)
   const float* bias = nullptr;  // (O) or null
   Matrix adapter_in;            // (C, R + E): A, then the router; R is a multiple of E
   Matrix adapter_out;           // (R, O): B with the H-LoRA scaling folded in
   float* y = nullptr;           // (S, O)
+  // Neighbouring operations of a layer, of which x takes one at most.
+  bool normalise = false;  // replaces x by x / sqrt(mean(x^2) + epsilon)
+  float epsilon = 0;
+  bool pair_input = false;          // x is (S, 2 C) and stands for silu(x[:, :C]) * x[:, C:]
+  const float* residual = nullptr;  // (S, O) or null, added to the result; may be y
 };
 
 // With integer weights x is quantised to 8 bits per row and block, as in ONNX Runtime. Sums are exact within a block

@@ -2,15 +2,49 @@
 #pragma once
 
 #include "hlora_linear/part.h"
+#include "simd/exponential.h"
 
 namespace healthgpt {
 namespace {
+
+// to = x / sqrt(mean(x^2) + epsilon).
+void NormaliseRow(const float* x, int64_t channels, float epsilon, float* to) {
+  constexpr int64_t lanes = Simd::kLanes;
+  constexpr int kSums = 4;  // in turn, because each addition takes a few cycles
+  Floats sums[kSums];
+  Unroll<kSums>([&](auto k) SIMD_INLINE_LAMBDA { sums[k] = Simd::Repeat(0.0f); });
+  int64_t i = 0;
+  for (; i + kSums * lanes <= channels; i += kSums * lanes) {
+    Unroll<kSums>([&](auto k) SIMD_INLINE_LAMBDA {
+      const Floats values = Simd::Load(x + i + k * lanes);
+      sums[k] = Simd::MultiplyAdd(values, values, sums[k]);
+    });
+  }
+  for (; i < channels; i += lanes) {
+    const Floats values = Simd::Load(x + i, static_cast<int>(Min(lanes, channels - i)));
+    sums[0] = Simd::MultiplyAdd(values, values, sums[0]);
+  }
+  const float total = Simd::Sum(Simd::Add(Simd::Add(sums[0], sums[1]), Simd::Add(sums[2], sums[3])));
+  const Floats factor = Simd::Repeat(1.0f / __builtin_sqrtf(total / static_cast<float>(channels) + epsilon));
+  for (i = 0; i < channels; i += lanes) {
+    const int count = static_cast<int>(Min(lanes, channels - i));
+    Simd::Store(to + i, Simd::Multiply(Simd::Load(x + i, count), factor), count);
+  }
+}
+
+// to = swish(gate) * up.
+void SwigluRow(const float* gate, const float* up, int64_t channels, float* to) {
+  for (int64_t i = 0; i < channels; i += Simd::kLanes) {
+    const int count = static_cast<int>(Min(Simd::kLanes, channels - i));
+    Simd::Store(to + i, Simd::Multiply(Swish(Simd::Load(gate + i, count)), Simd::Load(up + i, count)), count);
+  }
+}
 
 // Rows of x. For integer matrices they are also quantised to 8 bits, block by block: block b of row r begins at
 // bytes[(b * rows + r) * block_size] and is padded with zeros; scales[b * rows + r] is its scale and
 // sums[b * rows + r] the sum of its bytes.
 struct Input {
-  const float* values;
+  const float* values;  // what products with floats read
   int64_t rows;
   int64_t channels;
   int8_t* bytes;
@@ -63,13 +97,14 @@ void RoundBlock(const float* x, int64_t channels, int64_t block_size, int8_t* by
   *sum = whole == whole ? static_cast<int32_t>(whole) : 0;  // NaN is in the scale as well
 }
 
-void RoundRow(const Input& input, const Matrix& matrix, int64_t row) {
+// Quantises one row of `values` for a matrix of integers.
+void RoundRow(const Input& input, const Matrix& matrix, int64_t row, const float* values) {
   if (!IsInteger(matrix.storage)) return;
   const int64_t size = matrix.block_size, blocks = BlocksOf(matrix);
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t at = block * input.rows + row, first = block * size;
-    RoundBlock(input.values + row * input.channels + first, Min(size, input.channels - first), size,
-               input.bytes + at * size, input.scales + at, input.sums + at);
+    RoundBlock(values + first, Min(size, input.channels - first), size, input.bytes + at * size, input.scales + at,
+               input.sums + at);
   }
 }
 

@@ -16,7 +16,7 @@
 namespace healthgpt {
 namespace {
 
-constexpr int64_t kRowsInline = 8;  // up to this many rows are quantised without the thread pool
+constexpr int64_t kRowsInline = 8;  // up to this many rows are prepared without the thread pool
 
 // Computes the sums of the blocks of one split. If the part has totals, they are replaced by these sums, or increased
 // by them if `added`.
@@ -85,11 +85,30 @@ struct Call {
   const Parallel& parallel;
   int64_t rows, rank, low_size;
   Cut into, weight;
+  float* prepared = nullptr;          // (rows, C), see Prepare; null if the products need only bytes
   Input x = {}, x_into = {}, z = {};  // x for W and for [A;R]; the gated A x for B
   float* low = nullptr;               // (splits of [A;R], rows, R + E); Gate adds them up in the first split
   float* partial = nullptr;           // (splits of W, rows, O), only for few rows
 
   bool has_adapter() const { return given.experts > 0; }
+  // Whether the products' rows are not those of x itself.
+  bool prepares() const { return given.normalise || given.pair_input; }
+
+  // A row for the products: of x, or what is made of it.
+  const float* Prepare(int64_t row) const {
+    const int64_t channels = given.weight.channels;
+    if (!prepares()) return given.x + row * channels;
+    float* to = prepared != nullptr
+                    ? prepared + row * channels
+                    : static_cast<float*>(ScratchMemory(Scratch::kTask, static_cast<size_t>(channels) * sizeof(float)));
+    if (given.normalise) {
+      NormaliseRow(given.x + row * channels, channels, given.epsilon, to);
+    } else {
+      const float* pair = given.x + 2 * row * channels;
+      SwigluRow(pair, pair + channels, channels, to);
+    }
+    return to;
+  }
 
   // Computes the sums of one split of [A;R] for `count` rows.
   void Reduce(int64_t split, int64_t row, int64_t count) const {
@@ -112,20 +131,21 @@ struct Call {
     ApplyGate(total, rank, given.experts);
     float* gated = const_cast<float*>(z.values) + row * rank;
     for (int64_t i = 0; i < rank; ++i) gated[i] = total[i];
-    RoundRow(z, given.adapter_out, row);
+    RoundRow(z, given.adapter_out, row, gated);
   }
 
-  // y = sums(row, output of the part, outputs left) + bias.
+  // y = sums(row, output of the part, outputs left) + bias + residual.
   template <class Function>
   void Finish(const Part& part, const Function& sums) const {
     const int64_t outputs = given.weight.outputs;
     for (int64_t r = 0; r < part.rows; ++r) {
-      float* to = given.y + (part.row + r) * outputs + part.column;
+      const int64_t at = (part.row + r) * outputs + part.column;
       for (int64_t i = 0; i < part.columns; i += Simd::kLanes) {
         const int left = static_cast<int>(Min(Simd::kLanes, part.columns - i));
         Floats sum = sums(r, i, left);
         if (given.bias != nullptr) sum = Simd::Add(sum, Simd::Load(given.bias + part.column + i, left));
-        Simd::Store(to + i, sum, left);
+        if (given.residual != nullptr) sum = Simd::Add(sum, Simd::Load(given.residual + at + i, left));
+        Simd::Store(given.y + at + i, sum, left);
       }
     }
   }
@@ -212,13 +232,19 @@ void SIMD_KERNEL(HLoraLinear)(const HLoraLinearArguments& given, const Parallel&
   const bool shared = adapter && IsInteger(given.weight.storage) && IsInteger(given.adapter_in.storage) &&
                       given.weight.block_size == given.adapter_in.block_size;
   const bool few = rows <= kRowsBySplit;
+  const bool of_floats = !IsInteger(given.weight.storage) || (adapter && !IsInteger(given.adapter_in.storage));
+  const bool of_bytes = IsInteger(given.weight.storage) || (adapter && IsInteger(given.adapter_in.storage));
   const auto place = [&](void* start) {
     Pieces pieces = {reinterpret_cast<uintptr_t>(start)};
-    call.x = PlaceInput(given.x, rows, given.weight, pieces.Take<void>(RoundedBytes(rows, given.weight)));
+    if (call.prepares() && of_floats) {
+      call.prepared = pieces.Take<float>(static_cast<size_t>(rows * given.weight.channels) * sizeof(float));
+    }
+    const float* x = call.prepares() ? call.prepared : given.x;
+    call.x = PlaceInput(x, rows, given.weight, pieces.Take<void>(RoundedBytes(rows, given.weight)));
     if (adapter) {
       call.x_into =
           shared ? call.x
-                 : PlaceInput(given.x, rows, given.adapter_in, pieces.Take<void>(RoundedBytes(rows, given.adapter_in)));
+                 : PlaceInput(x, rows, given.adapter_in, pieces.Take<void>(RoundedBytes(rows, given.adapter_in)));
       call.low = pieces.Take<float>(static_cast<size_t>(call.into.splits * rows * low_size) * sizeof(float));
       const float* gated = pieces.Take<float>(static_cast<size_t>(rows * rank) * sizeof(float));
       call.z = PlaceInput(gated, rows, given.adapter_out, pieces.Take<void>(RoundedBytes(rows, given.adapter_out)));
@@ -230,10 +256,11 @@ void SIMD_KERNEL(HLoraLinear)(const HLoraLinearArguments& given, const Parallel&
     return pieces.used;
   };
   place(ScratchMemory(Scratch::kCall, place(nullptr)));
-  if (IsInteger(given.weight.storage) || (adapter && IsInteger(given.adapter_in.storage))) {
+  if (of_bytes || call.prepares()) {
     ForRows(rows, parallel, [&](int64_t row) {
-      RoundRow(call.x, given.weight, row);
-      if (adapter && !shared) RoundRow(call.x_into, given.adapter_in, row);
+      const float* values = call.Prepare(row);
+      RoundRow(call.x, given.weight, row, values);
+      if (adapter && !shared) RoundRow(call.x_into, given.adapter_in, row, values);
     });
   }
   few ? call.FewRows() : call.ManyRows();

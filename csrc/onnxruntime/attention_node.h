@@ -11,8 +11,8 @@ namespace healthgpt {
 
 // A Launcher computes the node. It defines its Arguments and its caches' type (kStorage), is made with the session and
 // called as launcher(arguments, call). It has two static functions: CheckLengths(past_length, arguments), which checks
-// nothing if the lengths are on a GPU, and Copy(call, to, from, bytes). Only launchers that take strides can have
-// query, key and value `packed` in one input.
+// nothing if the lengths are on a GPU, and Copy(call, to, from, bytes). With `packed`, query,
+// key and value are one input.
 template <class Launcher, bool packed = false>
 class CachedAttentionKernel {
   using Arguments = typename Launcher::Arguments;
@@ -88,14 +88,16 @@ class CachedAttentionKernel {
     Launcher::CheckLengths(past_length, arguments);
     arguments.past_length = past_length.As<int64_t>();
     arguments.query = rows.As<float>();
+    arguments.query_stride = rows.shape[2];
     const int64_t size = arguments.head_size, half = size / 2;
     if constexpr (packed) {
       arguments.key = arguments.query + heads_ * size;
       arguments.value = arguments.key + kv_heads_ * size;
-      arguments.query_stride = arguments.key_stride = arguments.value_stride = rows.shape[2];
+      arguments.key_stride = arguments.value_stride = rows.shape[2];
     } else {
-      arguments.key = Rows(call.Input(1), arguments, kv_heads_ * size);
-      arguments.value = Rows(call.Input(2), arguments, kv_heads_ * size);
+      arguments.key_stride = arguments.value_stride = kv_heads_ * size;
+      arguments.key = Rows(call.Input(1), arguments, arguments.key_stride);
+      arguments.value = Rows(call.Input(2), arguments, arguments.value_stride);
     }
     arguments.cosine = Rows(call.Input(kRows), arguments, half);
     arguments.sine = Rows(call.Input(kRows + 1), arguments, half);

@@ -1,4 +1,4 @@
-// The node CachedAttention on the CPU, by the launcher cached_attention.h.
+// The nodes CachedAttention and PackedCachedAttention on the CPU, by the launcher cached_attention.h.
 #include "cached_attention/cached_attention.h"
 
 #include <cstring>
@@ -34,10 +34,13 @@ struct CpuAttention {
 
 }  // namespace
 
-const OrtCustomOp* CachedAttentionOperator(Storage cache) {
-  if (cache == Storage::kInt8) return Operator<CachedAttentionKernel<CpuAttention<Storage::kInt8>>>();
-  return cache == Storage::kFloat16 ? Operator<CachedAttentionKernel<CpuAttention<Storage::kFloat16>>>()
-                                    : Operator<CachedAttentionKernel<CpuAttention<Storage::kFloat32>>>();
+std::vector<const OrtCustomOp*> CachedAttentionOperators() {
+  using Floats = CpuAttention<Storage::kFloat32>;
+  using Halves = CpuAttention<Storage::kFloat16>;
+  using Bytes = CpuAttention<Storage::kInt8>;
+  return {Operator<CachedAttentionKernel<Floats>>(), Operator<CachedAttentionKernel<Floats, true>>(),
+          Operator<CachedAttentionKernel<Halves>>(), Operator<CachedAttentionKernel<Halves, true>>(),
+          Operator<CachedAttentionKernel<Bytes>>(),  Operator<CachedAttentionKernel<Bytes, true>>()};
 }
 
 }  // namespace healthgpt

@@ -97,9 +97,9 @@ class ConvolutionKernel {
 
 }  // namespace
 
-const OrtCustomOp* ConvolutionOperator() { return Operator<ConvolutionKernel<Plain>>(); }
-const OrtCustomOp* EnlargedConvolutionOperator() { return Operator<ConvolutionKernel<Enlarged>>(); }
-const OrtCustomOp* NormSwishConvolutionOperator() { return Operator<ConvolutionKernel<NormSwish>>(); }
-const OrtCustomOp* ResidualConvolutionOperator() { return Operator<ConvolutionKernel<Residual>>(); }
+std::vector<const OrtCustomOp*> ConvolutionOperators() {
+  return {Operator<ConvolutionKernel<Plain>>(), Operator<ConvolutionKernel<Enlarged>>(),
+          Operator<ConvolutionKernel<NormSwish>>(), Operator<ConvolutionKernel<Residual>>()};
+}
 
 }  // namespace healthgpt

@@ -7,15 +7,11 @@ namespace healthgpt {
 const char* Provider() { return nullptr; }
 
 std::vector<const OrtCustomOp*> Operators() {
-  return {LinearOperator(),
-          HLoraLinearOperator(),
-          CachedAttentionOperator(Storage::kFloat32),
-          CachedAttentionOperator(Storage::kFloat16),
-          CachedAttentionOperator(Storage::kInt8),
-          ConvolutionOperator(),
-          EnlargedConvolutionOperator(),
-          NormSwishConvolutionOperator(),
-          ResidualConvolutionOperator()};
+  std::vector<const OrtCustomOp*> operators;
+  for (const auto& some : {LinearOperators(), CachedAttentionOperators(), ConvolutionOperators()}) {
+    operators.insert(operators.end(), some.begin(), some.end());
+  }
+  return operators;
 }
 
 }  // namespace healthgpt

@@ -19,11 +19,7 @@ class CudaAttention {
     Raise(cuda::Copy(to, from, bytes, StreamOf(call)));
   }
 
-  void operator()(Arguments arguments, Call& call) const {
-    if (arguments.query_stride == 0) {  // query, key and value are apart
-      arguments.query_stride = arguments.heads * arguments.head_size;
-      arguments.key_stride = arguments.value_stride = arguments.kv_heads * arguments.head_size;
-    }
+  void operator()(const Arguments& arguments, Call& call) const {
     Raise(cuda::CachedAttentionPass(arguments, *workspaces_, StreamOf(call)));
   }
 

@@ -1,4 +1,4 @@
-// The nodes Linear and HLoraLinear on the CPU, by the launcher hlora_linear.h.
+// The node Linear and those with an H-LoRA linear on the CPU, by the launcher hlora_linear.h.
 #include "hlora_linear/hlora_linear.h"
 #include "onnxruntime/kernels.h"
 #include "onnxruntime/linear_node.h"
@@ -31,6 +31,10 @@ struct CpuLinear {
     arguments.weight = MatrixOf(operands.weight);
     arguments.bias = operands.bias;
     arguments.y = operands.y;
+    arguments.normalise = operands.normalise;
+    arguments.epsilon = operands.epsilon;
+    arguments.pair_input = operands.pair_input;
+    arguments.residual = operands.residual;
     arguments.experts = operands.experts;
     if (operands.experts > 0) {
       arguments.adapter_in = MatrixOf(operands.adapter_in);
@@ -42,7 +46,10 @@ struct CpuLinear {
 
 }  // namespace
 
-const OrtCustomOp* LinearOperator() { return Operator<LinearKernel<CpuLinear>>(); }
-const OrtCustomOp* HLoraLinearOperator() { return Operator<HLoraLinearKernel<CpuLinear, AloneNode>>(); }
+std::vector<const OrtCustomOp*> LinearOperators() {
+  std::vector<const OrtCustomOp*> operators = HLoraLinearOperators<CpuLinear>();
+  operators.push_back(Operator<LinearKernel<CpuLinear>>());
+  return operators;
+}
 
 }  // namespace healthgpt

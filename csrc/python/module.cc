@@ -130,8 +130,10 @@ struct StoredMatrix {
 
 Floats HLoraLinear(const Floats& x, const StoredMatrix& weight, const std::optional<Floats>& bias,
                    const StoredMatrix* adapter_in, const StoredMatrix* adapter_out, int64_t experts,
-                   const std::optional<std::string>& target, size_t threads) {
+                   const std::optional<std::string>& target, size_t threads, std::optional<float> epsilon,
+                   bool pair_input, const std::optional<Floats>& residual) {
   if (x.ndim() != 2) throw py::value_error("x must have 2 dimensions");
+  if (epsilon && pair_input) throw py::value_error("epsilon and pair_input exclude each other");
   if ((experts > 0) != (adapter_in != nullptr) || (experts > 0) != (adapter_out != nullptr) || experts < 0) {
     throw py::value_error("adapter_in, adapter_out and experts go together");
   }
@@ -140,14 +142,18 @@ Floats HLoraLinear(const Floats& x, const StoredMatrix& weight, const std::optio
   arguments.experts = experts;
   arguments.x = x.data();
   arguments.weight = weight.matrix;
-  weight.Check("weight", x.shape(1), weight.matrix.outputs);
+  const int64_t channels = weight.matrix.channels;
+  CheckShape("x", x, {arguments.rows, pair_input ? 2 * channels : channels});
+  arguments.normalise = epsilon.has_value();
+  arguments.epsilon = epsilon.value_or(0.0f);
+  arguments.pair_input = pair_input;
   if (experts > 0) {
     const int64_t rank = adapter_out->matrix.channels;
     if (rank % experts != 0) {
       throw py::value_error("rank must be a multiple of experts, got " + std::to_string(rank) + " and " +
                             std::to_string(experts));
     }
-    adapter_in->Check("adapter_in", x.shape(1), rank + experts);
+    adapter_in->Check("adapter_in", channels, rank + experts);
     adapter_out->Check("adapter_out", rank, weight.matrix.outputs);
     arguments.adapter_in = adapter_in->matrix;
     arguments.adapter_out = adapter_out->matrix;
@@ -155,6 +161,10 @@ Floats HLoraLinear(const Floats& x, const StoredMatrix& weight, const std::optio
   if (bias) {
     CheckShape("bias", *bias, {weight.matrix.outputs});
     arguments.bias = bias->data();
+  }
+  if (residual) {
+    CheckShape("residual", *residual, {arguments.rows, weight.matrix.outputs});
+    arguments.residual = residual->data();
   }
   Floats y({arguments.rows, weight.matrix.outputs});
   arguments.y = y.mutable_data();
@@ -229,6 +239,8 @@ Floats CachedAttention(const Floats& query, const Floats& key, const Floats& val
   arguments.query = query.data();
   arguments.key = key.data();
   arguments.value = value.data();
+  arguments.query_stride = query.shape(2);
+  arguments.key_stride = arguments.value_stride = kv_size;
   arguments.cosine = cosine.data();
   arguments.sine = sine.data();
   arguments.cache = keys.itemsize() == 1   ? healthgpt::Storage::kInt8
@@ -304,8 +316,10 @@ PYBIND11_MODULE(_kernels, module) {
            py::arg("values"), py::arg("scales") = py::none(), py::arg("block_size") = 0, py::arg("shape") = py::none());
   module.def("hlora_linear", &HLoraLinear, py::arg("x"), py::arg("weight"), py::arg("bias") = py::none(),
              py::arg("adapter_in") = py::none(), py::arg("adapter_out") = py::none(), py::arg("experts") = 0,
-             py::arg("target") = py::none(), py::arg("threads") = 1,
-             "y [S, O] = x W + b + gate(x R) * (x A) B, float32; operands as in csrc/hlora_linear/hlora_linear.h.");
+             py::arg("target") = py::none(), py::arg("threads") = 1, py::arg("epsilon") = py::none(),
+             py::arg("pair_input") = false, py::arg("residual") = py::none(),
+             "y [S, O] = x W + b + gate(x R) * (x A) B + residual, float32; operands as in "
+             "csrc/hlora_linear/hlora_linear.h. With epsilon x is normalised.");
   module.def(
       "cached_attention", &CachedAttention, py::arg("query"), py::arg("key"), py::arg("value"), py::arg("cosine"),
       py::arg("sine"), py::arg("past_length"), py::arg("keys"), py::arg("values"), py::arg("window") = 0,

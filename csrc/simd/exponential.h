@@ -1,4 +1,4 @@
-// e^x on vectors.
+// e^x on vectors, and swish.
 #pragma once
 
 #include "simd/simd.h"
@@ -18,6 +18,13 @@ SIMD_INLINE Simd::Floats Exp(Simd::Floats x) {
     power = Simd::MultiplyAdd(power, rest, Simd::Repeat(coefficient));
   }
   return Simd::Multiply(power, Simd::PowerOfTwo(whole));
+}
+
+// x sigmoid(x), also called silu.
+SIMD_INLINE Simd::Floats Swish(Simd::Floats x) {
+  // The limit keeps e^-x finite. Below it, the result would be 0 to about 1e-36 anyway.
+  const Simd::Floats limited = Simd::Max(Simd::Repeat(-87.0f), x);
+  return Simd::Divide(x, Simd::Add(Simd::Repeat(1.0f), Exp(Simd::Multiply(Simd::Repeat(-1.0f), limited))));
 }
 
 }  // namespace

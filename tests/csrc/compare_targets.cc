@@ -99,17 +99,22 @@ constexpr double kTolerance = 2e-5;
 // A number on the border between two bytes, or two float16, may fall either way.
 constexpr double kRoundedTolerance = 5e-3;
 
+// What stands around a linear: nothing, a normalisation, or a gated pair and a residual.
+enum class Around { kNothing, kNorm, kSwigluResidual };
+
 void CompareLinear(Report& report, Storage storage, int64_t channels, int64_t outputs, int64_t block_size,
-                   int64_t experts) {
+                   int64_t experts, Around around) {
   constexpr int64_t kRows = 40, kRank = 36;
   const bool integer = storage == Storage::kInt4 || storage == Storage::kInt8;
   const int64_t block = integer ? block_size : 0;
   const Stored weight(storage, channels, outputs, block), into(storage, channels, kRank + experts, block);
   const Stored out_of(storage, kRank, outputs, block);
-  const std::vector<float> bias = Normal(outputs);
-  std::vector<float> x = Normal(kRows * channels);
+  const std::vector<float> bias = Normal(outputs), residual = Normal(kRows * outputs);
+  const int64_t width = around == Around::kSwigluResidual ? 2 * channels : channels;
+  std::vector<float> x = Normal(kRows * width);
   // Without adapters, numbers that bytes hold as they are.
-  for (int64_t i = 0; experts == 0 && i < kRows * channels; ++i) {
+  const bool whole = experts == 0 && around == Around::kNothing;
+  for (int64_t i = 0; whole && i < kRows * channels; ++i) {
     x[i] = i % channels % block_size == 0 ? 127.0f : std::round(std::fmin(std::fmax(40 * x[i], -127.0f), 127.0f));
   }
   const auto run = [&](Target target, int64_t first, int64_t rows) {
@@ -117,7 +122,13 @@ void CompareLinear(Report& report, Storage storage, int64_t channels, int64_t ou
     healthgpt::HLoraLinearArguments arguments;
     arguments.rows = rows;
     arguments.experts = experts;
-    arguments.x = x.data() + first * channels;
+    arguments.x = x.data() + first * width;
+    arguments.normalise = around == Around::kNorm;
+    arguments.epsilon = 1e-5f;
+    if (around == Around::kSwigluResidual) {
+      arguments.pair_input = true;
+      arguments.residual = residual.data() + first * outputs;
+    }
     arguments.weight = weight.matrix;
     arguments.bias = bias.data();
     arguments.adapter_in = into.matrix;
@@ -127,9 +138,10 @@ void CompareLinear(Report& report, Storage storage, int64_t channels, int64_t ou
     return y;
   };
   const std::string what = std::string("linear of ") + kStorages[static_cast<int>(storage)] + ", " +
-                           std::to_string(channels) + " x " + std::to_string(outputs);
+                           std::to_string(channels) + " x " + std::to_string(outputs) + ", around it " +
+                           std::to_string(static_cast<int>(around));
   const std::vector<float> all = run(report.target, 0, kRows);
-  report.Compare(what, all, run(Target::kPortable, 0, kRows), integer && experts > 0 ? kRoundedTolerance : kTolerance);
+  report.Compare(what, all, run(Target::kPortable, 0, kRows), integer && !whole ? kRoundedTolerance : kTolerance);
   for (const int64_t rows : {1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 16, 17, 24, 39}) {
     const int64_t first = (kRows - rows) / 2;
     report.SameBits(what + ", rows " + std::to_string(rows), run(report.target, first, rows), all, first * outputs);
@@ -139,12 +151,22 @@ void CompareLinear(Report& report, Storage storage, int64_t channels, int64_t ou
 void CompareAttention(Report& report, Storage cache, int64_t group, int64_t past, int64_t size, int64_t window) {
   constexpr int64_t kTokens = 100, kKvHeads = 2;
   const int64_t heads = group * kKvHeads, capacity = past + kTokens + 3;
-  const std::vector<float> query = Normal(kTokens * heads * size), key = Normal(kTokens * kKvHeads * size);
-  const std::vector<float> value = Normal(kTokens * kKvHeads * size), turns = Normal(kTokens * size / 2, 0.5f);
+  // A token's queries, its keys and its values, one after the other.
+  const int64_t query_size = heads * size, kv_size = kKvHeads * size, stride = query_size + 2 * kv_size;
+  const std::vector<float> packed = Normal(kTokens * stride), turns = Normal(kTokens * size / 2, 0.5f);
+  const auto unpack = [&](int64_t from, int64_t width) {
+    std::vector<float> rows;
+    for (int64_t at = from; at < kTokens * stride; at += stride) {
+      rows.insert(rows.end(), packed.begin() + at, packed.begin() + at + width);
+    }
+    return rows;
+  };
+  const std::vector<float> query = unpack(0, query_size), key = unpack(query_size, kv_size);
+  const std::vector<float> value = unpack(query_size + kv_size, kv_size);
   const Stored old_keys(cache, kKvHeads * capacity, size, 0), old_values(cache, kKvHeads * capacity, size, 0);
   const std::vector<float> scales = Normal(kKvHeads * capacity, 0.02f);
   // All tokens, in calls of so many each.
-  const auto run = [&](Target target, const std::vector<int64_t>& pieces) {
+  const auto run = [&](Target target, const std::vector<int64_t>& pieces, bool in_place = false) {
     std::vector<uint8_t> keys = old_keys.bytes, values = old_values.bytes;
     std::vector<float> key_scales = scales, value_scales = scales;
     std::vector<float> output(static_cast<size_t>(kTokens * heads * size));
@@ -160,9 +182,18 @@ void CompareAttention(Report& report, Storage cache, int64_t group, int64_t past
       arguments.capacity = capacity;
       arguments.window = window;
       arguments.past_length = &length;
-      arguments.query = query.data() + first * heads * size;
-      arguments.key = key.data() + first * kKvHeads * size;
-      arguments.value = value.data() + first * kKvHeads * size;
+      if (in_place) {
+        arguments.query_stride = arguments.key_stride = arguments.value_stride = stride;
+        arguments.query = packed.data() + first * stride;
+        arguments.key = arguments.query + query_size;
+        arguments.value = arguments.key + kv_size;
+      } else {
+        arguments.query_stride = query_size;
+        arguments.key_stride = arguments.value_stride = kv_size;
+        arguments.query = query.data() + first * query_size;
+        arguments.key = key.data() + first * kv_size;
+        arguments.value = value.data() + first * kv_size;
+      }
       arguments.cosine = arguments.sine = turns.data() + first * size / 2;
       arguments.cache = cache;
       arguments.keys = keys.data();
@@ -181,6 +212,7 @@ void CompareAttention(Report& report, Storage cache, int64_t group, int64_t past
   report.Compare(what, all, run(Target::kPortable, {kTokens}),
                  cache == Storage::kFloat32 ? kTolerance : kRoundedTolerance);
   report.SameBits(what + ", one by one", run(report.target, std::vector<int64_t>(kTokens, 1)), all, 0);
+  report.SameBits(what + ", packed", run(report.target, {kTokens}, true), all, 0);
   report.SameBits(what + ", in pieces", run(report.target, {2, 3, 4, 5, 6, 7, 8, 9, 10, 13, 24, 9}), all, 0);
 }
 
@@ -226,8 +258,10 @@ int main() {
     for (const Storage storage :
          {Storage::kFloat32, Storage::kFloat16, Storage::kBFloat16, Storage::kInt8, Storage::kInt4}) {
       for (const int64_t experts : {0, 4}) {
-        CompareLinear(report, storage, 259, 514, 64, experts);
-        CompareLinear(report, storage, 31, 33, 32, experts);
+        for (const Around around : {Around::kNothing, Around::kNorm, Around::kSwigluResidual}) {
+          CompareLinear(report, storage, 259, 514, 64, experts, around);
+          CompareLinear(report, storage, 31, 33, 32, experts, around);
+        }
       }
     }
     for (const Storage cache : {Storage::kFloat32, Storage::kFloat16, Storage::kInt8}) {

@@ -22,6 +22,7 @@ from test_onnxruntime_library import (
     FLOAT,
     HEADS,
     STORED,
+    WRONG_AROUND,
     around_operands,
     attention_operands,
     attention_results,
@@ -107,15 +108,7 @@ def test_what_stands_around_a_linear(library, op, storage, rows):
     near(found, expected, tolerance(storage, 2 * rows))
 
 
-@pytest.mark.parametrize(
-    ("op", "wrong", "attributes", "message"),
-    [
-        ("NormHLoraLinear", {}, {"epsilon": -1.0}, "epsilon must be 0 or a positive number, found -1"),
-        ("ResidualHLoraLinear", {"residual": np.zeros((2, 5, 23), np.float32)}, {}, "found [2, 5, 23]"),
-        ("ResidualHLoraLinear", {"residual": np.zeros((5, 24), np.float32)}, {}, "found [5, 24]"),
-        ("SwigluResidualHLoraLinear", {"x": np.zeros((2, 5, 70), np.float32)}, {}, "x must end in 140 channels"),
-    ],
-)
+@pytest.mark.parametrize(("op", "wrong", "attributes", "message"), WRONG_AROUND)
 def test_what_cannot_stand_around_a_linear_is_named(library, op, wrong, attributes, message):
     operands, _ = around_operands(op, "float16")
     more = {"block_size": BLOCK_SIZE, "experts": 4, **AROUND[op], **attributes}

@@ -30,8 +30,11 @@ SIZES = [
     (200, 1100, 36, 4, 64),
     (384, 96, 256, 4, 128),
 ]
+# What stands around a linear, as options of the kernel; with the pair also a residual.
+AROUND = {"alone": {}, "norm": {"epsilon": 1e-5}, "swiglu-residual": {"pair_input": True}}
 each_target = pytest.mark.parametrize("target", _kernels.targets())
 each_storage = pytest.mark.parametrize("storage", STORAGES)
+each_around = pytest.mark.parametrize("around", AROUND)
 
 
 def pack(values):
@@ -64,6 +67,30 @@ def formula(x, weight, bias, adapter_in, adapter_out, experts):
     return product + (low[:, :rank] * np.repeat(gate, rank // experts, -1)) @ adapter_out
 
 
+def rms_norm(x, epsilon):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + epsilon)
+
+
+def swiglu(pair):
+    gate, up = np.split(pair, 2, axis=-1)
+    return gate / (1 + np.exp(-gate)) * up
+
+
+def around_operands(around, rows, channels, outputs, seed=1):
+    """x, the options that go with it, and the float64 x and residual that they stand for."""
+    random = np.random.default_rng(seed)
+    options = dict(AROUND[around])
+    x = random.standard_normal((rows, channels * (2 if around == "swiglu-residual" else 1))).astype(np.float32)
+    exact, residual = x.astype(np.float64), 0
+    if around == "norm":
+        x *= np.resize(np.array([1e4, 1, 1e-2], np.float32), (rows, 1))
+        exact = rms_norm(x.astype(np.float64), options["epsilon"])
+    elif around == "swiglu-residual":
+        exact = swiglu(exact)
+        residual = options["residual"] = random.standard_normal((rows, outputs)).astype(np.float32)
+    return x, options, exact, residual
+
+
 def operands(rows, channels, outputs, rank, experts, seed=0):
     random = np.random.default_rng(seed)
     shapes = [(rows, channels), (channels, outputs), (outputs,), (channels, rank + experts), (rank, outputs)]
@@ -71,18 +98,22 @@ def operands(rows, channels, outputs, rank, experts, seed=0):
     return x, weight / channels**0.5, bias, adapter_in / channels**0.5, adapter_out / rank**0.5
 
 
-def linear(case, storage, rows, target, *, adapters=True, with_bias=True, threads=1, adapter_storage=None):
+def linear(
+    case, storage, rows, target, *, around="alone", adapters=True, with_bias=True, threads=1, adapter_storage=None
+):
     """The kernel's result and the formula's."""
     channels, outputs, rank, experts, block_size = case
-    x, weight, bias, adapter_in, adapter_out = operands(rows, channels, outputs, rank, experts)
+    _, weight, bias, adapter_in, adapter_out = operands(rows, channels, outputs, rank, experts)
+    x, options, exact, residual = around_operands(around, rows, channels, outputs)
     bias = bias if with_bias else None
     kept, weight = store(weight, storage, block_size)
     (kept_in, adapter_in), (kept_out, adapter_out) = (
         store(matrix, adapter_storage or storage, block_size) for matrix in (adapter_in, adapter_out)
     )
-    extra = {"adapter_in": kept_in, "adapter_out": kept_out, "experts": experts} if adapters else {}
-    y = _kernels.hlora_linear(x, kept, bias, **extra, target=target, threads=threads)
-    return y, formula(x.astype(np.float64), weight, bias, adapter_in, adapter_out, experts if adapters else 0)
+    if adapters:
+        options |= {"adapter_in": kept_in, "adapter_out": kept_out, "experts": experts}
+    y = _kernels.hlora_linear(x, kept, bias, target=target, threads=threads, **options)
+    return y, formula(exact, weight, bias, adapter_in, adapter_out, experts if adapters else 0) + residual
 
 
 def close(y, expected, storage):
@@ -98,6 +129,39 @@ def close(y, expected, storage):
 @pytest.mark.parametrize("adapters", [True, False])
 def test_equals_the_formula(case, storage, rows, adapters, target):
     assert close(*linear(case, storage, rows, target, adapters=adapters), storage)
+
+
+@each_target
+@each_storage
+@pytest.mark.parametrize("case", SIZES, ids=str)
+@pytest.mark.parametrize("rows", [0, 1, 3, 19])
+@pytest.mark.parametrize("around", ["norm", "swiglu-residual"])
+def test_what_stands_around_equals_the_formula(case, storage, rows, around, target):
+    assert close(*linear(case, storage, rows, target, around=around), storage)
+
+
+@each_target
+@pytest.mark.parametrize("channels", [1, 7, 31, 32, 1000, 8191])
+def test_a_norm_is_accurate(channels, target):
+    """Seen through a matrix that picks a few channels, which rounds nothing."""
+    x = np.random.default_rng(3).standard_normal((3, channels)).astype(np.float32)
+    x[1] *= 1e4
+    x[2] = 0
+    picked = [0, channels // 2, channels - 1]
+    weight = np.zeros((channels, 3), np.float32)
+    weight[picked, range(3)] = 1
+    y = _kernels.hlora_linear(x, _kernels.Matrix(weight), target=target, epsilon=1e-6)
+    np.testing.assert_allclose(y, rms_norm(x.astype(np.float64), 1e-6)[:, picked], rtol=5e-7)
+
+
+@each_target
+def test_a_swish_is_accurate(target):
+    """Also where e^-x overflows float32, and where it is below all float32."""
+    gate = np.linspace(-120, 120, 961, dtype=np.float32)[None]
+    up = np.full_like(gate, -3)
+    pair, eye = np.concatenate([gate, up], axis=-1), _kernels.Matrix(np.eye(961, dtype=np.float32))
+    y = _kernels.hlora_linear(pair, eye, target=target, pair_input=True)
+    np.testing.assert_allclose(y, swiglu(pair.astype(np.float64)), rtol=1e-6, atol=1e-34)
 
 
 @each_target
@@ -132,22 +196,27 @@ def test_the_largest_products_do_not_overflow(storage, rows, sign, target):
 
 @each_target
 @each_storage
-def test_a_row_depends_neither_on_the_others_nor_on_the_threads(storage, target):
+@each_around
+def test_a_row_depends_neither_on_the_others_nor_on_the_threads(storage, around, target):
     channels, outputs, rank, experts, block_size = 200, 1100, 36, 4, 64
-    x, *matrices = operands(50, channels, outputs, rank, experts)
+    _, *matrices = operands(50, channels, outputs, rank, experts)
+    x, options, *_ = around_operands(around, 50, channels, outputs)
+    residual = options.pop("residual", None)
     weight, bias, adapter_in, adapter_out = matrices
     (weight, _), (adapter_in, _), (adapter_out, _) = (
         store(matrix, storage, block_size) for matrix in (weight, adapter_in, adapter_out)
     )
 
-    def run(part, threads):
-        return _kernels.hlora_linear(part, weight, bias, adapter_in, adapter_out, experts, target, threads)
+    def run(rows, threads):
+        more = options | ({} if residual is None else {"residual": residual[rows]})
+        return _kernels.hlora_linear(x[rows], weight, bias, adapter_in, adapter_out, experts, target, threads, **more)
 
-    together = run(x, 1)
+    everything = slice(0, len(x))
+    together = run(everything, 1)
     for threads in (2, 3, 4):
-        np.testing.assert_array_equal(run(x, threads), together)
+        np.testing.assert_array_equal(run(everything, threads), together)
     for count in (1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 13, 24):
-        parts = [run(x[row : row + count], 1 + row % 2) for row in range(0, len(x), count)]
+        parts = [run(slice(row, row + count), 1 + row % 2) for row in range(0, len(x), count)]
         np.testing.assert_array_equal(np.concatenate(parts), together)
 
 
@@ -155,25 +224,30 @@ def test_a_row_depends_neither_on_the_others_nor_on_the_threads(storage, target)
 @pytest.mark.parametrize(
     ("storage", "adapter_storage"), [("int4", "int8"), ("int4", "float32"), ("float16", "int8"), ("int8", "bfloat16")]
 )
-def test_base_and_adapters_may_be_stored_differently(storage, adapter_storage, target):
-    y, expected = linear(SIZES[4], storage, 5, target, adapter_storage=adapter_storage)
-    assert close(y, expected, "int4")
+@each_around
+def test_base_and_adapters_may_be_stored_differently(around, storage, adapter_storage, target):
+    for rows in (5, 19):
+        y, expected = linear(SIZES[4], storage, rows, target, around=around, adapter_storage=adapter_storage)
+        assert close(y, expected, "int4")
 
 
 @each_target
-def test_more_rows_than_a_task_takes(target):
-    y, expected = linear((64, 129, 12, 3, 32), "int4", 800, target, threads=2)
+@each_around
+def test_more_rows_than_a_task_takes(around, target):
+    y, expected = linear((64, 129, 12, 3, 32), "int4", 800, target, around=around, threads=2)
     assert close(y, expected, "int4")
 
 
 @each_target
 @each_storage
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_is_not_finite_stays_not_finite(storage, target, bad):
+@each_around
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_stays_not_finite(storage, target, bad, around):
     channels, outputs, rank, experts, block_size = SIZES[4]
-    x, weight, *_ = operands(4, channels, outputs, rank, experts)
+    _, weight, *_ = operands(4, channels, outputs, rank, experts)
+    x, options, *_ = around_operands(around, 4, channels, outputs)
     x[2, 77] = bad
-    y = _kernels.hlora_linear(x, store(weight, storage, block_size)[0], target=target)
+    y = _kernels.hlora_linear(x, store(weight, storage, block_size)[0], target=target, **options)
     assert not np.isfinite(y[2]).any()
     assert np.isfinite(y[[0, 1, 3]]).all()
 
@@ -199,6 +273,14 @@ def test_wrong_operands_are_named():
     short = _kernels.Matrix(np.ascontiguousarray(adapter_in[:, :5]))
     with pytest.raises(ValueError, match=r"adapter_in must be \[16, 6\], got \[16, 5\]"):
         _kernels.hlora_linear(x, kept, bias, short, kept_out, 2)
+    with pytest.raises(ValueError, match=r"x must be \[2, 16\], got \[2, 15\]"):
+        _kernels.hlora_linear(x[:, :15], kept, bias, kept_in, kept_out, 2)
+    with pytest.raises(ValueError, match=r"x must be \[2, 32\], got \[2, 16\]"):
+        _kernels.hlora_linear(x, kept, bias, kept_in, kept_out, 2, pair_input=True)
+    with pytest.raises(ValueError, match="epsilon and pair_input exclude each other"):
+        _kernels.hlora_linear(x, kept, bias, kept_in, kept_out, 2, pair_input=True, epsilon=1e-5)
+    with pytest.raises(ValueError, match=r"residual must be \[2, 8\], got \[2, 16\]"):
+        _kernels.hlora_linear(x, kept, bias, kept_in, kept_out, 2, residual=x)
     with pytest.raises(ValueError, match=r"bias must be \[8\], got \[7\]"):
         _kernels.hlora_linear(x, kept, bias[:7], kept_in, kept_out, 2)
     with pytest.raises(ValueError, match="rank must be a multiple of experts, got 4 and 3"):

@@ -29,6 +29,7 @@ from healthgpt_edge.export.graph.functions import (
     norm_hlora_linear,
     norm_swish,
     norm_swish_convolution,
+    packed_cached_attention,
     residual_convolution,
     residual_hlora_linear,
     swiglu_residual_hlora_linear,
@@ -191,6 +192,17 @@ def test_hlora_linear(storage, adapters, has_bias):
     assert_near(found, expected, storage in FLOATS and adapters in FLOATS)
 
 
+@pytest.mark.parametrize("op", AROUND)
+@pytest.mark.parametrize("storage", STORED)
+@pytest.mark.parametrize("rows", [1, 40])
+def test_what_stands_around_a_linear(op, storage, rows):
+    operands, bodies = around_operands(op, storage, rows)
+    more = {"block_size": BLOCK_SIZE, "experts": 4, **AROUND[op]}
+    (found,) = run(op, operands, {"y": FLOAT}, threads=2, **more)
+    (expected,) = run(op, operands, {"y": FLOAT}, body=bodies, **more)
+    assert_near(found, expected, storage in FLOATS)
+
+
 @pytest.mark.parametrize("storage", ["float32", "int4"])
 def test_threads_change_nothing(storage):
     operands, more = hlora_operands(storage, storage, rows=50), {"block_size": BLOCK_SIZE, "experts": 4}
@@ -256,6 +268,27 @@ def test_cached_attention(cache, window, tokens):
         assert present.dtype == wanted.dtype
         # Between two numbers of float16 a rotated key may fall to either.
         np.testing.assert_allclose(present, wanted, rtol=2e-3 if cache == "float16" else 0, atol=1e-6)
+
+
+def packed_operands(cache: str, tokens: int) -> Operands:
+    operands = attention_operands(cache, tokens=tokens)
+    packed = np.concatenate([operands.pop(name) for name in ("query", "key", "value")], axis=-1)
+    return {"packed": packed, **operands}
+
+
+@pytest.mark.parametrize("cache", ["float32", "float16", "int8"])
+@pytest.mark.parametrize("tokens", [0, 1, 3])
+def test_packed_attention_is_that_of_its_parts(cache, tokens):
+    results, more = attention_results(cache), HEADS | {"window": 0}
+    operands, sizes = packed_operands(cache, tokens), [32, 16, 16]
+    found = run("PackedCachedAttention", operands, results, sizes=sizes, threads=2, **more)
+    expected = run("CachedAttention", attention_operands(cache, tokens=tokens), results, **more)
+    for one, wanted in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, wanted)
+    if tokens:  # the body of the one is the other
+        bodies = [packed_cached_attention(STORED[cache]), cached_attention(STORED[cache])]
+        body = run("PackedCachedAttention", operands, results, body=bodies, sizes=sizes, **more)
+        assert_near(found[0], body[0], exact=True)
 
 
 @pytest.mark.parametrize("cache", ["float32", "float16", "int8"])
@@ -396,6 +429,14 @@ WRONG_ADAPTERS = [
     ("int8", {}, {"experts": 8}, "adapter_in must be [70, 16], found [70, 12]"),
 ]
 
+WRONG_AROUND = [
+    ("NormHLoraLinear", {}, {"epsilon": -1.0}, "epsilon must be 0 or a positive number, found -1"),
+    ("NormHLoraLinear", zeros("x", 2, 5, 140), {}, "x must end in 70 channels, found [2, 5, 140]"),
+    ("ResidualHLoraLinear", zeros("residual", 2, 5, 23), {}, "found [2, 5, 23]"),
+    ("ResidualHLoraLinear", zeros("residual", 5, 24), {}, "found [5, 24]"),
+    ("SwigluResidualHLoraLinear", zeros("x", 2, 5, 70), {}, "x must end in 140 channels, found [2, 5, 70]"),
+]
+
 
 @pytest.mark.parametrize(("storage", "wrong", "attributes", "message"), WRONG_LINEARS)
 def test_a_wrong_linear_is_named(storage, wrong, attributes, message):
@@ -409,6 +450,15 @@ def test_a_wrong_hlora_linear_is_named(storage, wrong, attributes, message):
     operands = hlora_operands(storage, storage) | wrong
     text = refusal("HLoraLinear", operands, {"y": FLOAT}, **{"block_size": BLOCK_SIZE, "experts": 4} | attributes)
     assert "INVALID_ARGUMENT" in text and ": HLoraLinear: " in text and message in text
+
+
+@pytest.mark.parametrize(("op", "wrong", "attributes", "message"), WRONG_AROUND)
+def test_what_cannot_stand_around_a_linear_is_named(op, wrong, attributes, message):
+    operands, _ = around_operands(op, "float16")
+    text = refusal(
+        op, operands | wrong, {"y": FLOAT}, **{"block_size": BLOCK_SIZE, "experts": 4} | AROUND[op] | attributes
+    )
+    assert f"{op}: " in text and message in text
 
 
 @pytest.mark.parametrize(
@@ -457,6 +507,20 @@ def test_wrong_attention_is_named(wrong, attributes, message):
     more = HEADS | {"window": 0} | attributes
     text = refusal("CachedAttention", attention_operands("float32") | wrong, attention_results("float32"), **more)
     assert "CachedAttention: " in text and message in text
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (zeros("packed", 2, 2, 60), "packed must be [B, S, 8 heads of an even size], found [2, 2, 60]"),
+        (zeros("packed", 2, 3, 64), "cosine must be [2, 3, 4], found [2, 2, 4]"),
+        (zeros("past_key", 2, 2, 9, 6), "past_key must be [2, 2, 9, 8], found [2, 2, 9, 6]"),
+    ],
+)
+def test_wrong_packed_attention_is_named(wrong, message):
+    operands, results = packed_operands("float32", 2) | wrong, attention_results("float32")
+    text = refusal("PackedCachedAttention", operands, results, window=0, sizes=[32, 16, 16], **HEADS)
+    assert "PackedCachedAttention: " in text and message in text
 
 
 def test_both_caches_have_one_type():
