@@ -92,6 +92,7 @@ def main() -> None:
     costs = json.loads(arguments.rows.read_text())
     sizes, medians_ms = [row["rows"] for row in costs["rows"]], [row["p50_ms"] for row in costs["rows"]]
     session = load(arguments.bundle, tasks=(GENERATION,), threads=1, verify=False)
+    session.executor.rows_in_tiles = "gpu" in costs
 
     def pass_seconds(rows: int) -> float:
         return float(np.interp(rows, sizes, medians_ms)) / 1e3 if rows <= sizes[-1] else 0.0  # a prefill is no matter

@@ -20,9 +20,13 @@ class PassKind(NamedTuple):
 
 
 class RowCosts:
-    """Seconds of a pass by its number of rows. A session keeps one for each kind of pass."""
+    """Seconds of a pass by its number of rows. A session keeps one for each kind of pass.
 
-    def __init__(self) -> None:
+    in_tiles: a pass takes as long for a few rows as for one, and then jumps, as on a GPU.
+    """
+
+    def __init__(self, in_tiles: bool = False) -> None:
+        self._in_tiles = in_tiles
         self._samples: dict[int, deque[float]] = {}
         self._known: dict[int, float] = {}
         self._line: tuple[float, float] | None = None  # through the known sizes, made when first asked for
@@ -50,6 +54,17 @@ class RowCosts:
     def plain(self) -> float:
         """Seconds of a pass of one row; where it was not timed, those of the line."""
         return self._known.get(1) or sum(self.line())
+
+    def seconds(self, rows: int) -> float:
+        """What a pass of `rows` rows will take: what it took, where rows come in tiles; otherwise what the line says.
+
+        On a processor the line is better: to take the best of many times would be to take the luckiest.
+        """
+        known = self._known.get(rows) if self._in_tiles else None
+        if known is not None:
+            return known
+        fixed, each = self.line()
+        return fixed + each * rows
 
     def line(self) -> tuple[float, float]:
         """Seconds of a pass without rows, and of each row: the line with the least relative errors for known sizes.

@@ -35,7 +35,7 @@ class Drafts:
 
     def __init__(self, executor: Executor, manifest: Manifest) -> None:
         self._executor, self.manifest = executor, manifest
-        self.costs: dict[PassKind, RowCosts] = defaultdict(RowCosts)
+        self.costs: dict[PassKind, RowCosts] = defaultdict(lambda: RowCosts(executor.rows_in_tiles))
         self._agreement: dict[str, bool] = {}
         self._encoder_seconds = 0.0
 

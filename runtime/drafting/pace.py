@@ -70,12 +70,12 @@ class Pace:
         if self._plain_left or not known:
             self._plain_left = max(self._plain_left - 1, 0)
             return 1
-        fixed, each = self._costs.line()
-        plain, may_lose = self._costs.plain, self._allowance() - self._lost
+        costs = self._costs
+        plain, may_lose = costs.plain, self._allowance() - self._lost
         exponent, first = self.exponent, self._passes == _FIRST_PASSES
         rates: dict[int, float] = {}  # tokens a second, by the rows that can be afforded
         for rows in _SIZES[: bisect(_SIZES, max(4, 2 * known))]:
-            seconds = fixed + each * rows
+            seconds = costs.seconds(rows)
             if (seconds if known > 1 else plain * rows) - plain <= may_lose:
                 rates[rows] = rows**exponent / seconds
         most = max(rates, default=1)
@@ -85,7 +85,7 @@ class Pace:
         best = max(rates.values())
         rows = max(rows for rows, rate in rates.items() if rate >= _NEARLY * best)
         agreed = 1 + self._agreed / self._drafts * (rows - 1)
-        if min(best, agreed / (fixed + each * rows)) >= _LEAST_GAIN / plain:
+        if min(best, agreed / costs.seconds(rows)) >= _LEAST_GAIN / plain:
             return min(rows, _FIRST_ROWS) if first else rows
         self._plain_left, self._wait = self._wait, 2 * self._wait
         self._expect(self._first)

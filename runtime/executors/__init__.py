@@ -93,6 +93,8 @@ class Executor(Protocol):
     name: str
     # A prompt is read in passes of at most so many tokens, which give its logits the same bits; None: in one pass.
     prompt_tokens: int | None
+    # Whether a pass takes as long for a few rows as for one, and then jumps.
+    rows_in_tiles: bool
 
     def features(self, task: str, pixels: np.ndarray) -> np.ndarray:
         """Image features float32 [P, C] of one picture, uint8 [H, W, 3]."""

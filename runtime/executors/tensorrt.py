@@ -44,6 +44,7 @@ class TensorRtExecutor:
     """
 
     prompt_tokens: int | None = None
+    rows_in_tiles = True
 
     def __init__(
         self,

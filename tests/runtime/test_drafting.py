@@ -445,6 +445,22 @@ def test_rows_follow_their_cost_and_their_gain():
     assert 1 < dear < cheap
 
 
+def test_where_rows_come_in_tiles_a_full_tile_is_taken():
+    """The times of M3 in int4 on an H200 (benchmarks/results/h200/gpu-bundles-rows.json)."""
+    times = {1: 2.6, 2: 2.87, 3: 3.07, 4: 2.88, 6: 5.17, 8: 5.09, 12: 8.13, 16: 8.54, 24: 11.61, 32: 15.52, 64: 30.28}
+    rows = {}
+    for in_tiles in (True, False):
+        costs = RowCosts(in_tiles)
+        for size, milliseconds in times.items():
+            for _ in range(4):
+                costs.record(size, milliseconds)
+        fixed, each = costs.line()
+        assert costs.seconds(4) == (2.88 if in_tiles else fixed + 4 * each)
+        assert costs.seconds(48) == fixed + 48 * each  # was not timed
+        rows[in_tiles] = started(costs, 0.6).rows()
+    assert rows == {True: 4, False: 12}
+
+
 def test_the_gain_is_learnt_from_the_passes():
     pace = started(timed(1.0, 0.1), 0.6)
     for _ in range(200):
