@@ -4,8 +4,8 @@
 # Runtime's CUDA provider. Needs nvcc, CMake, ninja, pybind11, PyTorch, onnx and pytest in the Python that is found, and
 # nothing from the network; bundles need wheels/ as benchmarks/gpu/requirements.txt says, and are left out without.
 #
-#   benchmarks/gpu.sh [FOLDER]             gpu.json, gpu.md, gpu-bundles.json and gpu.log go to FOLDER, by default
-#                                          benchmarks/results
+#   benchmarks/gpu.sh [FOLDER]             gpu.json, gpu.md, gpu-bundles.json, gpu-bundles-rows.json and gpu.log go to
+#                                          FOLDER, by default benchmarks/results
 #   benchmarks/gpu.sh --rehearse [FOLDER]  without a GPU: all steps on the host's fibers, at small sizes
 #
 # GPU_SECONDS limits all of it, GPU_KERNEL_SECONDS the times of the kernels. COMMIT says what is tested, where git does

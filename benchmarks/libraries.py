@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.commit import commit
 from healthgpt_edge import machine
 from healthgpt_edge.bench import summary
 from healthgpt_edge.bundle import Bundle
@@ -82,6 +83,7 @@ def main() -> None:
                 samples[name][row] += some if turn else []
     distance = float(np.abs(logits["after"] - logits["before"]).max() / np.abs(logits["before"]).max())
     report = {
+        "commit": commit(),
         "machine": machine.description(),
         "task": arguments.task,
         "threads": arguments.threads,

@@ -23,6 +23,7 @@ from healthgpt_edge import Picture, Session, decoding, load
 from healthgpt_edge.drafting import drafts
 from healthgpt_edge.manifest import GENERATION
 
+from ..commit import commit
 from .ids import differing_ids
 from .jobs import Job, jobs
 
@@ -106,6 +107,7 @@ def main() -> None:
         print(f"| {task} | {one['pictures']} | {one['differing_ids']} | {' | '.join(cells)} |")
     if arguments.out:
         report = {
+            "commit": commit(),
             "acceptance_of": f"{arguments.bundle.resolve().name}, {session.executor.name}",
             "costs_of": {name: costs[name] for name in ("bundle", "machine", "threads", "context")},
             "encoder_ms": arguments.encoder_ms,
