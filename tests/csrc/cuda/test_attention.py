@@ -94,15 +94,20 @@ def run(device, packed, cosine, sine, past_length, *more, by="cached_attention")
     return device.get(output), *found
 
 
+def partly_filled(shape, cache):
+    """`operands` whose caches hold anything in rows that are not filled yet."""
+    given = operands(*shape, cache)
+    for stored in given[6:] if cache == "int8" else given[4:6]:
+        for b, past in enumerate(shape[6]):
+            stored[b, :, past:] = np.nan if cache == "int8" else store(np.array(np.nan), cache)
+    return given
+
+
 @each_cache
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_the_formula(device, case, cache):
     *shape, window = case
-    given = operands(*shape, cache)
-    # Rows that are not filled yet hold anything.
-    for stored in given[6:] if cache == "int8" else given[4:6]:
-        for b, past in enumerate(shape[6]):
-            stored[b, :, past:] = np.nan if cache == "int8" else store(np.array(np.nan), cache)
+    given = partly_filled(shape, cache)
     expected, *wanted_caches = formula(*given, window, cache)
     output, *found = run(device, *given, window, cache)
     np.testing.assert_allclose(output, expected, rtol=0, atol=TOLERANCE[cache])

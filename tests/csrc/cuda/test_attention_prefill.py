@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from formats import store
-from test_attention import formula, operands, run
+from test_attention import formula, operands, partly_filled, run
 
 # Rotated queries, softmax weights and the values of int8 caches are rounded to 11 bits: relative to the largest result.
 TOLERANCE = 1e-3
@@ -32,11 +31,7 @@ def prefill(device, *given):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_the_formula_and_appends_like_decode_steps(device, case, cache):
     *shape, window = case
-    given = operands(*shape, cache)
-    # Rows that are not filled yet hold anything.
-    for stored in given[6:] if cache == "int8" else given[4:6]:
-        for b, past in enumerate(shape[6]):
-            stored[b, :, past:] = np.nan if cache == "int8" else store(np.array(np.nan), cache)
+    given = partly_filled(shape, cache)
     expected, *_ = formula(*given, window, cache)
     output, *caches = prefill(device, *given, window, cache)
     np.testing.assert_allclose(output, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
