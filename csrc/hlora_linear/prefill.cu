@@ -241,6 +241,9 @@ int64_t HLoraPrefillWorkspaceBytes(const HLoraLinearArguments& given) { return P
 
 Status HLoraPrefill(const HLoraLinearArguments& given, Stream stream) {
   if (given.rows < 1) return "[hlora_prefill] there must be rows";
+  const int64_t width = given.weight.channels * (given.pair_input ? 2 : 1);
+  // Places in x are counted in 32 bits (inputs.cuh).
+  if (width < 1 || given.rows > INT32_MAX / width) return "[hlora_prefill] x must have fewer than 2^31 numbers";
   if (const Status wrong = CheckOperands(given)) return wrong;
   if (given.workspace == nullptr || given.workspace_bytes < HLoraPrefillWorkspaceBytes(given)) {
     return "[hlora_prefill] the workspace is too small";

@@ -11,8 +11,8 @@ namespace healthgpt {
 
 // A Launcher computes the node. It defines its Arguments and its caches' type (kStorage), is made with the session and
 // called as launcher(arguments, call). It has two static functions: CheckLengths(past_length, arguments), which checks
-// nothing if the lengths are on a GPU, and Copy(call, to, from, bytes). With `packed`, query,
-// key and value are one input.
+// nothing if the lengths are on a GPU, and Copy(call, to, from, bytes). With `packed`, query, key and value are one
+// input.
 template <class Launcher, bool packed = false>
 class CachedAttentionKernel {
   using Arguments = typename Launcher::Arguments;

@@ -55,6 +55,19 @@ def test_more_channels_than_kernels_count(device):
         device.kernels.hlora_linear(x, weight, y, device.workspace(1 << 16, 2048))
 
 
+def test_more_numbers_of_a_prompt_than_kernels_count(device):
+    if not hasattr(device.kernels, "hlora_prefill"):
+        pytest.skip("built without cuBLASLt")
+    rows, small = 1 << 28, device.put(np.zeros(8, np.float32))
+    weight = device.kernels.Matrix(device.put(np.zeros((8, 8), np.float16)), "float16", (8, 8))
+    x, y, memory = device.claiming(small, (rows, 8)), device.claiming(small, (rows, 8)), device.workspace(1 << 16, 0)
+    with pytest.raises(ValueError, match=r"x must have fewer than 2\^31 numbers"):
+        device.kernels.hlora_prefill(x, weight, y, memory)
+    x = device.claiming(small, (rows // 2, 16))
+    with pytest.raises(ValueError, match=r"x must have fewer than 2\^31 numbers"):
+        device.kernels.hlora_prefill(x, weight, device.claiming(small, (rows // 2, 8)), memory, pair_input=True)
+
+
 def test_experts_less_than_none(device):
     if not hasattr(device.kernels, "hlora_prefill"):
         pytest.skip("built without cuBLASLt")
