@@ -32,8 +32,12 @@ Memory::Memory(int64_t bytes) : bytes_(bytes) {
 void Memory::Free::operator()(void* data) const { cudaFree(data); }
 
 Status CopyRows(void* to, int64_t to_stride, const void* from, int64_t from_stride, int64_t bytes, int64_t rows) {
-  const Status wrong = Text(cudaMemcpy2D(to, static_cast<size_t>(to_stride), from, static_cast<size_t>(from_stride),
-                                         static_cast<size_t>(bytes), static_cast<size_t>(rows), cudaMemcpyDefault));
+  const auto width = static_cast<size_t>(bytes), height = static_cast<size_t>(rows);
+  // A pitch has a limit of 2 GiB, so what has no gaps is no rectangle.
+  const bool has_gaps = to_stride != bytes || from_stride != bytes;
+  const Status wrong = Text(has_gaps ? cudaMemcpy2D(to, static_cast<size_t>(to_stride), from,
+                                                    static_cast<size_t>(from_stride), width, height, cudaMemcpyDefault)
+                                     : cudaMemcpy(to, from, width * height, cudaMemcpyDefault));
   return wrong != nullptr ? wrong : Text(cudaDeviceSynchronize());
 }
 

@@ -68,9 +68,7 @@ Kept& All() {
 }  // namespace
 
 std::shared_ptr<const Memory> SharedRows(const void* host, int64_t rows, int64_t row_bytes, int64_t stride) {
-  const bool is_one = stride == row_bytes;  // without gaps, all can be copied at once
-  const Rows given = {static_cast<const char*>(host), is_one ? 1 : rows, is_one ? rows * row_bytes : row_bytes,
-                      is_one ? rows * row_bytes : stride};
+  const Rows given = {static_cast<const char*>(host), rows, row_bytes, stride};
   const Key key = KeyOf(given);
   Kept& kept = All();
   const std::lock_guard lock(kept.mutex);
