@@ -83,9 +83,9 @@ class CudaLinear {
     arguments.weight = weight_->Of(operands.weight);
     arguments.bias = operands.bias;
     arguments.y = operands.y;
-    arguments.normalise = operands.normalise;
-    arguments.epsilon = operands.epsilon;
-    arguments.pair_input = operands.pair_input;
+    arguments.normalise = operands.around.normalise;
+    arguments.epsilon = operands.around.epsilon;
+    arguments.pair_input = operands.around.pair_input;
     arguments.residual = operands.residual;
     if (operands.experts > 0) {
       arguments.adapter_in = adapter_in_->Of(operands.adapter_in);

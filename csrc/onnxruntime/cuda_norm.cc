@@ -1,11 +1,10 @@
 // The node NormSwish (export/graph/functions.py) on a GPU, by vq_decode/cuda.h.
+#include "convolution/convolution.h"
 #include "onnxruntime/cuda.h"
 #include "vq_decode/cuda.h"
 
 namespace healthgpt {
 namespace {
-
-constexpr float kEpsilon = 1e-6f;
 
 class NormSwishKernel {
  public:
@@ -24,7 +23,7 @@ class NormSwishKernel {
     arguments.channels = x.shape[3];
     arguments.groups = groups_;
     arguments.storage = cuda::Storage::kFloat32;
-    arguments.epsilon = kEpsilon;
+    arguments.epsilon = kGroupNormEpsilon;
     arguments.swish = true;
     weight.Expect({arguments.channels});
     bias.Expect({arguments.channels});

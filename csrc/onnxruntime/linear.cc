@@ -31,9 +31,9 @@ struct CpuLinear {
     arguments.weight = MatrixOf(operands.weight);
     arguments.bias = operands.bias;
     arguments.y = operands.y;
-    arguments.normalise = operands.normalise;
-    arguments.epsilon = operands.epsilon;
-    arguments.pair_input = operands.pair_input;
+    arguments.normalise = operands.around.normalise;
+    arguments.epsilon = operands.around.epsilon;
+    arguments.pair_input = operands.around.pair_input;
     arguments.residual = operands.residual;
     arguments.experts = operands.experts;
     if (operands.experts > 0) {

@@ -47,9 +47,7 @@ LinearOperands ReadLinear(Call& call, int64_t block_size, int64_t experts, const
     throw std::invalid_argument("x must end in " + std::to_string(width) + " channels, found " + x.ShapeText());
   }
   operands.rows = x.elements / width;
-  operands.normalise = around.normalise;
-  operands.epsilon = around.epsilon;
-  operands.pair_input = around.pair_input;
+  operands.around = around;
   operands.x = x.As<float>();
   if (bias.given) {
     bias.Expect({outputs});
@@ -73,9 +71,7 @@ LinearOperands ReadLinear(Call& call, int64_t block_size, int64_t experts, const
   shape[x.rank - 1] = outputs;
   if (around.residual) {
     const Tensor residual = call.Input(8);
-    bool same = residual.rank == x.rank;
-    for (size_t i = 0; same && i < x.rank; ++i) same = residual.shape[i] == shape[i];
-    if (!same) throw std::invalid_argument("residual must have the shape of the result, found " + residual.ShapeText());
+    residual.Expect(shape, x.rank);
     operands.residual = residual.As<float>();
   }
   operands.y = static_cast<float*>(call.Output(0, shape, x.rank));

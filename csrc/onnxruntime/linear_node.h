@@ -15,6 +15,14 @@ struct MatrixOperand {
   int64_t block_size = 0;  // 0 for floats
 };
 
+// What a node does around its linear.
+struct Around {
+  bool normalise = false;   // replaces x by x / sqrt(mean(x^2) + epsilon)
+  bool pair_input = false;  // x is (S, 2 C) and stands for silu(x[:, :C]) * x[:, C:]
+  bool residual = false;    // is added to the result
+  float epsilon = 0;
+};
+
 struct LinearOperands {
   int64_t rows = 0;
   const float* x = nullptr;  // (S, C)
@@ -24,16 +32,8 @@ struct LinearOperands {
   int64_t experts = 0;          // 0 for a linear without adapters
   MatrixOperand adapter_in;     // (C, R + E)
   MatrixOperand adapter_out;    // (R, O)
-  bool normalise = false;       // replaces x by x / sqrt(mean(x^2) + epsilon)
-  float epsilon = 0;
-  bool pair_input = false;          // x is (S, 2 C) and stands for silu(x[:, :C]) * x[:, C:]
-  const float* residual = nullptr;  // (S, O) or null, added to the result
-};
-
-// What a node does around its linear.
-struct Around {
-  bool normalise = false, pair_input = false, residual = false;
-  float epsilon = 0;
+  Around around;
+  const float* residual = nullptr;  // (S, O) or null
 };
 
 // Matrices stay in the mapped file: a launcher for a GPU copies them itself.

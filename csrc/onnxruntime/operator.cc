@@ -65,12 +65,12 @@ void Check(const OrtApi& api, OrtStatus* status) {
 
 std::string Tensor::ShapeText() const { return Brackets(shape, rank); }
 
-void Tensor::Expect(std::initializer_list<int64_t> expected) const {
-  bool same = rank == expected.size();
-  for (size_t i = 0; same && i < rank; ++i) same = shape[i] == expected.begin()[i];
+void Tensor::Expect(const int64_t* expected, size_t expected_rank) const {
+  bool same = rank == expected_rank;
+  for (size_t i = 0; same && i < rank; ++i) same = shape[i] == expected[i];
   if (!same) {
-    throw std::invalid_argument(std::string(name) + " must be " + Brackets(expected.begin(), expected.size()) +
-                                ", found " + ShapeText());
+    throw std::invalid_argument(std::string(name) + " must be " + Brackets(expected, expected_rank) + ", found " +
+                                ShapeText());
   }
 }
 

@@ -67,7 +67,8 @@ struct Tensor {
   }
   std::string ShapeText() const;
   // Throws unless the shape is the one expected.
-  void Expect(std::initializer_list<int64_t> expected) const;
+  void Expect(const int64_t* expected, size_t expected_rank) const;
+  void Expect(std::initializer_list<int64_t> expected) const { Expect(expected.begin(), expected.size()); }
 };
 
 // Throws if ONNX Runtime gave an error.

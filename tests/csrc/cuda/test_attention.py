@@ -146,22 +146,29 @@ def test_a_position_depends_neither_on_the_call_nor_on_the_capacity(device, head
         np.testing.assert_array_equal(grown, keys)
 
 
-def test_large_scores_and_what_is_not_finite(device):
-    given = list(operands(1, 2, 2, 2, 32, 200, [130], "float16"))
+# By the kernels of decode steps and of prompts: how many tokens, and what 11 bits of a query move a score of thousands.
+@pytest.mark.parametrize(
+    ("by", "tokens", "tolerance"), [("cached_attention", 2, 5e-3), ("cached_attention_prefill", 66, 0.1)]
+)
+def test_large_scores_and_what_is_not_finite(device, by, tokens, tolerance):
+    given = list(operands(1, tokens, 2, 2, 32, 200, [130], "float16"))
     given[0][..., :64] *= 300
     expected, *_ = formula(*given, 0, "float16")
-    output, *_ = run(device, *given, 0, "float16")
-    np.testing.assert_allclose(output, expected, rtol=0, atol=5e-3)
+    output, *_ = run(device, *given, 0, "float16", by=by)
+    np.testing.assert_allclose(output, expected, rtol=0, atol=tolerance)
     given[4][0, 1, 100] = np.nan
-    output, *_ = run(device, *given, 0, "float16")
+    output, *_ = run(device, *given, 0, "float16", by=by)
     assert np.isfinite(output[..., :32]).all()
     assert np.isnan(output[..., 32:]).all()
 
 
-def test_a_length_beyond_the_capacity_touches_nothing_outside(device):
+@pytest.mark.parametrize(
+    ("by", "tokens", "capacity"), [("cached_attention", 3, 70), ("cached_attention_prefill", 70, 100)]
+)
+def test_a_length_beyond_the_capacity_touches_nothing_outside(device, by, tokens, capacity):
     """It is the caller's mistake, and on the GPU nobody sees it: but no memory may be harmed."""
-    given = operands(1, 3, 2, 2, 32, 70, [69], "float16")
-    _, keys, *_ = run(device, *given, 0, "float16")
+    given = operands(1, tokens, 2, 2, 32, capacity, [69], "float16")
+    _, keys, *_ = run(device, *given, 0, "float16", by=by)
     np.testing.assert_array_equal(keys[:, :, :69], given[4][:, :, :69])
 
 
