@@ -65,12 +65,18 @@ def checked_request(
     return Checked(picture, study, options)
 
 
-def check_folder(out: Path) -> None:
-    """Raise OptionError where no file can come to be at `out`: before minutes are spent on what to write there."""
-    if not out.parent.is_dir():
-        raise OptionError(f"the folder to hold {out.name!r} does not exist")
-    if not os.access(out.parent, os.W_OK | os.X_OK):
-        raise OptionError(f"the folder to hold {out.name!r} cannot be written to")
+def check_target(target: Path, option: str) -> None:
+    """Raise OptionError where `option` can write no file at `target`: before minutes are spent on what to write there.
+
+    It would take the place of a device, too, and /dev/null is everybody's.
+    """
+    if not target.parent.is_dir():
+        raise OptionError(f"the folder to hold {target.name!r} does not exist")
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise OptionError(f"the folder to hold {target.name!r} cannot be written to")
+    if target.exists() and not target.is_file():
+        found = "a folder" if target.is_dir() else "a device or pipe"
+        raise OptionError(f"{option} must be a file, {target.name!r} is {found}")
 
 
 def refuse_the_image(target: Path, source: str | os.PathLike[str] | bytes | None, option: str, dashes: str) -> None:
@@ -95,9 +101,7 @@ def _is_dicom_target(out: Path, suffixes: tuple[str, ...], has_image: bool, dash
         usable = False
     if not usable:
         raise OptionError(f"{dashes}out must be a usable path, got {out.name!r}")
-    check_folder(out)
-    if out.is_dir():
-        raise OptionError(f"{dashes}out must be a file, {out.name!r} is a folder")
+    check_target(out, f"{dashes}out")
     return as_dicom
 
 

@@ -665,7 +665,9 @@ REQUESTS = {
         answer("--image", PICTURE, "--keep", picture_file(partial(encoded, "PNG"), "kept")),
         "'kept' must begin with 'healthgpt-edge kept pictures 1'",
     ),
-    "keep: a folder": Bad(answer("--image", PICTURE, "--keep", make("kept")), "'kept' cannot be read: Is a directory"),
+    "keep: a folder": Bad(
+        answer("--image", PICTURE, "--keep", make("kept")), "--keep must be a file, 'kept' is a folder"
+    ),
     "image: window in words": Bad(
         answer("--image", PICTURE, "--window", "lung"), "--window must be CENTRE,WIDTH, two numbers, got 'lung'"
     ),
@@ -730,6 +732,10 @@ REQUESTS = {
     ),
     "out: missing folder": Bad(generate(out="a/out.png"), "the folder to hold 'out.png' does not exist"),
     "out: a folder": Bad(generate(lambda place: (make("out.png")(place), "--json")[1]), "'out.png' is a folder"),
+    "out: a pipe": Bad(
+        generate(lambda place: (make("out.png", os.mkfifo)(place), "--json")[1]),
+        "--out must be a file, 'out.png' is a device or pipe",
+    ),
     "out: in a folder that is not to be written to": Bad(
         lambda place: ["generate", place.sound(), "--instruction", QUESTION, "--out", "/proc/out.png"],
         "cannot be written",

@@ -63,14 +63,14 @@ def answer(
     """Answer a question about a picture; the text appears as it is written, a line for each question."""
     from ..images import write_report
     from ..manifest import COMPREHENSION
-    from ..requests import ANSWER, check_folder, checked_request, result_fields
+    from ..requests import ANSWER, check_target, checked_request, result_fields
 
     question = [typed(one) for one in question]
     if keep and not image:
         raise HealthGPTError("--keep needs a picture: give --image")
     # Refused before the bundle is hashed and loaded, which takes a while.
     if keep:
-        check_folder(keep)
+        check_target(keep, "--keep")
     picture, study, options = checked_request(
         ANSWER,
         image,

@@ -63,7 +63,7 @@ def evaluate(
     from ..evaluation import evaluate as run
     from ..files import PRIVATE, written_whole
     from ..manifest import COMPREHENSION, GENERATION
-    from ..requests import check_folder
+    from ..requests import check_target
 
     phantoms = {"--answer-phantoms": answer_phantoms, "--picture-phantoms": picture_phantoms}
     for name, given in phantoms.items():
@@ -71,7 +71,7 @@ def evaluate(
             raise HealthGPTError(f"{name} is for the phantom's own cases, found --cases as well")
     asked = read_cases(cases) if cases is not None else None
     if details is not None:
-        check_folder(details)
+        check_target(details, "--details")
         if cases is not None and details.exists() and details.samefile(cases):
             raise HealthGPTError("--details must not be the file of --cases")
 

@@ -66,5 +66,5 @@ def print_table(table: Table) -> None:
 
 def console() -> Console:
     """Stdout for tables."""
-    # Names of files are no markup, whatever brackets they hold. A file or a pipe has no width to cut words for.
-    return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else _PIPE_COLUMNS)
+    # Names are no markup, whatever brackets and colons they hold. A file or a pipe has no width to cut words for.
+    return Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else _PIPE_COLUMNS)

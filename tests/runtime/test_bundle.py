@@ -680,8 +680,10 @@ def test_inspect(bundle, manifest_data):
         assert line in outcome.output
 
 
-def test_brackets_in_a_path_are_no_markup(bundle, tmp_path):
-    (tmp_path / "a[").mkdir()
-    shutil.move(bundle, tmp_path / "a[" / "bold]")
-    outcome = run("inspect", tmp_path / "a[" / "bold]")
+def test_brackets_and_colons_in_a_path_are_no_markup(bundle, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a[").mkdir()
+    shutil.move(bundle, "a[/bold]:eye:")
+    outcome = run("inspect", "a[/bold]:eye:")
     assert (outcome.code, outcome.errors) == (0, "")
+    assert "a[/bold]:eye:" in outcome.output

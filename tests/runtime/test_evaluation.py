@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,16 @@ def test_the_cases_are_not_overwritten(golden_bundle, tmp_path: Path) -> None:
     outcome = run("evaluate", golden_bundle("m3"), "--cases", cases, "--details", tmp_path / "." / "cases.jsonl")
     assert (outcome.code, outcome.errors) == (2, "error: --details must not be the file of --cases\n")
     assert read_cases(cases)
+
+
+def test_details_take_the_place_of_no_folder_or_device(golden_bundle, tmp_path: Path) -> None:
+    """Found before hours are spent; and a device, /dev/null say, is not replaced, which root could do."""
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for name, found in {"folder": "a folder", "pipe": "a device or pipe"}.items():
+        outcome = run("evaluate", golden_bundle("m3"), "--cases", written(tmp_path, ASK), "--details", tmp_path / name)
+        assert (outcome.code, outcome.errors) == (2, f"error: --details must be a file, '{name}' is {found}\n")
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_only_the_phantom_has_cases_of_its_own(golden_bundle) -> None:
