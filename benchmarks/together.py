@@ -39,7 +39,7 @@ def time_passes(
             with ExitStack() as seats:
                 members = [seats.enter_context(group.join(context)) for _ in range(size)]
                 for timed in (False, bool(turn)):  # the first pass binds its memory
-                    tokens = {member: int(random.integers(0, vocabulary)) for member in members}
+                    tokens = {member: random.integers(0, vocabulary, 1) for member in members}
                     begin = time.perf_counter()
                     group.forward(tokens, ())
                     if timed:

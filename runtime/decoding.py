@@ -247,19 +247,20 @@ def decoding(
 ) -> Steps[Decoded]:
     """Decode until a stop id, a forced token, or `max_new_tokens`, from the `logits` [n, rows] of a prefill.
 
-    Yields the passes it needs, each a Step, and is sent their logits. `on_pass`, which is called before the host asks
-    for passes, may seat it in a group; from then on there is neither `drafter` nor `run_ahead`.
+    Yields the passes it needs, each a Step, and is sent what they gave. `on_pass`, which is called before the host asks
+    for passes, may seat it in a group, which has no `run_ahead`.
 
     With a `drafter` each pass has a row for every drafted token, too (Leviathan et al., 2023, "Fast Inference from
-    Transformers via Speculative Decoding"). A row counts if all drafts before it are what was chosen there, and the
-    choice is made from it as ever, by the same random number: the ids are those of decoding without drafts, if the
-    executor gives a row the same bits in every pass. Without one, `run_ahead` of the sequence may choose greedily for
-    several passes. `on_token` is called with each new id; what it and `on_pass` raise ends the run.
+    Transformers via Speculative Decoding"); of a group's pass, maybe for the first of them only. A row counts if all
+    drafts before it are what was chosen there, and the choice is made from it as ever, by the same random number: the
+    ids are those of decoding without drafts, if the executor gives a row the same bits in every pass. Without one,
+    `run_ahead` of the sequence may choose greedily for several passes. `on_token` is called with each new id; what it
+    and `on_pass` raise ends the run.
     """
     new_ids: list[int] = []
     drafts: list[int] = []
     by_pass: list[int] = []
-    seconds = None
+    seconds, sequences = None, 1
     vocabulary = logits.shape[-1]
     passes = 1
     choices = Choices(selector, logits[-1:], grammar)
@@ -293,11 +294,7 @@ def decoding(
             left = min(left, max(1, sequence.room))
         choice = None
         if drafter:
-            drafter.learn(fresh, drafts, choices.later(), seconds)
-        if drafter and seat.group:
-            drafter.catch_up()
-            drafter, drafts = None, []
-        elif drafter:
+            drafter.learn(fresh, drafts, choices.later(), seconds, sequences)
             drafts = drafter.draft(left - 1)
         elif run_ahead and not full_vocabulary:
             choice = selector.choice(grammar, vocabulary)
@@ -308,9 +305,13 @@ def decoding(
             chosen, drafts = map(selector.accept, ids), ids[:-1]
             continue
         ids = np.array([new_ids[-1], *drafts], np.int64)
-        rows, passes = (yield Step(sequence, ids, len(ids), full_vocabulary, seat.group)), 1
-        chosen = choices = Choices(selector, rows, grammar)
-        seconds = time.perf_counter() - begin
+        here = time.perf_counter() - begin
+        passed, passes = (yield Step(sequence, ids, len(ids), full_vocabulary, seat.group)), 1
+        begin, sequences = time.perf_counter(), passed.sequences
+        drafts = drafts[: len(passed.logits) - 1]
+        chosen = choices = Choices(selector, passed.logits, grammar)
+        # What is done here, the others of a group do, too, one after another.
+        seconds = passed.seconds + sequences * (here + time.perf_counter() - begin)
 
 
 def _shared_out(tokens: int, passes: int) -> list[int]:

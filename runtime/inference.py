@@ -34,7 +34,7 @@ _KEPT_TOKENS = 256
 class Request:
     """What is asked of one task, by the names that Session.answer and Session.generate have for it.
 
-    With `groups`, which gives that of a task if there is one, it goes on among others after the prefill, undrafted; but
+    With `groups`, which gives that of a task if there is one, it goes on among others after the prefill; with drafts
     by itself for as long as `is_alone` says so.
     """
 
@@ -97,10 +97,6 @@ class Inference:
         if not isinstance(request.sampling, Sampling | None):
             raise OptionError(f"sampling must be a Sampling or None, got {type(request.sampling).__name__}")
         self._group = request.groups(request.task) if request.groups else None
-        if self._group and request.draft not in ("auto", "none"):
-            raise OptionError(
-                f"draft must be auto or none for requests that are done together, got {request.draft!r:.40}"
-            )
         self._session, self._manifest, self._request = session, manifest, request
         self._max_new_tokens, self._grammar, self._clock, self._on_token = max_new_tokens, grammar, clock, on_token
         self._prefix: Prefix | None = None
@@ -113,8 +109,7 @@ class Inference:
         ids, spliced = self._prompt()
         picture = read_if_any(request.image, request.frame, request.window)
         with self._clock.stage("draft"):
-            if self._group is None or (request.is_alone() and not request.certify):
-                self._drafter = self._drafter_for(ids, picture)
+            self._drafter = self._drafter_for(ids, picture)
         pixels = prepare(picture, manifest.vision.image_size, manifest.vision.background) if picture else None
         self._prefix = self._prefix_of(spliced, pixels)
         request.check_wanted()
@@ -184,7 +179,7 @@ class Inference:
             cut = prefix.length if prefix else 0
             for piece in [*pieces(executor, spliced[reused_tokens:cut]), *pieces(executor, spliced[cut:])]:
                 request.check_wanted()
-                logits = yield Step(context, piece, 1, request.faithful, None)
+                logits = (yield Step(context, piece, 1, request.faithful, None)).logits
                 if request.on_prompt:
                     request.on_prompt(context.length, len(spliced))
         return logits, reused_tokens

@@ -23,8 +23,8 @@ def rows_agree(executor: Executor, task: str) -> bool:
     return bool(np.array_equal(together, apart))
 
 
-# Tokens of the sequences in a group when they join it, and passes that are compared.
-_PROMPTS, _PASSES = (2, 9, 23), 3
+# Tokens of the sequences in a group when they join it, and rows of each in the passes that are compared.
+_PROMPTS, _ROWS = (2, 9, 23), (1, 4, 1)
 
 
 def sequences_agree(executor: Executor, task: str) -> bool:
@@ -39,11 +39,16 @@ def sequences_agree(executor: Executor, task: str) -> bool:
             context = executor.context(task, None)
             context.forward(np.arange(length, 2 * length))  # other tokens than the others'
             member = seats.enter_context(group.join(context))
-            return member, [context.forward(np.array([context.length])) for _ in range(_PASSES)]
+            return member, [context.forward(_next(context, rows), last_positions=rows) for rows in _ROWS]
 
         alone = dict(map(begin, _PROMPTS))  # one after another: each context takes memory
-        for place in range(_PASSES):
-            together = group.forward({member: member.length for member in alone}, ())
+        for place, rows in enumerate(_ROWS):
+            together = group.forward({member: _next(member, rows) for member in alone}, ())
             if not all(np.array_equal(alone[member][place], together[member]) for member in alone):
                 return False
     return True
+
+
+def _next(sequence: Sequence, count: int) -> np.ndarray:
+    """Tokens that a sequence may go on with, others in each place."""
+    return np.arange(sequence.length, sequence.length + count)

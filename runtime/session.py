@@ -211,8 +211,7 @@ class Session:
             for path, picture, error in together:
                 ...
 
-        What comes of each is what it gives by itself. Only one that is alone is drafted for, and each takes memory for
-        its caches.
+        What comes of each is what it gives by itself. Each takes memory for its caches.
         """
         from .together import Together
 

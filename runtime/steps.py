@@ -5,6 +5,7 @@ So whoever drives it may make the passes of several requests as one (together.py
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar, cast
@@ -24,10 +25,18 @@ class Seat:
     group: Group | None = None
 
 
-class Step(NamedTuple):
-    """A pass that appends token_ids int64 [S] to a sequence, one where it goes on with others in a group.
+class Passed(NamedTuple):
+    """What a pass gave: logits [n, rows]; and its seconds, and over how many sequences it was."""
 
-    It gives logits [last_positions, rows], as Context.forward does.
+    logits: np.ndarray
+    seconds: float
+    sequences: int = 1
+
+
+class Step(NamedTuple):
+    """A pass that appends token_ids int64 [S] to a sequence, in a group maybe the first n of them only.
+
+    It gives logits [last_positions, rows], as Context.forward does, or [n, rows] as Group.forward.
     """
 
     sequence: Sequence
@@ -36,12 +45,14 @@ class Step(NamedTuple):
     full_vocabulary: bool
     group: Group | None
 
-    def alone(self) -> np.ndarray:
+    def alone(self) -> Passed:
         """Make the pass of a sequence that is in no group."""
-        return cast(Context, self.sequence).forward(self.token_ids, self.last_positions, self.full_vocabulary)
+        begin = time.perf_counter()
+        logits = cast(Context, self.sequence).forward(self.token_ids, self.last_positions, self.full_vocabulary)
+        return Passed(logits, time.perf_counter() - begin)
 
 
-Steps = Generator[Step, np.ndarray, T]
+Steps = Generator[Step, Passed, T]
 
 
 def finish(steps: Steps[T]) -> T:

@@ -1,4 +1,4 @@
-"""Requests that are done together: one pass of the language model appends a token to each of them.
+"""Requests that are done together: one pass of the language model appends tokens to each of them.
 
 A pass reads all the weights, however many sequences it is over. Where that takes most of its time, sequences beside the
 first cost little, and the ids are those of each request by itself.
@@ -6,6 +6,7 @@ first cost little, and the ids are those of each request by itself.
 
 from __future__ import annotations
 
+import time
 import traceback
 from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Iterator
@@ -21,7 +22,7 @@ from .inference import Request
 from .manifest import COMPREHENSION, GENERATION
 from .results import Answer, Picture
 from .session import DEFAULT_ANSWER_TOKENS, Session
-from .steps import Step, Steps
+from .steps import Passed, Step, Steps
 
 # As many rows as a pass of drafts has at most; and each sequence has caches.
 MAX_TOGETHER = 64
@@ -54,7 +55,7 @@ class Together:
     """Does requests of a session, up to `limit` of them at a time. Made by Session.together; for one thread.
 
     A prompt is read by itself, in pieces between which the others go on. What no group of the executor takes is done by
-    itself, too, and so is a request while it is the only one, with drafts.
+    itself, too, and so is a request while it is the only one.
     """
 
     def __init__(self, session: Session, limit: int) -> None:
@@ -136,8 +137,9 @@ class Together:
             done += self._go_on_alone(*self._alone)
         grouped, self._grouped = self._grouped, defaultdict(list)
         for group, some in grouped.items():
-            tokens = {one.step.sequence: int(one.step.token_ids[0]) for one in some}
+            tokens = {one.step.sequence: one.step.token_ids for one in some}
             whole = {one.step.sequence for one in some if one.step.full_vocabulary}
+            begin = time.perf_counter()
             try:
                 logits = group.forward(tokens, whole)
             except Exception as error:  # whatever it is, it is what became of each of them
@@ -145,8 +147,10 @@ class Together:
                     one.steps.close()
                     done.append(Done(one.name, error=error))
             else:
+                seconds = time.perf_counter() - begin
                 for one in some:
-                    done += self._go_on(one.name, one.steps, partial(one.steps.send, logits[one.step.sequence]))
+                    passed = Passed(logits[one.step.sequence], seconds, len(some))
+                    done += self._go_on(one.name, one.steps, partial(one.steps.send, passed))
         return done
 
     def _go_on_alone(self, name: Hashable, steps: Steps[Any], step: Step) -> list[Done]:

@@ -10,6 +10,9 @@ class FreeRows(RowCosts):
 
     plain = 1.0
 
+    def among(self, sequences: int) -> RowCosts:
+        return self
+
     @property
     def most(self) -> int:
         return 64

@@ -104,13 +104,14 @@ def test_what_is_done_together_is_what_it_is_by_itself(session):
     for subject in phantoms.held_out(2):
         for task in phantoms.tasks(subject):
             expected[len(expected)] = session.generate(task.picture, task.instruction, draft="none").token_ids
-            together.generate(len(expected) - 1, task.picture, task.instruction)
+            together.generate(len(expected) - 1, task.picture, task.instruction, draft="jacobi")
         for question in phantoms.questions(subject):
             expected[len(expected)] = session.answer(question.picture, question.text, max_new_tokens=8).token_ids
             together.answer(len(expected) - 1, question.picture, question.text, max_new_tokens=8)
     found = {name: made for name, made, _ in together}
     assert {name: made.token_ids for name, made in found.items()} == expected
-    assert all(made.certified and made.draft == "none" for made in found.values())
+    assert all(made.certified for made in found.values())
+    assert any(made.draft == "jacobi" for made in found.values())
 
 
 def test_fp32_ids_equal_the_reference_on_phantoms_and_dicom(session, checkpoint):

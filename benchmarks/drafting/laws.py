@@ -19,7 +19,7 @@ from unittest.mock import patch
 
 import numpy as np
 
-from healthgpt_edge import Picture, Session, decoding, load
+from healthgpt_edge import Picture, Session, decoding, load, steps
 from healthgpt_edge.drafting import drafts
 from healthgpt_edge.manifest import GENERATION
 
@@ -65,7 +65,7 @@ def simulate(session: Session, count: int, pass_seconds: Callable[[int], float],
         return picture, clock.now - begin
 
     found: dict[str, list[tuple[float, ...]]] = {}
-    with patch.object(decoding, "time", clock), patch.object(drafts, "time", clock):
+    with patch.object(decoding, "time", clock), patch.object(steps, "time", clock), patch.object(drafts, "time", clock):
         for job in jobs(count):
             (made, seconds), (plain, plain_seconds) = make(job, "auto"), make(job, "none")
             one = (plain_seconds / seconds, plain.forward_passes, made.forward_passes, differing_ids(made, plain))

@@ -27,9 +27,17 @@ class RowCosts:
 
     def __init__(self, in_tiles: bool = False) -> None:
         self._in_tiles = in_tiles
+        self._among = {1: self}
         self._samples: dict[int, deque[float]] = {}
         self._known: dict[int, float] = {}
         self._line: tuple[float, float] | None = None  # through the known sizes, made when first asked for
+
+    def among(self, sequences: int) -> RowCosts:
+        """Those of passes over so many sequences, each with that number of rows."""
+        if sequences not in self._among:
+            self._among[sequences] = RowCosts(self._in_tiles)
+            self._among[sequences]._among = self._among
+        return self._among[sequences]
 
     @property
     def most(self) -> int:

@@ -62,8 +62,8 @@ class Drafter:
         # The last guess at each place, with its source, until the token there is known.
         self._guesses: dict[int, tuple[str, int]] = {}
         # Passes not yet learnt from: during plain passes nothing needs what they teach.
-        self._told: list[tuple[Sequence[int], Sequence[int], Sequence[int], float | None]] = []
-        self._told_tokens, self._plain_passes = 0, 0
+        self._told: list[tuple[Sequence[int], Sequence[int], Sequence[int], float | None, int]] = []
+        self._told_tokens, self._plain_passes, self._sequences = 0, 0, 1
 
     def draft(self, most: int) -> list[int]:
         """Up to `most` tokens that may come next, in order; none where a plain pass is better."""
@@ -99,19 +99,30 @@ class Drafter:
             self._plain = self._plain if self.drafted else sys.maxsize
         return drafts if self.drafted else []
 
-    def learn(self, ids: Sequence[int], drafts: Sequence[int], choices: Sequence[int], seconds: float | None) -> None:
-        """Take the new `ids` of a pass that checked `drafts` in `seconds` (None for a prefill).
+    def learn(
+        self,
+        ids: Sequence[int],
+        drafts: Sequence[int],
+        choices: Sequence[int],
+        seconds: float | None,
+        sequences: int = 1,
+    ) -> None:
+        """Take the new `ids` of a pass over `sequences` that checked `drafts` in `seconds` (None for a prefill).
 
         `choices` are what the remaining rows chose: what the model would put after `ids` if the rest of `drafts` were
         right. They reach one token further than `drafts`.
         """
-        self._told.append((ids, drafts, choices, seconds))
+        self._told.append((ids, drafts, choices, seconds, sequences))
         self._told_tokens += len(ids)
 
     def catch_up(self) -> None:
         """Learn from all passes so far. Call it at the end, too: the costs of passes outlive the request."""
         plain_seconds: list[float] = []
-        for ids, drafts, choices, seconds in self._told:
+        for ids, drafts, choices, seconds, sequences in self._told:
+            if sequences != self._sequences:
+                self.pace.learn_plain(plain_seconds)
+                plain_seconds, self._sequences = [], sequences
+                self.pace.among(sequences)
             for token_id in ids:
                 self._take(token_id)
             if self._jacobi and choices:

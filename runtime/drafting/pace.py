@@ -60,6 +60,10 @@ class Pace:
         self._rows, self._tokens, self._passes = float(_FIRST_ROWS), _FIRST_ROWS**exponent, _FIRST_PASSES
         self._agreed, self._drafts = _FIRST_AGREED
 
+    def among(self, sequences: int) -> None:
+        """From now on passes are over so many sequences, with as many rows of each."""
+        self._costs = self._costs.among(sequences)
+
     @property
     def exponent(self) -> float:
         return math.log(self._tokens) / math.log(self._rows)

@@ -74,16 +74,20 @@ class Context(Sequence, Protocol):
 
 
 class Group(Protocol):
-    """Sequences of one task to each of which a pass appends a token."""
+    """Sequences of one task to each of which a pass appends as many tokens."""
 
     def join(self, context: Context) -> AbstractContextManager[Sequence]:
         """Go on with the sequence of `context`, which stays as it is, until the block is left."""
         ...
 
     def forward(
-        self, token_ids: Mapping[Sequence, int], full_vocabulary: Collection[Sequence]
+        self, token_ids: Mapping[Sequence, np.ndarray], full_vocabulary: Collection[Sequence]
     ) -> dict[Sequence, np.ndarray]:
-        """Append a token to each sequence that has joined; logits [1, rows] of each, as of Context.forward."""
+        """Append the first n of token_ids int64 [S] to each sequence that has joined; logits [n, rows] of each, as of
+        Context.forward.
+
+        S may differ; n is the least of them, or what a pass takes at most.
+        """
         ...
 
 

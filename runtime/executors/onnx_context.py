@@ -95,18 +95,39 @@ class Pass:
             self._session.release_captured_graph(self._graph_id)
 
 
-def drop(passes: dict[Any, Pass]) -> None:
-    """Empty a dictionary of passes, whose CUDA graphs would stay with the session otherwise."""
-    for one in passes.values():
-        one.release()
-    passes.clear()
+class BoundPasses:
+    """Passes over the same caches. Steps are kept for when they come again: as CUDA graphs with `graphs`, otherwise the
+    last few; None for a session that knows of no graphs.
+    """
+
+    def __init__(self, session: onnxruntime.InferenceSession, caches: Caches, graphs: bool | None) -> None:
+        self._session, self._caches, self._graphs = session, caches, graphs
+        self._steps: dict[tuple[int, int, int], Pass] = {}
+
+    def prompt(self, features: Buffer, tokens: int, last_positions: int) -> Pass:
+        is_graph = None if self._graphs is None else False
+        return Pass(self._session, self._caches, features, tokens, last_positions, is_graph)
+
+    def step(self, sequences: int, tokens: int, last_positions: int, features: Callable[[], Buffer]) -> Pass:
+        """A pass of these sizes, with `features` if it is the first."""
+        sizes = sequences, tokens, last_positions
+        bound = self._steps.pop(sizes, None)
+        if bound is None:
+            bound = Pass(self._session, self._caches, features(), tokens, last_positions, self._graphs)
+        self._steps[sizes] = bound  # the last one in use is the last one in order
+        while not self._graphs and len(self._steps) > _BOUND_PASSES:
+            del self._steps[next(iter(self._steps))]
+        return bound
+
+    def drop(self) -> None:
+        """Forget them all; their CUDA graphs would stay with the session otherwise."""
+        for one in self._steps.values():
+            one.release()
+        self._steps.clear()
 
 
 class BoundSequence:
-    """What a sequence takes: its caches, its image's features [1, P, C], and the passes that are bound to them.
-
-    With `graphs` passes of few tokens are CUDA graphs, without they are not; None for a session that knows of none.
-    """
+    """What a sequence takes: its caches, its image's features [1, P, C], and the passes that are bound to them."""
 
     def __init__(
         self,
@@ -115,9 +136,8 @@ class BoundSequence:
         features: Buffer,
         graphs: bool | None,
     ) -> None:
-        self.session, self.caches, self.features = session, caches, features
-        self._graphs = graphs
-        self._passes: dict[tuple[int, int], Pass] = {}
+        self.caches, self.features = caches, features
+        self._passes = BoundPasses(session, caches, graphs)
 
     @property
     def size_bytes(self) -> int:
@@ -127,22 +147,17 @@ class BoundSequence:
         """Have room for `length` tokens and keep what the first `kept` left; whether that took new memory."""
         if length <= self.caches.capacity:
             return False
-        drop(self._passes)
+        self._passes.drop()
         self.caches.grow(length, kept)
         return True
 
     def run(self, token_ids: np.ndarray, past_length: int, last_positions: int) -> tuple[np.ndarray, np.ndarray | None]:
         """One pass, see Pass.run."""
-        sizes = (len(token_ids), last_positions)
-        is_step = past_length > 0 and len(token_ids) <= MOST_STEP_ROWS
-        bound = self._passes.pop(sizes, None)
-        if bound is None:
-            graph = is_step if self._graphs else self._graphs
-            bound = Pass(self.session, self.caches, self.features, *sizes, graph)
-        if is_step:
-            self._passes[sizes] = bound  # the last one in use is the last one in order
-        while not self._graphs and len(self._passes) > _BOUND_PASSES:
-            del self._passes[next(iter(self._passes))]
+        tokens = len(token_ids)
+        if past_length > 0 and tokens <= MOST_STEP_ROWS:
+            bound = self._passes.step(1, tokens, last_positions, lambda: self.features)
+        else:
+            bound = self._passes.prompt(self.features, tokens, last_positions)
         return bound.run(token_ids[None], np.array([past_length], np.int64))
 
 

@@ -1,4 +1,4 @@
-"""Several sequences of the language graph by ONNX Runtime, to each of which a pass appends a token."""
+"""Several sequences of the language graph by ONNX Runtime, to each of which a pass appends as many tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import onnxruntime
 
 from ..errors import ExecutorError
 from . import Context, Sequence
-from .onnx_context import TRIM_EVERY_PASSES, OnnxContext, Pass, drop, return_freed_memory
+from .onnx_context import MOST_STEP_ROWS, TRIM_EVERY_PASSES, BoundPasses, OnnxContext, return_freed_memory
 from .onnx_memory import Buffer, Caches
 
 
@@ -41,10 +41,10 @@ class OnnxGroup:
         lock: AbstractContextManager[Any],
         graphs: bool | None,
     ) -> None:
-        self._session, self._caches, self._hidden, self._vocabulary = session, caches, hidden, vocabulary
+        self._caches, self._hidden, self._vocabulary = caches, hidden, vocabulary
         self._lock, self._graphs = lock, graphs
         self._members: list[OnnxMember] = []
-        self._bound: dict[int, Pass] = {}  # by the number of sequences
+        self._bound = BoundPasses(session, caches, graphs)
         self._passes = 0
         weakref.finalize(self, _end, self._bound, lock)
 
@@ -63,16 +63,18 @@ class OnnxGroup:
                 self._leave(member)
 
     def forward(
-        self, token_ids: Mapping[Sequence, int], full_vocabulary: Collection[Sequence]
+        self, token_ids: Mapping[Sequence, np.ndarray], full_vocabulary: Collection[Sequence]
     ) -> dict[Sequence, np.ndarray]:
         members = self._members
         if token_ids.keys() != set(members):
-            raise ExecutorError(f"each of {len(members)} sequences needs a token, got {len(token_ids)}")
+            raise ExecutorError(f"each of {len(members)} sequences needs tokens, got those of {len(token_ids)}")
+        # All rows of a pass are those of a step, for a prompt's may have other bits.
+        tokens = min(*map(len, token_ids.values()), max(1, MOST_STEP_ROWS // len(members)))
         with self._lock:
-            self._reserve(max(member.length for member in members) + 1)
-            ids = np.array([[token_ids[member]] for member in members], np.int64)
+            self._reserve(max(member.length for member in members) + tokens)
+            ids = np.stack([token_ids[member][:tokens] for member in members])
             lengths = np.array([member.length for member in members], np.int64)
-            logits, hidden = self._pass(len(members)).run(ids, lengths)
+            logits, hidden = self._bound.step(len(members), tokens, tokens, self._no_features).run(ids, lengths)
             self._passes += 1
             if self._passes % TRIM_EVERY_PASSES == 0:
                 return_freed_memory()
@@ -81,22 +83,19 @@ class OnnxGroup:
                 member: np.array(rows) for member, rows in zip(members, logits, strict=True)
             }
             for place, member in enumerate(members):
-                member.length += 1
+                member.length += tokens
                 if hidden is not None and member in full_vocabulary:
                     given[member] = np.concatenate([self._vocabulary(hidden[[place]])[0], given[member]], axis=-1)
             return given
 
-    def _pass(self, sequences: int) -> Pass:
-        if sequences not in self._bound:
-            # No token after the prefill is a picture's.
-            features = Buffer.of(np.zeros((sequences, 1, self._hidden), np.float32), self._caches.device)
-            self._bound[sequences] = Pass(self._session, self._caches, features, 1, 1, self._graphs)
-        return self._bound[sequences]
+    def _no_features(self) -> Buffer:
+        """No token after the prefill is a picture's."""
+        return Buffer.of(np.zeros((len(self._members), 1, self._hidden), np.float32), self._caches.device)
 
     def _reserve(self, length: int) -> None:
         if length <= self._caches.capacity:
             return
-        drop(self._bound)
+        self._bound.drop()
         kept = max((member.length for member in self._members), default=0)
         self._caches.grow(length, kept, len(self._members))
         return_freed_memory()
@@ -108,12 +107,12 @@ class OnnxGroup:
             self._caches.take(self._caches, last.length, len(self._members), place)
             self._members[place] = last
         if not self._members and not self._graphs:
-            drop(self._bound)
+            self._bound.drop()
             self._caches.release()
             return_freed_memory()
 
 
-def _end(passes: dict[int, Pass], lock: AbstractContextManager[Any]) -> None:
+def _end(passes: BoundPasses, lock: AbstractContextManager[Any]) -> None:
     """What is left of a group that is gone."""
     with lock:
-        drop(passes)
+        passes.drop()

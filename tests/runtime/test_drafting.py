@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from healthgpt_edge.decoding import CodeGrid, FreeText, Sampling, Selector, decode
+from healthgpt_edge.decoding import CodeGrid, FreeText, Sampling, Selector, decode, decoding
 from healthgpt_edge.drafting.costs import RowCosts
 from healthgpt_edge.drafting.drafter import Drafter
 from healthgpt_edge.drafting.jacobi import Jacobi
@@ -21,6 +21,7 @@ from healthgpt_edge.drafting.sources import Rule, Table
 from healthgpt_edge.drafting.words import word_sources
 from healthgpt_edge.errors import ExecutorError, GenerationError
 from healthgpt_edge.invariance import rows_agree
+from healthgpt_edge.steps import Passed, Seat
 
 VOCABULARY = 9
 
@@ -73,7 +74,9 @@ class Planted:
     def draft(self, most: int) -> list[int]:
         return self.plan[self.place : self.place + min(self.count, most)]
 
-    def learn(self, ids: list[int], drafts: list[int], choices: list[int], seconds: float | None) -> None:
+    def learn(
+        self, ids: list[int], drafts: list[int], choices: list[int], seconds: float | None, sequences: int
+    ) -> None:
         assert len(ids) + len(choices) == 1 + len(drafts)
         self.told.append((list(ids), list(drafts), list(choices)))
         self.place += len(ids)
@@ -127,6 +130,26 @@ def test_planted_drafts_change_no_id(seed, wrong, count, sampling, penalty, grid
     assert len(drafted.by_pass) <= len(plain.by_pass)
     if grid:
         assert grammar.codes == [token_id for token_id in plain.ids if token_id < 6]
+
+
+@settings(max_examples=60, deadline=None)
+@given(count=st.integers(1, 12), wrong=st.floats(0, 0.5), seed=st.integers(0, 2**32), data=st.data())
+def test_a_pass_may_leave_out_the_last_drafts(count, wrong, seed, data):
+    """As those of a group do: what was left out is neither accepted nor forgotten from the caches."""
+    plain, _, _ = run()
+    rng = np.random.default_rng(seed)
+    plan = [int(rng.integers(VOCABULARY)) if rng.random() < wrong else token_id for token_id in plain.ids]
+    planted, model = Planted(plan, count), Model(PROMPT)
+    options = {"stop_ids": frozenset(), "max_new_tokens": 24, "drafter": planted}
+    steps = decoding(Seat(model), logits_after(PROMPT)[None], FreeText(), Selector(GREEDY, 1.0, 0), **options)
+    passed, checked = None, [0]
+    with pytest.raises(StopIteration) as end:
+        while True:
+            step = steps.send(passed)
+            checked.append(data.draw(st.integers(1, len(step.token_ids))))
+            passed = Passed(model.forward(step.token_ids[: checked[-1]], checked[-1]), 0.1, 2)
+    assert end.value.value.ids == plain.ids
+    assert [1 + len(drafts) for _, drafts, _ in planted.told] == [1, *checked[1 : len(planted.told)]]
 
 
 def test_right_drafts_take_one_pass_for_all_rows():
@@ -240,13 +263,16 @@ class Rows:
 
     def __init__(self, rows: int) -> None:
         self._rows = rows
-        self.learnt: list[tuple[int, int]] = []
+        self.learnt: list[int | tuple[int, int]] = []  # sequences, from then on; rows and tokens
 
     def rows(self) -> int:
         return self._rows
 
     def plain_passes(self) -> int:
         return 0
+
+    def among(self, sequences: int) -> None:
+        self.learnt.append(sequences)
 
     def learn(self, rows: int, tokens: int, agreed: int, seconds: float) -> None:
         self.learnt.append((rows, tokens))
@@ -292,6 +318,15 @@ def test_nothing_is_drafted_before_the_plain_tokens():
     assert drafter.draft(5) == []
     drafter.learn([1], [], [], 0.1)
     assert drafter.draft(5) == [3]
+
+
+def test_what_passes_are_over_so_many_sequences_is_learnt_apart():
+    drafter = Drafter("test", [Rule("three", lambda ids: 3)], pace := Rows(2))
+    drafter.learn([1], [], [], None)
+    for drafts, sequences in (([], 1), ([], 1), ([], 2), ([3], 2), ([], 1)):
+        drafter.learn([1], drafts, [1] * len(drafts), 0.1, sequences)
+    drafter.catch_up()
+    assert pace.learnt == [(1, 1), (1, 1), 2, (1, 1), (2, 1), 1, (1, 1)]
 
 
 def test_newlines_are_drafted_where_the_model_writes_them():
@@ -424,6 +459,22 @@ def test_a_size_counts_after_three_passes_and_a_cold_one():
         costs.record(4, 2.0)
         assert costs.most == most
     assert (costs.line(), costs.plain) == ((2.0, 0.0), 2.0)
+
+
+def test_passes_over_more_sequences_have_costs_of_their_own():
+    """Where a row of one sequence is cheap, and one of each of four is not."""
+    costs = timed(1.0, 0.02)
+    four = costs.among(4)
+    for rows in (1, 8):
+        for _ in range(5):
+            four.record(rows, float(rows))
+    assert costs.among(1) is four.among(1) is costs and costs.among(4) is four and costs.among(2).most == 0
+    pace = started(costs, 0.6)
+    alone = pace.rows()
+    pace.among(4)
+    assert pace.rows() == 1 < alone
+    pace.learn(1, 1, 0, 0.5)
+    assert (costs.known(1), four.known(1)) == (1.02, 0.5)
 
 
 def started(costs: RowCosts, exponent: float) -> Pace:

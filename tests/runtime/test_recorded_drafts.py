@@ -13,7 +13,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 
-from healthgpt_edge import decoding
+from healthgpt_edge import decoding, steps
 from healthgpt_edge.decoding import CodeGrid, FreeText, Sampling, Selector, decode
 from healthgpt_edge.drafting.costs import RowCosts
 from healthgpt_edge.drafting.drafter import Drafter
@@ -104,7 +104,7 @@ def requests() -> dict[str, list[dict]]:
                 return drafted[-1]
 
             drafter.draft = draft
-            with patch.object(decoding, "time", clock):
+            with patch.object(decoding, "time", clock), patch.object(steps, "time", clock):
                 done = decode(
                     context,
                     context.logits()[None],
