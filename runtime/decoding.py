@@ -260,7 +260,7 @@ def decoding(
     new_ids: list[int] = []
     drafts: list[int] = []
     by_pass: list[int] = []
-    seconds, sequences = None, 1
+    seconds, sequences, lead = None, 1, None
     vocabulary = logits.shape[-1]
     passes = 1
     choices = Choices(selector, logits[-1:], grammar)
@@ -295,7 +295,7 @@ def decoding(
         choice = None
         if drafter:
             drafter.learn(fresh, drafts, choices.later(), seconds, sequences)
-            drafts = drafter.draft(left - 1)
+            drafts = drafter.draft(left - 1, lead)
         elif run_ahead and not full_vocabulary:
             choice = selector.choice(grammar, vocabulary)
         if run_ahead and choice:
@@ -307,7 +307,7 @@ def decoding(
         ids = np.array([new_ids[-1], *drafts], np.int64)
         here = time.perf_counter() - begin
         passed, passes = (yield Step(sequence, ids, len(ids), full_vocabulary, seat.group)), 1
-        begin, sequences = time.perf_counter(), passed.sequences
+        begin, sequences, lead = time.perf_counter(), passed.sequences, passed.lead
         drafts = drafts[: len(passed.logits) - 1]
         chosen = choices = Choices(selector, passed.logits, grammar)
         # What is done here, the others of a group do, too, one after another.

@@ -26,11 +26,15 @@ class Seat:
 
 
 class Passed(NamedTuple):
-    """What a pass gave: logits [n, rows]; and its seconds, and over how many sequences it was."""
+    """What a pass gave: logits [n, rows]; its seconds, and over how many sequences it was.
+
+    lead: how many rows the first sequence of a group wants of the next pass, for the others to want as many.
+    """
 
     logits: np.ndarray
     seconds: float
     sequences: int = 1
+    lead: int | None = None
 
 
 class Step(NamedTuple):

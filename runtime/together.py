@@ -149,7 +149,9 @@ class Together:
             else:
                 seconds = time.perf_counter() - begin
                 for one in some:
-                    passed = Passed(logits[one.step.sequence], seconds, len(some))
+                    going_on = self._grouped.get(group)
+                    lead = len(going_on[0].step.token_ids) if going_on else None
+                    passed = Passed(logits[one.step.sequence], seconds, len(some), lead)
                     done += self._go_on(one.name, one.steps, partial(one.steps.send, passed))
         return done
 

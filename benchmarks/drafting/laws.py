@@ -1,31 +1,38 @@
 """Simulate --draft auto on another machine, or with a larger model: real pictures, timed by a clock of given costs.
 
     python -m benchmarks.drafting.laws BUNDLE --rows FILE [--pictures 20] [--encoder-ms 250] [--out FILE]
+    python -m benchmarks.drafting.laws BUNDLE --together FILE ...
 
 Acceptance is that of the trained phantom BUNDLE; a pass takes the milliseconds that FILE, of benchmarks.rows, says of
 so many rows, and the VQGAN's encoder --encoder-ms, assumed: a second at M3's size, and a phantom has a quarter of its
 codes. Nothing is timed, so the figures are the same on every machine. Ids are compared with plain decoding; one that
-differs ends the run with code 1.
+differs ends the run with code 1. With --together FILE, of benchmarks.together, pictures of one task are made together,
+as many at a time as FILE knows.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 
-from healthgpt_edge import Picture, Session, decoding, load, steps
+from healthgpt_edge import Picture, Session, decoding, load, steps, together
 from healthgpt_edge.drafting import drafts
+from healthgpt_edge.executors.onnx_context import MOST_STEP_ROWS
 from healthgpt_edge.manifest import GENERATION
 
 from ..commit import commit
 from .ids import differing_ids
 from .jobs import Job, jobs
+
+# The seconds of a pass over so many sequences, with so many rows of each.
+Cost = Callable[[int, int], float]
 
 
 class Clock:
@@ -45,76 +52,141 @@ class Clock:
         return timed
 
 
-def simulate(session: Session, count: int, pass_seconds: Callable[[int], float], encoder_seconds: float) -> dict:
-    """Times as fast, times fewer passes and differing ids of `count` pictures of each task, by task."""
+@contextmanager
+def simulated(session: Session, cost: Cost, encoder_seconds: float) -> Iterator[Clock]:
+    """A session whose passes take what `cost` says, by a clock of their own."""
     clock, executor = Clock(), session.executor
-    blank, context_of = np.zeros((1, 1, 3), np.uint8), executor.context
-    executor.picture = lambda grid: blank
-    executor.draft = clock.around(executor.draft, lambda pixels: encoder_seconds)
+    blank, context_of, group_of = np.zeros((1, 1, 3), np.uint8), executor.context, executor.group
+    encode = clock.around(executor.draft, lambda pixels: encoder_seconds)
 
     def context(*arguments: Any) -> Any:
         made = context_of(*arguments)
-        made.forward = clock.around(made.forward, lambda ids, *rest: pass_seconds(len(ids)))
+        made.forward = clock.around(made.forward, lambda ids, *rest: cost(1, len(ids)))
         return made
 
-    executor.context = context
+    def group(*arguments: Any) -> Any:
+        made = group_of(*arguments)
+        made.forward = clock.around(made.forward, lambda ids, whole: cost(len(ids), min(map(len, ids.values()))))
+        return made
+
+    with ExitStack() as patches:
+        for name, change in (
+            ("picture", lambda grid: blank),
+            ("draft", encode),
+            ("context", context),
+            ("group", group),
+        ):
+            patches.enter_context(patch.object(executor, name, change))
+        for module in (decoding, steps, together, drafts):
+            patches.enter_context(patch.object(module, "time", clock))
+        yield clock
+
+
+def summary(ones: list[tuple[float, int, int, int]]) -> dict[str, Any]:
+    """Of pictures: times as fast, passes without drafts and with them, differing ids."""
+    return {
+        "pictures": len(ones),
+        "differing_ids": int(sum(one[3] for one in ones)),
+        "fewer_passes": sum(one[1] for one in ones) / sum(one[2] for one in ones),
+        "median_speedup": float(np.median([one[0] for one in ones])),
+        "least_speedup": min(one[0] for one in ones),
+    }
+
+
+def one_by_one(session: Session, count: int, clock: Clock) -> dict[str, dict[str, Any]]:
+    """What drafts do for `count` pictures of each task, by task."""
 
     def make(job: Job, draft: str) -> tuple[Picture, float]:
         begin = clock.now
         picture = session.generate(job.image, job.words, sampling=job.sampling, draft=draft)
         return picture, clock.now - begin
 
-    found: dict[str, list[tuple[float, ...]]] = {}
-    with patch.object(decoding, "time", clock), patch.object(steps, "time", clock), patch.object(drafts, "time", clock):
-        for job in jobs(count):
-            (made, seconds), (plain, plain_seconds) = make(job, "auto"), make(job, "none")
-            one = (plain_seconds / seconds, plain.forward_passes, made.forward_passes, differing_ids(made, plain))
-            found.setdefault(job.task, []).append(one)
-    return {
-        task: {
-            "pictures": len(ones),
-            "differing_ids": int(sum(one[3] for one in ones)),
-            "fewer_passes": sum(one[1] for one in ones) / sum(one[2] for one in ones),
-            "median_speedup": float(np.median([one[0] for one in ones])),
-            "least_speedup": min(one[0] for one in ones),
-        }
-        for task, ones in found.items()
-    }
+    found: dict[str, list[tuple[float, int, int, int]]] = {}
+    for job in jobs(count):
+        (made, seconds), (plain, plain_seconds) = make(job, "auto"), make(job, "none")
+        one = (plain_seconds / seconds, plain.forward_passes, made.forward_passes, differing_ids(made, plain))
+        found.setdefault(job.task, []).append(one)
+    return {task: summary(ones) for task, ones in found.items()}
+
+
+def side_by_side(session: Session, count: int, clock: Clock, at_a_time: int) -> dict[str, dict[str, Any]]:
+    """The same of pictures that are made together, so many at a time; their speed-up is that of all of them."""
+    by_task: dict[str, list[Job]] = {}
+    for job in jobs(count):
+        by_task.setdefault(job.task, []).append(job)
+    session.group(GENERATION, at_a_time)  # compares, once
+
+    def make(some: list[Job], draft: str) -> tuple[list[Picture], float]:
+        begin, group = clock.now, session.together(at_a_time)
+        for place, job in enumerate(some):
+            group.generate(place, job.image, job.words, sampling=job.sampling, draft=draft)
+        made = {place: picture for place, picture, _ in group}
+        return [made[place] for place in range(len(some))], clock.now - begin
+
+    found: dict[str, dict[str, Any]] = {}
+    for task, some in by_task.items():
+        (made, seconds), (plain, plain_seconds) = make(some, "auto"), make(some, "none")
+        found[task] = summary(
+            [
+                (plain_seconds / seconds, two.forward_passes, one.forward_passes, differing_ids(one, two))
+                for one, two in zip(made, plain, strict=True)
+            ]
+        )
+    return found
+
+
+def cost_of(passes: list[dict[str, Any]]) -> Cost:
+    """The seconds of a pass by its sequences and the rows of each, on lines between those that were timed."""
+    by_size: dict[int, dict[int, float]] = {}
+    for one in passes:
+        by_size.setdefault(one.get("sequences", 1), {})[one.get("rows", 1)] = one["p50_ms"] / 1e3
+
+    def cost(sequences: int, rows: int) -> float:
+        if rows > MOST_STEP_ROWS:
+            return 0.0  # a prefill is no matter
+        of_sizes = [float(np.interp(rows, list(seconds), list(seconds.values()))) for seconds in by_size.values()]
+        return float(np.interp(sequences, list(by_size), of_sizes))
+
+    return cost
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--rows", type=Path, required=True, help="costs by rows, a file of benchmarks.rows")
+    costs_of = parser.add_mutually_exclusive_group(required=True)
+    costs_of.add_argument("--rows", type=Path, help="costs by rows, a file of benchmarks.rows")
+    costs_of.add_argument("--together", type=Path, help="costs by sequences and rows, a file of benchmarks.together")
     parser.add_argument("--pictures", type=int, default=20, help="of each task")
     parser.add_argument("--encoder-ms", type=float, default=250.0)
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
     arguments = parser.parse_args()
-    costs = json.loads(arguments.rows.read_text())
-    sizes, medians_ms = [row["rows"] for row in costs["rows"]], [row["p50_ms"] for row in costs["rows"]]
+    costs = json.loads((arguments.rows or arguments.together).read_text())
+    passes = costs["rows" if arguments.rows else "passes"]
     session = load(arguments.bundle, tasks=(GENERATION,), threads=1, verify=False)
     session.executor.rows_in_tiles = "gpu" in costs
-
-    def pass_seconds(rows: int) -> float:
-        return float(np.interp(rows, sizes, medians_ms)) / 1e3 if rows <= sizes[-1] else 0.0  # a prefill is no matter
-
-    found = simulate(session, arguments.pictures, pass_seconds, arguments.encoder_ms / 1e3)
-    print(
-        "| task | pictures | differing ids | fewer passes | times as fast, median | least |\n|---|---|---|---|---|---|"
-    )
-    for task, one in found.items():
-        cells = (f"{one['fewer_passes']:.2f}x", f"{one['median_speedup']:.2f}x", f"{one['least_speedup']:.2f}x")
-        print(f"| {task} | {one['pictures']} | {one['differing_ids']} | {' | '.join(cells)} |")
+    report: dict[str, Any] = {
+        "commit": commit(),
+        "acceptance_of": f"{arguments.bundle.resolve().name}, {session.executor.name}",
+        "costs_of": {name: costs[name] for name in ("bundle", "machine", "threads", "context")},
+        "encoder_ms": arguments.encoder_ms,
+    }
+    with simulated(session, cost_of(passes), arguments.encoder_ms / 1e3) as clock:
+        if arguments.rows:
+            found = {1: one_by_one(session, arguments.pictures, clock)}
+            report["tasks"] = found[1]
+        else:
+            sizes = sorted({one["sequences"] for one in passes} - {1})
+            found = {size: side_by_side(session, arguments.pictures, clock, size) for size in sizes}
+            report["together"] = found
+    print("| at a time | task | pictures | differing ids | fewer passes | times as fast, median | least |")
+    print("|---|---|---|---|---|---|---|")
+    for size, tasks in found.items():
+        for task, one in tasks.items():
+            cells = (f"{one['fewer_passes']:.2f}x", f"{one['median_speedup']:.2f}x", f"{one['least_speedup']:.2f}x")
+            print(f"| {size} | {task} | {one['pictures']} | {one['differing_ids']} | {' | '.join(cells)} |")
     if arguments.out:
-        report = {
-            "commit": commit(),
-            "acceptance_of": f"{arguments.bundle.resolve().name}, {session.executor.name}",
-            "costs_of": {name: costs[name] for name in ("bundle", "machine", "threads", "context")},
-            "encoder_ms": arguments.encoder_ms,
-            "tasks": found,
-        }
         arguments.out.write_text(json.dumps(report, indent=1) + "\n")
-    if any(one["differing_ids"] for one in found.values()):
+    if any(one["differing_ids"] for tasks in found.values() for one in tasks.values()):
         raise SystemExit("ids differ from those of plain decoding")
 
 

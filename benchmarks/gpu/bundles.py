@@ -38,8 +38,8 @@ NEW_TOKENS = 20
 REHEARSED_TOKENS = 3
 ROWS = {"phantom": "vit,pp300,tg64@300,vq,img", "m3": "vit,pp600,tg64@700,vq,img"}
 REHEARSED_ROWS = "pp3,tg2@3"
-# Sequences of a pass, and passes of each.
-TOGETHER, PASSES = [1, 2, 4, 8], 20
+# Sequences of a pass, rows of each, and passes of each size.
+TOGETHER, ROWS_OF_EACH, PASSES = [1, 2, 4, 8], (1, 2, 4), 20
 REHEARSED_TOGETHER = [1, 2]
 
 
@@ -119,7 +119,8 @@ def time_passes(bundle: Path, context_tokens: int, sizes: list[int], passes: int
     group = session.group(task, max(sizes))
     found: dict[str, Any] = {"gpu_bytes_after_load": used, "together": []}
     if group:  # else requests are done one by one
-        samples_ms = together.time_passes(session, task, group, context_tokens, sizes, passes)
+        rows = ROWS_OF_EACH if passes > 1 else (1,)
+        samples_ms = together.time_passes(session, task, group, context_tokens, sizes, passes, rows)
         found["together"] = together.report(samples_ms)
     if passes > 1:  # a rehearsal takes too long with many rows
         found["by_rows"] = by_rows.report(by_rows.time_rows(session, task, context_tokens, passes))
@@ -142,10 +143,11 @@ def time_encoder(session: Session, count: int) -> float:
 
 
 def save_rows(out: Path, bundle: str, context_tokens: int, found: dict[str, Any]) -> None:
-    """The cost of rows beside `out`, as `benchmarks.rows` writes it."""
+    """The cost of rows, and of those of several sequences, beside `out`, as benchmarks.rows and together write them."""
     settings = {"task": "generation", "context": context_tokens, "threads": machine.cores()}
     report = {"commit": commit(), "gpu": torch.cuda.get_device_name(), "machine": machine.description()}
-    report |= {"bundle": bundle, **settings, "encoder_ms": found["encoder_ms"], "rows": found["by_rows"]}
+    report |= {"bundle": bundle, **settings, "encoder_ms": found["encoder_ms"]}
+    report |= {"rows": found["by_rows"], "passes": found["together"]}
     out.with_name(f"{out.stem}-rows.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
@@ -194,8 +196,9 @@ def main() -> None:
             print(case.name, results[case.name]["settings"]["executor"], json.dumps(times), flush=True)
             passes = time_passes(work / case.name, context_tokens, sizes, 1 if arguments.rehearse else PASSES)
             results[case.name] |= passes
-            for kind, name in (("together", "sequences"), ("by_rows", "rows")):
-                medians = {one[name]: round(one["p50_ms"], 2) for one in passes.get(kind, [])}
+            for kind in ("together", "by_rows"):
+                sizes_ms = {(one.get("sequences", 1), one["rows"]): one["p50_ms"] for one in passes.get(kind, [])}
+                medians = {f"{sequences} x {rows}": round(ms, 2) for (sequences, rows), ms in sizes_ms.items()}
                 print(case.name, kind, medians, flush=True)
             if case.model == "m3" and arguments.out:
                 save_rows(arguments.out, case.name, context_tokens, passes)

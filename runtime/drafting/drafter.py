@@ -65,16 +65,23 @@ class Drafter:
         self._told: list[tuple[Sequence[int], Sequence[int], Sequence[int], float | None, int]] = []
         self._told_tokens, self._plain_passes, self._sequences = 0, 0, 1
 
-    def draft(self, most: int) -> list[int]:
-        """Up to `most` tokens that may come next, in order; none where a plain pass is better."""
+    def draft(self, most: int, lead: int | None = None) -> list[int]:
+        """Up to `most` tokens that may come next, in order; none where a plain pass is better.
+
+        In a group whose pass will have `lead` rows of another sequence, as many if this request can afford it.
+        """
         drafts: list[int] = []
-        if self._told_tokens < self._plain:
+        if self._told_tokens < self._plain or lead == 1:
             return drafts
-        if self._plain_passes:
+        if self._plain_passes and lead is None:
             self._plain_passes -= 1
             return drafts
         self.catch_up()
-        count, self._plain_passes = min(self.pace.rows() - 1, most), self.pace.plain_passes()
+        if lead is None:
+            count, self._plain_passes = self.pace.rows() - 1, self.pace.plain_passes()
+        else:
+            count = self.pace.follow(lead) - 1
+        count = min(count, most)
         if count < 1:
             return drafts
         known = len(self._ids)

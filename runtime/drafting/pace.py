@@ -74,14 +74,10 @@ class Pace:
         if self._plain_left or not known:
             self._plain_left = max(self._plain_left - 1, 0)
             return 1
-        costs = self._costs
-        plain, may_lose = costs.plain, self._allowance() - self._lost
+        costs, plain = self._costs, self._costs.plain
         exponent, first = self.exponent, self._passes == _FIRST_PASSES
-        rates: dict[int, float] = {}  # tokens a second, by the rows that can be afforded
-        for rows in _SIZES[: bisect(_SIZES, max(4, 2 * known))]:
-            seconds = costs.seconds(rows)
-            if (seconds if known > 1 else plain * rows) - plain <= may_lose:
-                rates[rows] = rows**exponent / seconds
+        sizes = filter(self._affords, _SIZES[: bisect(_SIZES, max(4, 2 * known))])
+        rates = {rows: rows**exponent / costs.seconds(rows) for rows in sizes}  # tokens a second
         most = max(rates, default=1)
         if most == 1:
             self._plain_left = _LOOK_AGAIN
@@ -95,6 +91,16 @@ class Pace:
         self._expect(self._first)
         # If only the cost of rows speaks against drafts, a pass measures it anew: it may be out of date.
         return min(_FIRST_ROWS, most) if first else 1
+
+    def follow(self, rows: int) -> int:
+        """Rows of the next pass where another sequence has so many: as many, or 1 where that is too much."""
+        return rows if self._costs.most and self._affords(rows) else 1
+
+    def _affords(self, rows: int) -> bool:
+        """Whether the request may lose what such a pass costs if all of its drafts are wrong."""
+        costs = self._costs
+        seconds = costs.seconds(rows) if costs.most > 1 else costs.plain * rows
+        return seconds - costs.plain <= self._allowance() - self._lost
 
     def plain_passes(self) -> int:
         """How many passes, from the next on, are plain whatever is learnt meanwhile; do not ask `rows` for them."""

@@ -408,11 +408,12 @@ class Members:
         self._alone[member] = context
         seats.callback(self._alone.pop, member)
 
-    def step(self) -> None:
-        """Give each of them a token, in a pass for all and in passes of their own."""
-        found = self.group.forward({member: member.length for member in self._alone}, ())
+    def step(self, rows: int = 1) -> None:
+        """Give each of them so many tokens, in a pass for all and in passes of their own."""
+        ids = {member: np.arange(member.length, member.length + rows) for member in self._alone}
+        found = self.group.forward(ids, ())
         for member, context in self._alone.items():
-            np.testing.assert_array_equal(found[member], context.forward(np.array([context.length])))
+            np.testing.assert_array_equal(found[member], context.forward(ids[member], last_positions=rows))
             assert member.length == context.length
 
 
@@ -431,10 +432,10 @@ def test_sequences_have_the_bits_of_plain_steps(bundles, short_caches, precision
             members.join(one, length)
         members.step()
         first.close()  # the last one takes its place
-        members.step()
+        members.step(2)
         members.join(seats, 5)
-        members.step()  # the second one has 33 tokens now
-        members.step()
+        members.step()  # the second one has 34 tokens now
+        members.step(12)
     with ExitStack() as seats:  # where others were
         members.join(seats, 2)
         members.join(seats, 40)

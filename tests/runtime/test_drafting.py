@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass, field
 from itertools import pairwise
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -71,7 +72,7 @@ class Planted:
     place: int = 0
     told: list[tuple[list[int], list[int], list[int]]] = field(default_factory=list)
 
-    def draft(self, most: int) -> list[int]:
+    def draft(self, most: int, lead: int | None = None) -> list[int]:
         return self.plan[self.place : self.place + min(self.count, most)]
 
     def learn(
@@ -274,6 +275,9 @@ class Rows:
     def among(self, sequences: int) -> None:
         self.learnt.append(sequences)
 
+    def follow(self, rows: int) -> int:
+        return min(rows, 5)
+
     def learn(self, rows: int, tokens: int, agreed: int, seconds: float) -> None:
         self.learnt.append((rows, tokens))
 
@@ -320,7 +324,18 @@ def test_nothing_is_drafted_before_the_plain_tokens():
     assert drafter.draft(5) == [3]
 
 
-def test_what_passes_are_over_so_many_sequences_is_learnt_apart():
+def test_the_rows_of_the_first_in_a_group_are_drafted_for():
+    """Whatever the request's own pace says, if it can afford them."""
+    drafter = Drafter("test", [Rule("three", lambda ids: 3)], pace := Rows(2))
+    drafter.learn([1], [], [], None)
+    assert [len(drafter.draft(9, lead)) for lead in (None, 1, 2, 4, 9)] == [1, 0, 1, 3, 4]
+    assert drafter.draft(2, 4) == [3, 3]
+    with patch.object(pace, "plain_passes", lambda: 2):
+        drafter.draft(9)
+    assert [len(drafter.draft(9, lead)) for lead in (None, 4, None, None)] == [0, 3, 0, 1]
+
+
+def test_passes_over_so_many_sequences_are_learnt_apart():
     drafter = Drafter("test", [Rule("three", lambda ids: 3)], pace := Rows(2))
     drafter.learn([1], [], [], None)
     for drafts, sequences in (([], 1), ([], 1), ([], 2), ([3], 2), ([], 1)):
@@ -473,7 +488,19 @@ def test_passes_over_more_sequences_have_costs_of_their_own():
     alone = pace.rows()
     pace.among(4)
     assert pace.rows() == 1 < alone
-    pace.learn(1, 1, 0, 0.5)
+    # A twentieth of a picture's 1024 passes may be lost.
+    pace = Pace(costs, 0.6, 1024)
+    pace.among(4)
+    assert [pace.follow(rows) for rows in (8, 51, 53)] == [8, 51, 1]
+    for _ in range(8):
+        pace.learn(8, 1, 0, 8.0)
+    assert pace.follow(8) == 1
+    pace = Pace(costs, 0.6, 1024)
+    pace.among(3)
+    assert pace.follow(2) == 1  # of which nothing is known
+    pace.among(4)
+    for _ in range(2):  # the first does not count
+        pace.learn(1, 1, 0, 0.5)
     assert (costs.known(1), four.known(1)) == (1.02, 0.5)
 
 

@@ -99,7 +99,7 @@ def requests() -> dict[str, list[dict]]:
             drafter = Drafter(kind, sources, pace, **options)
             honest = drafter.draft
 
-            def draft(most: int, honest=honest, drafted=drafted) -> list[int]:
+            def draft(most: int, lead: None, honest=honest, drafted=drafted) -> list[int]:
                 drafted.append(list(honest(most)))
                 return drafted[-1]
 
