@@ -75,8 +75,17 @@ def _open_streams() -> None:
         raise HealthGPTError("results go to stdout, found it closed")
 
 
+def _drop_output() -> None:
+    """Where stdout takes nothing, drop what is left for it: Python would try again at its end, and complain at length."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main() -> None:
-    """Entry point: bad input is one line on stderr and exit code 2."""
+    """Entry point: bad input is one line on stderr and exit code 2, and so is a stdout that takes no results."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         # An answer or a file name may hold what the terminal's encoding does not.
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -85,6 +94,7 @@ def main() -> None:
         _open_streams()
         with stopping_cleanly():
             status = app(standalone_mode=False)
+            sys.stdout.flush()
     except typer.TyperException as error:
         print(f"error: {in_one_line(error.format_message())}", file=sys.stderr)
         status = 2
@@ -95,8 +105,12 @@ def main() -> None:
         status = 130
     except SystemExit as stopped:
         status = stopped.code
+        if isinstance(stopped.__context__, BrokenPipeError):  # of which typer makes this, without a word
+            print(f"error: {in_one_line(stopped.__context__)}", file=sys.stderr)
+            status = 2
     if isinstance(status, int) and status > 128:  # 130 is what typer makes of an interrupt, too
         print("error: interrupted", file=sys.stderr)
+    _drop_output()
     sys.exit(status if isinstance(status, int) else 0)
 
 

@@ -60,6 +60,20 @@ def test_results_need_a_stdout(golden_bundle, words):
     assert (outcome.code, outcome.output, outcome.errors) == (2, "", "error: results go to stdout, found it closed\n")
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])  # what prints a line may see the error, or nobody until the end
+@pytest.mark.parametrize("words", [["inspect"], ["inspect", "--json"], ["answer", "--question", "Why?"]])
+def test_a_stdout_that_takes_no_results_is_one_line(golden_bundle, words, unbuffered):
+    command = [sys.executable, "-m", "healthgpt_edge.cli", words[0], golden_bundle("m3"), *words[1:]]
+    readable, unread = os.pipe()
+    os.close(readable)
+    disk = os.open("/dev/full", os.O_WRONLY)
+    for stdout, message in ((unread, "Broken pipe"), (disk, "No space left on device")):
+        environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+        done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, env=environment, timeout=60)
+        os.close(stdout)
+        assert (done.returncode, done.stderr.decode()) == (2, f"error: {message}\n")
+
+
 def test_without_stderr_errors_go_nowhere_and_not_to_stdout(golden_bundle, tmp_path):
     outcome = run_closed(2, "inspect", tmp_path)
     assert (outcome.code, outcome.output, outcome.errors) == (2, "", "")
