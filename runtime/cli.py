@@ -76,7 +76,7 @@ def _open_streams() -> None:
 
 
 def _drop_output() -> None:
-    """Where stdout takes nothing, drop what is left for it: Python would try again at its end, and complain at length."""
+    """Where stdout takes nothing, drop what is left for it: Python would try again in the end, and complain."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
