@@ -79,7 +79,10 @@ class KernelMemory(Memory):
 
     def __init__(self, device: str, library: Path) -> None:
         super().__init__(device)
-        self._copy_rows = ctypes.CDLL(os.fspath(library)).HealthGptCopyRows
+        try:
+            self._copy_rows = ctypes.CDLL(os.fspath(library)).HealthGptCopyRows
+        except AttributeError:
+            raise ExecutorError(f"{library.name} must be of this version, found an older one: install again") from None
         address, number = ctypes.c_void_p, ctypes.c_int64
         self._copy_rows.argtypes = [address, number, address, number, number, number]
         self._copy_rows.restype = ctypes.c_char_p

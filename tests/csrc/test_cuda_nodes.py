@@ -480,6 +480,13 @@ def test_what_is_not_copied_is_found_out(bundles, short_caches, monkeypatch):
     assert session.group("comprehension", 2) is None
 
 
+def test_a_library_that_cannot_copy_is_an_older_one():
+    """As where the package was brought up to date and its kernels were not."""
+    without = DEVICES["cpu"].library
+    with pytest.raises(ExecutorError, match=f"^{without.name} must be of this version, found an older one: "):
+        KernelMemory("cuda", without)
+
+
 def test_a_copy_that_fails_says_what_cuda_says(bundles, short_caches, monkeypatch):
     session = load(bundles / "fp16", tasks=("comprehension",), threads=1, verify=False, device="cuda")
     members = Members(session.executor, "comprehension", 2)
