@@ -17,7 +17,8 @@ _AGAIN_SECONDS = 0.01  # until a signal that came at a bad time comes again
 def stopping_cleanly() -> Iterator[None]:
     """Within the block SIGINT, SIGTERM and SIGHUP raise SystemExit, so that `finally` removes what is half-written.
 
-    The first of them alone, or a second Ctrl-C would cut that short. For the main thread.
+    The first of them alone, or a second Ctrl-C would cut that short, or the end of the process, which comes next: after
+    one of them all stay ignored. For the main thread.
     """
 
     def again(number: int) -> None:
@@ -53,7 +54,8 @@ def stopping_cleanly() -> Iterator[None]:
     finally:
         sys.unraisablehook = hook
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) is stop:
+                signal.signal(number, handler)
 
 
 def _importing(frame: FrameType | None) -> bool:

@@ -23,6 +23,33 @@ except BaseException:
 """
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """Those of the tests, back after each: what is stopped ends, and goes on ignoring signals."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield before
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_only_a_signal_changes_how_the_next_is_taken(handlers):
+    with stopping_cleanly():
+        pass
+    assert {number: signal.getsignal(number) for number in SIGNALS} == handlers
+
+
+def test_a_second_signal_does_not_cut_the_end_short():
+    with pytest.raises(SystemExit) as caught, stopping_cleanly():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+    assert caught.value.code == 130
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.05)
+
+
 def test_a_signal_during_an_import_comes_after_it(tmp_path, monkeypatch):
     (tmp_path / "interrupted.py").write_text(TOLERANT)
     monkeypatch.syspath_prepend(tmp_path)
