@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -116,7 +116,7 @@ def write_image(path: str | os.PathLike[str], pixels: Pixels, study: Study | Non
     _write(target, png_bytes(pixels) if study is None else _dicom(name, pixels, study))
 
 
-def write_report(path: str | os.PathLike[str], exchanges: Sequence[tuple[str, str]], study: Study) -> None:
+def write_report(path: str | os.PathLike[str], exchanges: Iterable[tuple[str, str]], study: Study) -> None:
     """Write questions and their answers to a DICOM structured report: whole, or not at all. Raises ImageError.
 
     It is an Enhanced SR document in a new series of `study`, which `read_study` takes from the file that the questions
@@ -128,13 +128,14 @@ def write_report(path: str | os.PathLike[str], exchanges: Sequence[tuple[str, st
     name = _printable(str(target))
     if target.suffix.lower() != ".dcm":
         raise ImageError(f"{name}: reports are written as DICOM, expected a name that ends in .dcm")
-    if not exchanges:
+    pairs = list(exchanges or ())  # what is walked only once, too, as `zip` gives it
+    if not pairs:
         raise ImageError(f"{name}: expected at least one question with its answer, found none")
-    if not all(map(_is_exchange, exchanges)):
+    if not all(map(_is_exchange, pairs)):
         raise ImageError(f"{name}: expected pairs of texts, a question and its answer, found something else")
     _check_study(name, study)
     with guarded(name, "DICOM", writing=True):
-        content = structured_report(exchanges, study)
+        content = structured_report(pairs, study)
     _write(target, content)
 
 

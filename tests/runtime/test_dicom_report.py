@@ -49,6 +49,13 @@ def test_it_holds_each_question_with_its_answer(tmp_path):
     ]
 
 
+def test_pairs_that_are_walked_only_once_are_all_written(tmp_path):
+    questions, answers = zip(*EXCHANGES, strict=True)
+    path = tmp_path / "report.dcm"
+    write_report(path, zip(questions, answers, strict=True), read_study(real_file("CT_small.dcm")))
+    assert [item.TextValue for name, item in items(pydicom.dcmread(path), "TEXT") if name == "Question"] == [*questions]
+
+
 def test_control_characters_that_dicom_does_not_allow_are_replaced(tmp_path):
     write_report(tmp_path / "report.dcm", [("What?", "a\x1b[2Jb\0c\x85\td\n")], read_study(real_file("CT_small.dcm")))
     (answer,) = (
