@@ -30,6 +30,7 @@ from .session import Session, load
 # A whole picture takes minutes and is a thousand tokens already: it is drawn once for so many repeats of the rest.
 REPEATS_PER_PICTURE = 5
 _OF_GENERATION = ("img", "img+draft", "vq")
+DEFAULT_ROWS = "load,pp600,tg64@700,img,vq,vit"
 _ROW = re.compile(r"(pp)([1-9]\d{0,5})|(tg)([1-9]\d{0,5})@([1-9]\d{0,5})|(img\+draft|img|vq|vit|load)")
 
 
@@ -95,6 +96,12 @@ def parse_rows(text: str) -> list[Row]:
     return rows
 
 
+def default_rows(manifest: Manifest) -> list[Row]:
+    """DEFAULT_ROWS, without pictures where the bundle makes none."""
+    makes_pictures = GENERATION in manifest.tasks
+    return [row for row in parse_rows(DEFAULT_ROWS) if makes_pictures or row.kind not in _OF_GENERATION]
+
+
 def summary(samples_ms: list[float]) -> dict[str, float | int]:
     """Count and percentiles, interpolated between samples."""
     percentiles = zip(("p50_ms", "p90_ms", "p99_ms"), np.percentile(samples_ms, (50, 90, 99)), strict=True)
@@ -103,7 +110,7 @@ def summary(samples_ms: list[float]) -> dict[str, float | int]:
 
 def run(
     path: Path,
-    rows: list[Row],
+    rows: list[Row] | None = None,
     *,
     executor: str = "onnx",
     device: str | None = None,
@@ -113,12 +120,14 @@ def run(
     check: bool = True,
     on_step: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Any]:
-    """Time `rows` of the bundle at `path`, `repeat` times each, and return the report that `bench --json` prints.
+    """Time `rows` of the bundle at `path` (by default `default_rows`), `repeat` times each, and return the report that
+    `bench --json` prints.
 
     Each task must decode to what it prefills to, and with `check` the kernels or engines must give what the graphs'
     standard bodies give on the CPU. Raises BenchmarkError where they do not, before anything is timed.
     """
     manifest = Bundle.open(path, verify=False).manifest
+    rows = default_rows(manifest) if rows is None else rows
     _check_fit(manifest, rows)
 
     def open_session() -> Session:

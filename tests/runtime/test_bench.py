@@ -11,7 +11,7 @@ from command import run
 
 from healthgpt_edge import costs, machine
 from healthgpt_edge.agreement import agree
-from healthgpt_edge.bench import Row, parse_rows, summary
+from healthgpt_edge.bench import DEFAULT_ROWS, Row, parse_rows, summary
 from healthgpt_edge.bundle import Bundle
 from healthgpt_edge.errors import BenchmarkError
 
@@ -54,6 +54,15 @@ def test_rows_must_fit_the_bundle(bundle, golden_bundle):
     outcome = run("bench", golden_bundle("phi4"), "--rows", "img")
     assert (outcome.code, outcome.output) == (2, "")
     assert outcome.errors == "error: row img needs a bundle with generation, this one has none\n"
+
+
+@pytest.mark.parametrize(("system", "left_out"), [("m3", ()), ("phi4", ("img", "vq"))])
+def test_by_default_a_bundle_is_asked_for_what_it_can_do(golden_bundle, monkeypatch, system, left_out):
+    timed = []
+    monkeypatch.setattr("healthgpt_edge.bench._Bench.time", lambda bench, row: timed.append(row) or [])
+    outcome = run("bench", golden_bundle(system), "--no-check", "--repeat", "1", "--threads", "1", "--json")
+    assert (outcome.code, outcome.errors) == (0, "")
+    assert timed == [row for row in parse_rows(DEFAULT_ROWS) if row.kind not in (*left_out, "load")]
 
 
 def test_percentiles():
