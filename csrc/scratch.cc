@@ -1,7 +1,6 @@
 #include "scratch.h"
 
 #include <cstdlib>
-#include <exception>
 #include <new>
 
 namespace healthgpt {
@@ -24,8 +23,7 @@ void* ScratchMemory(Scratch purpose, size_t bytes) {
     buffer.memory = std::aligned_alloc(64, buffer.bytes);
     if (buffer.memory == nullptr) {
       buffer.bytes = 0;
-      if (purpose == Scratch::kCall) throw std::bad_alloc();
-      std::terminate();
+      throw std::bad_alloc();
     }
   }
   return buffer.memory;

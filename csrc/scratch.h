@@ -9,8 +9,7 @@ namespace healthgpt {
 enum class Scratch { kCall, kTask };
 
 // At least `bytes` bytes of this thread's memory, aligned to 64 bytes. Another request for the same purpose gives the
-// same memory. If there is not enough memory, kCall throws std::bad_alloc and kTask ends the program, because a pool's
-// thread cannot report an error. A task needs a few MB at most, so in practice it is kCall that fails.
+// same memory. Throws std::bad_alloc; a pool hands what a task throws to the thread that made the call.
 void* ScratchMemory(Scratch purpose, size_t bytes);
 
 }  // namespace healthgpt

@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <cfloat>
+#include <exception>
 
 namespace healthgpt {
 namespace {
@@ -127,22 +128,23 @@ void* Call::Output(size_t index, const int64_t* shape, size_t rank) const {
 
 void Call::Run(void* call, size_t count, Parallel::Task task, void* state) {
   const Call& self = *static_cast<const Call*>(call);
-  // Exceptions must not reach ONNX Runtime's threads. A task's failure is recorded and thrown on the caller's thread.
+  // Exceptions must not reach ONNX Runtime's threads: the first is thrown again on the caller's thread.
   struct Shared {
     Parallel::Task task;
     void* state;
     std::atomic<bool> failed;
-  } shared = {task, state, {false}};
+    std::exception_ptr error;
+  } shared = {task, state, {false}, {}};
   const auto run = [](void* pointer, size_t index) {
     Shared& work = *static_cast<Shared*>(pointer);
     try {
       work.task(work.state, index);
     } catch (...) {
-      work.failed = true;
+      if (!work.failed.exchange(true)) work.error = std::current_exception();
     }
   };
   Check(self.api_, self.api_.KernelContext_ParallelFor(self.context_, run, count, 0, &shared));
-  if (shared.failed) throw std::runtime_error("a task failed");
+  if (shared.error) std::rethrow_exception(shared.error);
 }
 
 }  // namespace healthgpt

@@ -21,8 +21,14 @@ class Threads {
  private:
   static void Run(void* pool, size_t count, Parallel::Task task, void* state) {
     std::atomic<size_t> next{0};
+    std::atomic<bool> failed{false};
+    std::exception_ptr error;  // the first of a task, thrown again on the caller's thread
     const auto work = [&] {
-      for (size_t index = next++; index < count; index = next++) task(state, index);
+      try {
+        for (size_t index = next++; index < count; index = next++) task(state, index);
+      } catch (...) {
+        if (!failed.exchange(true)) error = std::current_exception();
+      }
     };
     std::vector<std::thread> others;
     try {
@@ -31,6 +37,7 @@ class Threads {
     }
     work();
     for (std::thread& other : others) other.join();
+    if (error) std::rethrow_exception(error);
   }
 
   size_t count_;
