@@ -135,17 +135,26 @@ def side_by_side(session: Session, count: int, clock: Clock, at_a_time: int) -> 
     return found
 
 
+def _on_line(rows: int, timed: dict[int, float]) -> float:
+    """Seconds of so many rows: on a line between the two sizes around them, or through the two largest."""
+    sizes = list(timed)
+    above = next((size for size in sizes[1:] if size >= rows), sizes[-1])
+    below = sizes[sizes.index(above) - 1]
+    return timed[below] + (rows - below) * (timed[above] - timed[below]) / (above - below)
+
+
 def cost_of(passes: list[dict[str, Any]]) -> Cost:
-    """The seconds of a pass by its sequences and the rows of each, on lines between those that were timed."""
+    """The seconds of a pass by its sequences and the rows of each, on lines through those that were timed."""
     by_size: dict[int, dict[int, float]] = {}
     for one in passes:
         by_size.setdefault(one.get("sequences", 1), {})[one.get("rows", 1)] = one["p50_ms"] / 1e3
+    if any(len(timed) < 2 for timed in by_size.values()):
+        raise SystemExit("costs must be of several numbers of rows, found one")
 
     def cost(sequences: int, rows: int) -> float:
         if rows > MOST_STEP_ROWS:
             return 0.0  # a prefill is no matter
-        of_sizes = [float(np.interp(rows, list(seconds), list(seconds.values()))) for seconds in by_size.values()]
-        return float(np.interp(sequences, list(by_size), of_sizes))
+        return float(np.interp(sequences, list(by_size), [_on_line(rows, timed) for timed in by_size.values()]))
 
     return cost
 
