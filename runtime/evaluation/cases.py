@@ -59,6 +59,7 @@ def read_cases(path: Path) -> list[Case]:
     `kind`. Raises RequestError.
     """
     cases: list[Case] = []
+    file_name = path.name or str(path)  # "." has none
     try:
         with path.open("rb") as file:
             number = 0
@@ -72,11 +73,11 @@ def read_cases(path: Path) -> list[Case]:
                     if len(cases) > MAX_CASES:
                         raise RequestError(f"a file must have at most {MAX_CASES} cases, found more")
                 except RequestError as error:
-                    raise RequestError(f"{path.name} line {number}: {error}") from None
+                    raise RequestError(f"{file_name} line {number}: {error}") from None
     except (OSError, ValueError) as error:
-        raise RequestError(f"{path.name}: cannot be read: {getattr(error, 'strerror', None) or 'unusable'}") from None
+        raise RequestError(f"{file_name}: cannot be read: {getattr(error, 'strerror', None) or 'unusable'}") from None
     if not cases:
-        raise RequestError(f"{path.name} must have at least one case, a line of JSON, found none")
+        raise RequestError(f"{file_name} must have at least one case, a line of JSON, found none")
     return cases
 
 

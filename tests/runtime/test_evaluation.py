@@ -183,6 +183,8 @@ def test_too_many_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_file_that_is_not_there(golden_bundle, tmp_path: Path) -> None:
     outcome = run("evaluate", golden_bundle("m3"), "--cases", tmp_path / "none.jsonl")
     assert (outcome.code, outcome.errors) == (2, "error: none.jsonl: cannot be read: No such file or directory\n")
+    outcome = run("evaluate", golden_bundle("m3"), "--cases", ".")
+    assert (outcome.code, outcome.errors) == (2, "error: .: cannot be read: Is a directory\n")
 
 
 def test_a_bundle_that_cannot_do_a_case(golden_bundle) -> None:
