@@ -22,6 +22,8 @@ constexpr int kWarps = 8;        // of a block, along the channels
 constexpr int kRowsPerTile = 4;  // of x
 // The row tiles of a block. More would leave its threads too few registers.
 constexpr int MostRowTiles(Storage storage) { return IsInteger(storage) ? 2 : 4; }
+// Blocks that a multiprocessor must have room for. With two, no block of a launch waits for another to end.
+constexpr int BlocksAtOnce(int row_tiles) { return row_tiles <= 2 ? 2 : 1; }
 constexpr int kSteps = 2;                      // of a unit
 constexpr int kUnit = kSteps * kStepChannels;  // channels that a warp takes at a time
 constexpr int64_t kTargetBlocks = 264;         // two for each of Hopper's 132 multiprocessors
@@ -30,13 +32,12 @@ constexpr int64_t kMostCounters = 1024;        // row groups times tiles of a la
 static_assert(kTargetBlocks / 2 * (kMostDecodeRows / (2 * kRowsPerTile)) <= kMostCounters);
 constexpr int64_t kMostChannels = 1 << 25;  // so that 32 rows of pairs have 32-bit indices
 static_assert(2 * kMostChannels * kMostDecodeRows <= int64_t{INT32_MAX} + 1);
+static_assert(kMostChannels / kUnit * kMostSplits * kWarps <= INT32_MAX);  // for Cut::Begin
 
 // How the channels of W and of B are divided: every part gets its share of both.
 struct Cut {
   int weight_units, adapter_units, splits;
-  __device__ static int Begin(int units, int part, int parts) {
-    return static_cast<int>(static_cast<int64_t>(units) * part / parts);
-  }
+  __device__ static int Begin(int units, int part, int parts) { return units * part / parts; }
   int64_t partials() const { return splits > 1 ? splits : 0; }
 };
 
@@ -49,10 +50,7 @@ struct Product {
   bool measure;   // computes x's norm; the second launch of two gets it from the first
   float epsilon;
   float* inverse_norm;  // (rows)
-  const float* low;     // z (rows, rank + experts), read in the second launch
-  int rank, experts;
-  const int32_t* expert_of;
-  const float* route_bias;
+  Gating gating;        // in the second launch
   const float* bias;
   const float* residual;
   float* y;         // (rows, outputs); z in the first launch
@@ -124,7 +122,7 @@ struct TileSums {
   // the lane with the other part of that row, and adds the two parts of the row it keeps.
   template <int kRows, int kStride>
   __device__ void Deposit(float (&to)[kRows][kStride], const float4& scales) const {
-    const int g = static_cast<int>(threadIdx.x) / 4, t = static_cast<int>(threadIdx.x) % 4;
+    const int g = static_cast<int>(threadIdx.x / 4), t = static_cast<int>(threadIdx.x % 4);
     const auto complete = [&](float even, float odd) {
       const float kept = t < 2 ? even : odd, given = t < 2 ? odd : even;
       return kept + ShuffleXor(given, 2);
@@ -152,7 +150,7 @@ struct TileSums {
 
   template <int kRows, int kStride>
   __device__ static void ClearPlaces(float (&to)[kRows][kStride]) {
-    const int g = static_cast<int>(threadIdx.x) / 4;
+    const int g = static_cast<int>(threadIdx.x / 4);
     for (int tile = 0; tile < kRowTiles; ++tile) {
       float* const place = to[tile * kRowsPerTile + OwnRow()] + g * Format::kLaneOutputs;
       for (int i = 0; i < Format::kLaneOutputs; i += 4) *reinterpret_cast<float4*>(place + i) = {};
@@ -161,7 +159,7 @@ struct TileSums {
 
   // The row of a tile whose sum a lane completes.
   __device__ static int OwnRow() {
-    const int t = static_cast<int>(threadIdx.x) % 4;
+    const int t = static_cast<int>(threadIdx.x % 4);
     return 2 * (t % 2) + t / 2;
   }
 };
@@ -170,16 +168,11 @@ struct TileSums {
 // need them.
 template <class Format>
 __device__ inline float4 LoadScales(const Weights& weights, int block, int output) {
-  const int t = static_cast<int>(threadIdx.x) % 4;
+  const int t = static_cast<int>(threadIdx.x % 4);
   const int from = output + 4 * t, left = weights.outputs - from;
   const float* const at = weights.scales + static_cast<int64_t>(block) * weights.outputs + from;
-  if (weights.scales_are_aligned && left >= 4) return LoadOnce<float4>(at);
-  float4 scales = {0.0f, 0.0f, 0.0f, 0.0f};
-  if (left > 0) scales.x = LoadOnce<float>(at);
-  if (left > 1) scales.y = LoadOnce<float>(at + 1);
-  if (left > 2) scales.z = LoadOnce<float>(at + 2);
-  if (left > 3) scales.w = LoadOnce<float>(at + 3);
-  return scales;
+  if (weights.scales_are_aligned && left > 0) return LoadOnce<float4>(at);
+  return GatherFour(left, [&](int i) { return LoadOnce<float>(at + i); });
 }
 
 // Adds units [begin, end) of one matrix times the input to the warp's sums in shared memory, and the squares of this
@@ -187,14 +180,19 @@ __device__ inline float4 LoadScales(const Weights& weights, int block, int outpu
 template <class Format, int kRowTiles, class Input, int kRows, int kStride>
 __device__ inline void AddUnits(const Weights& weights, const Input& input, int begin, int end, int first_row,
                                 int output, float (&to)[kRows][kStride], float (&squares)[kRowTiles]) {
-  const int g = static_cast<int>(threadIdx.x) / 4, t = static_cast<int>(threadIdx.x) % 4;
+  const int g = static_cast<int>(threadIdx.x / 4), t = static_cast<int>(threadIdx.x % 4);
   const int row = first_row + g % kRowsPerTile;
   const auto channel = [&](int unit) { return unit * kUnit + g / kRowsPerTile * kStepChannels + 4 * t; };
-  Step<Format> steps[kSteps];
+  // The sums of two tiles of integers are half of a thread's registers. Then what comes from a cache is loaded late: x
+  // once the products are done (it still overtakes the weights, which were asked for before and come from memory), and
+  // scales within the last unit of their block. Of int8, whose words are twice as many, only one step is on its way.
+  constexpr bool kIsTight = Format::kIsInteger && kRowTiles > 1;
+  constexpr int kAhead = kIsTight && Step<Format>::kWords == 4 ? 1 : kSteps;
+  Step<Format> steps[kAhead];
   Loaded loaded[kRowTiles];
   float4 scales = {};
   const auto load_step = [&](int unit, int step) {
-    steps[step].Load(weights, unit * kUnit + step * kStepChannels, output);
+    steps[step % kAhead].Load(weights, unit * kUnit + step * kStepChannels, output);
   };
   const auto load_input = [&](int unit) {
 #pragma unroll
@@ -202,11 +200,12 @@ __device__ inline void AddUnits(const Weights& weights, const Input& input, int 
       loaded[tile] = input.Load(row + tile * kRowsPerTile, channel(unit));
     }
   };
-  const int units_per_block = Format::kIsInteger ? weights.block_size / kUnit : 1;
+  const auto block = [&](int unit) { return unit * kUnit >> weights.block_bits; };
+  const auto load_scales = [&](int unit) { scales = LoadScales<Format>(weights, block(unit), output); };
   if (begin < end) {
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) load_step(begin, step);
-    if constexpr (Format::kIsInteger) scales = LoadScales<Format>(weights, begin / units_per_block, output);
+    for (int step = 0; step < kAhead; ++step) load_step(begin, step);
+    if (Format::kIsInteger && !kIsTight) load_scales(begin);
   }
   input.Wait();
   if (begin < end) load_input(begin);
@@ -220,21 +219,26 @@ __device__ inline void AddUnits(const Weights& weights, const Input& input, int 
     for (int tile = 0; tile < kRowTiles; ++tile) {
       float values[4];
       input.Values(loaded[tile], row + tile * kRowsPerTile, channel(unit), values);
+      loaded[tile] = {};  // or it would keep its registers until the next load
       for (const float value : values) squares[tile] += value * value;
       Halve<typename Format::Number>(values, rights[tile]);
     }
-    if (unit + 1 < end) load_input(unit + 1);
+    if (!kIsTight && unit + 1 < end) load_input(unit + 1);
+    const bool ends = unit + 1 == end || (Format::kIsInteger && block(unit + 1) != block(unit));
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      sums.Add(steps[step], rights, step);
-      if (unit + 1 < end) load_step(unit + 1, step);
+      sums.Add(steps[step % kAhead], rights, step);
+      const int next = step + kAhead, of = unit + next / kSteps;
+      if (of < end) load_step(of, next % kSteps);
+      if (kIsTight && step == 0 && ends) load_scales(unit);
     }
-    const bool ends = unit + 1 == end || (Format::kIsInteger && (unit + 1) % units_per_block == 0);
-    if (!ends) continue;
-    sums.Deposit(to, scales);
-    if (unit + 1 == end) break;
-    sums.Clear();
-    if constexpr (Format::kIsInteger) scales = LoadScales<Format>(weights, (unit + 1) / units_per_block, output);
+    if (ends) {
+      sums.Deposit(to, scales);
+      if (unit + 1 == end) break;
+      sums.Clear();
+      if (Format::kIsInteger && !kIsTight) load_scales(unit + 1);
+    }
+    if (kIsTight) load_input(unit + 1);
   }
 }
 
@@ -255,11 +259,12 @@ __device__ inline float SumOfSplits(const float* at, int64_t stride, int splits)
 }
 
 template <Storage storage, int kRowTiles>
-__global__ void __launch_bounds__(kWarpSize* kWarps, kRowTiles == 1 ? 2 : 1) HLoraLinearKernel(Product product) {
+__global__ void __launch_bounds__(kWarpSize* kWarps, BlocksAtOnce(kRowTiles)) HLoraLinearKernel(Product product) {
   using Format = Format<storage>;
   constexpr int kTile = 8 * Format::kLaneOutputs, kRows = kRowTiles * kRowsPerTile;
   auto& memory = Shared<Memory<kRows, kTile>>();
-  const int lane = static_cast<int>(threadIdx.x), warp = static_cast<int>(threadIdx.y), g = lane / 4, t = lane % 4;
+  const int lane = static_cast<int>(threadIdx.x), warp = static_cast<int>(threadIdx.y);
+  const int g = static_cast<int>(threadIdx.x / 4), t = static_cast<int>(threadIdx.x % 4);
   const int group = static_cast<int>(blockIdx.x), tile = static_cast<int>(blockIdx.y);
   const int split = static_cast<int>(blockIdx.z), splits = product.cut.splits;
   const int rows = product.rows, outputs = product.weight.outputs;
@@ -288,16 +293,7 @@ __global__ void __launch_bounds__(kWarpSize* kWarps, kRowTiles == 1 ? 2 : 1) HLo
   }
   const int adapter_units = product.cut.adapter_units;
   if (Cut::Begin(adapter_units, split * kWarps, parts) < Cut::Begin(adapter_units, (split + 1) * kWarps, parts)) {
-    GatedInput<kRows> gated;
-    gated.low = product.low;
-    gated.inverse_norm = product.inverse_norm;
-    gated.route_bias = product.route_bias;
-    gated.expert_of = product.expert_of;
-    gated.rows = rows;
-    gated.first_row = first_row;
-    gated.rank = product.rank;
-    gated.experts = product.experts;
-    gated.gates = &memory.gates;
+    const GatedInput<kRows> gated = {product.gating, rows, first_row, &memory.gates};
     float none[kRowTiles] = {};
     add(product.adapter_out, gated, adapter_units, none);
   }
@@ -384,12 +380,15 @@ Weights WeightsOf(const Matrix& matrix) {
                           // a lane's load may go past the last output, but not past the row
                           WideStride(matrix.storage, matrix.outputs) <= matrix.stride;
   const bool scales_are_aligned = matrix.outputs % 4 == 0 && reinterpret_cast<uintptr_t>(matrix.scales) % 16 == 0;
+  int block_bits = 0;
+  while (1 << block_bits < matrix.block_size) ++block_bits;
   return {matrix.values,
           matrix.scales,
           static_cast<int>(matrix.channels),
           static_cast<int>(matrix.outputs),
           matrix.stride,
-          static_cast<int>(matrix.block_size),
+          static_cast<uint32_t>(row_bits / 8),
+          block_bits,
           is_aligned,
           scales_are_aligned};
 }
@@ -531,11 +530,17 @@ Status HLoraLinear(const HLoraLinearArguments& given, Stream stream) {
     product.measure = false;
     product.input.waits = false;
     product.adapter_out = WeightsOf(given.adapter_out);
-    product.low = memory + places.low;
-    product.rank = static_cast<int>(rank);
-    product.experts = static_cast<int>(given.experts);
-    product.expert_of = given.expert_of;
-    product.route_bias = given.route_bias;
+    Gating& gating = product.gating;
+    gating.low = memory + places.low;
+    gating.inverse_norm = product.inverse_norm;
+    gating.route_bias = given.route_bias;
+    gating.expert_of = given.expert_of;
+    gating.rank = static_cast<int>(rank);
+    gating.experts = static_cast<int>(given.experts);
+    gating.stride = gating.rank + gating.experts;
+    gating.columns = gating.rank / gating.experts;
+    gating.is_aligned = gating.rank % 4 == 0 && gating.experts % 4 == 0;  // z itself is aligned
+    gating.four_share = gating.expert_of == nullptr && gating.columns % 4 == 0;
   }
   product.weight = WeightsOf(given.weight);
   product.cut = CutOf(given.weight, rank);

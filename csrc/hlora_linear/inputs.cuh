@@ -14,15 +14,19 @@ struct Loaded {
   float4 first, second;
 };
 
-// Reads four numbers, or `left` if a row ends before, then zeros.
-__device__ inline float4 LoadFour(const float* at, int left, bool is_aligned) {
-  if (is_aligned && left >= 4) return LoadFresh(reinterpret_cast<const float4*>(at));
+// Loads number by number what cannot be loaded at once: `left` numbers, at most four, then zeros.
+template <class Load>
+__device__ inline float4 GatherFour(int left, const Load& load) {
   float4 four = {0.0f, 0.0f, 0.0f, 0.0f};
-  four.x = LoadFresh(at);
-  if (left > 1) four.y = LoadFresh(at + 1);
-  if (left > 2) four.z = LoadFresh(at + 2);
-  if (left > 3) four.w = LoadFresh(at + 3);
+#pragma unroll 1  // rarely used: it must not take registers from the usual path
+  for (int i = 3; i >= 0; --i) four = {i < left ? load(i) : 0.0f, four.x, four.y, four.z};
   return four;
+}
+
+// Four numbers, or `left` if a row ends before, then zeros. Aligned rows end after whole fours.
+__device__ inline float4 LoadFour(const float* at, int left, bool is_aligned) {
+  if (is_aligned && left > 0) return LoadFresh(reinterpret_cast<const float4*>(at));
+  return GatherFour(left, [&](int i) { return LoadFresh(at + i); });
 }
 
 __device__ inline float SiluGate(float gate, float up) { return gate / (1.0f + expf(-gate)) * up; }
@@ -67,15 +71,23 @@ struct Gates {
   float shares[kRows][kMostExperts];
 };
 
-// gate * z (rows, rank), from z (rows, rank + experts) whose last columns are the routes.
-template <int kRows>
-struct GatedInput {
-  const float* low = nullptr;
+// z (rows, rank + experts), whose last columns are the routes, and what its gates are made of.
+struct Gating {
+  const float* low = nullptr;           // z
   const float* inverse_norm = nullptr;  // (rows) or null: for the routes, if z comes from x without its norm
   const float* route_bias = nullptr;    // (experts) or null
   const int32_t* expert_of = nullptr;   // (rank) or null for equal shares
-  int rows = 0, first_row = 0;          // all rows; the block's first row
   int rank = 0, experts = 0;
+  int stride = 0;           // of z
+  int columns = 0;          // of each expert, for equal shares
+  bool is_aligned = false;  // z may be loaded four numbers at a time
+  bool four_share = false;  // four columns that are loaded at once are one expert's
+};
+
+// gate * z (rows, rank)
+template <int kRows>
+struct GatedInput : Gating {
+  int rows = 0, first_row = 0;  // all rows; the block's first row
   Gates<kRows>* gates = nullptr;
 
   __device__ void Wait() const { WaitForPrevious(); }
@@ -87,7 +99,7 @@ struct GatedInput {
     const int count = Least(rows - first_row, kRows) * experts;
     for (int i = thread; i < count; i += threads) {
       const int row = i / experts, expert = i % experts;
-      float route = LoadFresh(low + static_cast<int64_t>(first_row + row) * (rank + experts) + rank + expert);
+      float route = LoadFresh(low + static_cast<unsigned>((first_row + row) * stride + rank + expert));
       if (inverse_norm != nullptr) route *= LoadFresh(inverse_norm + first_row + row);
       if (route_bias != nullptr) route += LoadOnce<float>(route_bias + expert);
       gates->routes[row][expert] = route;
@@ -106,24 +118,22 @@ struct GatedInput {
   __device__ Loaded Load(int row, int channel) const {
     Loaded loaded = {};
     if (row >= rows || channel >= rank) return loaded;
-    const bool is_aligned = rank % 4 == 0 && experts % 4 == 0;  // z itself is aligned
-    loaded.first = LoadFour(low + static_cast<int64_t>(row) * (rank + experts) + channel, rank - channel, is_aligned);
+    loaded.first = LoadFour(low + static_cast<unsigned>(row * stride + channel), rank - channel, is_aligned);
     return loaded;
   }
   __device__ void Values(const Loaded& loaded, int row, int channel, float (&values)[4]) const {
-    const float four[4] = {loaded.first.x, loaded.first.y, loaded.first.z, loaded.first.w};
-    const int columns = rank / experts;  // of an expert, if their shares are equal
-    const bool share_one = expert_of == nullptr && columns % 4 == 0;
-    const int first = share_one ? channel / columns : 0;
+    values[0] = loaded.first.x, values[1] = loaded.first.y, values[2] = loaded.first.z, values[3] = loaded.first.w;
+    if (row >= rows || channel >= rank) return;  // zeros
+    const float* const shares = gates->shares[row - first_row];
+    if (four_share) {
+      const float share = shares[channel / columns];
+      for (float& value : values) value *= share;
+      return;
+    }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int here = channel + i;
-      values[i] = 0.0f;
-      if (row >= rows || here >= rank) continue;
-      const int expert = share_one              ? first
-                         : expert_of == nullptr ? here / columns
-                                                : LoadOnce<int32_t>(expert_of + here);
-      values[i] = four[i] * gates->shares[row - first_row][expert];
+      const int here = Least(channel + i, rank - 1);
+      values[i] *= shares[expert_of == nullptr ? here / columns : LoadOnce<int32_t>(expert_of + here)];
     }
   }
 };

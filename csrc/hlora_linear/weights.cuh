@@ -20,7 +20,8 @@ struct Weights {
   int channels = 0;
   int outputs = 0;
   int64_t stride = 0;
-  int block_size = 0;
+  uint32_t row_bytes = 0;           // the stride in bytes: a matrix is below 4 GiB
+  int block_bits = 0;               // 2 to this power is the block size
   bool is_aligned = false;          // wide loads may read every row
   bool scales_are_aligned = false;  // four scales may be loaded at once
 };
@@ -115,19 +116,23 @@ struct Format<Storage::kInt4> {
   }
 };
 
-// A lane's words of one channel, gathered number by number, with zeros outside the matrix.
+// A lane's words of four channels, gathered number by number, with zeros outside the matrix.
 template <class Format, int kWords>
-__device__ inline void GatherChannel(const Weights& weights, int channel, int output, uint32_t (&words)[kWords]) {
+__device__ inline void GatherChannels(const Weights& weights, int channel, int output, uint32_t (&words)[4][kWords]) {
   constexpr int kPerWord = 32 / Format::kElementBits;
-#pragma unroll
-  for (int word = 0; word < kWords; ++word) {
-    words[word] = 0;
-    const int from = output + word * kPerWord, left = channel < weights.channels ? weights.outputs - from : 0;
-    const int count = Least(left, kPerWord);
 #pragma unroll 1  // rarely used: it must not take registers from the usual path
+  for (int at = 4 * kWords - 1; at >= 0; --at) {
+    const int from = output + at % kWords * kPerWord, here = channel + at / kWords;
+    const int count = Least(here < weights.channels ? weights.outputs - from : 0, kPerWord);
+    uint32_t word = 0;
+#pragma unroll 1
     for (int i = 0; i < count; ++i) {
-      words[word] |= Format::Element(weights.values, channel * weights.stride + from + i) << (i * Format::kElementBits);
+      word |= Format::Element(weights.values, here * weights.stride + from + i) << (i * Format::kElementBits);
     }
+    // All words move on by one, because registers cannot be indexed.
+#pragma unroll
+    for (int i = 4 * kWords - 1; i > 0; --i) words[i / kWords][i % kWords] = words[(i - 1) / kWords][(i - 1) % kWords];
+    words[0][0] = word;
   }
 }
 
@@ -139,18 +144,17 @@ struct Step {
   uint32_t words[4][kWords];
 
   __device__ void Load(const Weights& weights, int channel, int output) {
-    const int t = static_cast<int>(threadIdx.x) % 4;
+    const int t = static_cast<int>(threadIdx.x % 4);
     if (!weights.is_aligned || channel + kStepChannels > weights.channels) {
-#pragma unroll
-      for (int c = 0; c < 4; ++c) GatherChannel<Format>(weights, channel + 4 * t + c, output, words[c]);
+      GatherChannels<Format>(weights, channel + 4 * t, output, words);
       return;
     }
     const int from = (output < weights.outputs ? output : 0) * Format::kElementBits / 8;
-    const auto stride = static_cast<uint32_t>(weights.stride * Format::kElementBits / 8);  // a matrix is below 4 GiB
-    const uint32_t at = static_cast<uint32_t>(channel + 4 * t) * stride + static_cast<uint32_t>(from);
+    const uint32_t at = static_cast<uint32_t>(channel + 4 * t) * weights.row_bytes + static_cast<uint32_t>(from);
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
-      const auto word = LoadOnce<typename Format::Word>(static_cast<const char*>(weights.values) + (at + c * stride));
+      const auto word =
+          LoadOnce<typename Format::Word>(static_cast<const char*>(weights.values) + (at + c * weights.row_bytes));
       words[c][0] = word.x;
       words[c][1] = word.y;
       if constexpr (kWords == 4) {
