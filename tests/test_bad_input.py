@@ -657,6 +657,10 @@ REQUESTS = {
         image(bytes(128) + b"DICM", name="scan.dcm"),
         "scan.dcm: expected a transfer syntax in the file meta group, found none",
     ),
+    "keep: the report's file": Bad(
+        answer("--image", PICTURE, "--keep", in_folder("one"), "--out", in_folder("one")),
+        "--keep and --out must be two files, found one",
+    ),
     "keep: no picture": Bad(answer("--keep", in_folder("kept")), "--keep needs a picture: give --image"),
     "keep: no folder": Bad(
         answer("--image", PICTURE, "--keep", in_folder("none/kept")), "the folder to hold 'kept' does not exist"

@@ -71,6 +71,8 @@ def answer(
     # Refused before the bundle is hashed and loaded, which takes a while.
     if keep:
         check_target(keep, "--keep")
+        if out and out.resolve() == keep.resolve():
+            raise HealthGPTError("--keep and --out must be two files, found one")
     picture, study, options = checked_request(
         ANSWER,
         image,
