@@ -84,15 +84,23 @@ def _drop_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def main() -> None:
-    """Entry point: bad input is one line on stderr and exit code 2, and so is a stdout that takes no results."""
+def run() -> None:
+    """Entry point of a process of its own."""
+    main(ends_process=True)
+
+
+def main(ends_process: bool = False) -> None:
+    """Entry point: bad input is one line on stderr and exit code 2, and so is a stdout that takes no results.
+
+    A host whose process goes on afterwards has its signal handlers back.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
         # An answer or a file name may hold what the terminal's encoding does not.
         sys.stdout.reconfigure(errors="backslashreplace")
     status: object = None
     try:
         _open_streams()
-        with stopping_cleanly():
+        with stopping_cleanly(ends_process):
             status = app(standalone_mode=False)
             sys.stdout.flush()
     except typer.TyperException as error:
@@ -115,4 +123,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run()

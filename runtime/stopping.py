@@ -14,11 +14,11 @@ _AGAIN_SECONDS = 0.01  # until a signal that came at a bad time comes again
 
 
 @contextmanager
-def stopping_cleanly() -> Iterator[None]:
+def stopping_cleanly(ends_process: bool = False) -> Iterator[None]:
     """Within the block SIGINT, SIGTERM and SIGHUP raise SystemExit, so that `finally` removes what is half-written.
 
-    The first of them alone, or a second Ctrl-C would cut that short, or the end of the process, which comes next: after
-    one of them all stay ignored. For the main thread.
+    The first of them alone, or a second Ctrl-C would cut that short. Where the process ends with the block
+    (`ends_process`), it would cut that short, too: then all stay ignored after one of them. For the main thread.
     """
 
     def again(number: int) -> None:
@@ -54,7 +54,7 @@ def stopping_cleanly() -> Iterator[None]:
     finally:
         sys.unraisablehook = hook
         for number, handler in handlers.items():
-            if signal.getsignal(number) is stop:
+            if not ends_process or signal.getsignal(number) is stop:
                 signal.signal(number, handler)
 
 

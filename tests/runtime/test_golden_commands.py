@@ -140,4 +140,4 @@ def test_a_free_run_cut_too_early_fails_as_the_original(golden_bundle, tmp_path)
 
 def test_the_installed_command_is_this_command_line():
     (command,) = entry_points(group="console_scripts", name="healthgpt-edge")
-    assert command.load() is cli.main
+    assert command.load() is cli.run

@@ -36,13 +36,13 @@ def handlers():
 
 
 def test_only_a_signal_changes_how_the_next_is_taken(handlers):
-    with stopping_cleanly():
+    with stopping_cleanly(ends_process=True):
         pass
     assert {number: signal.getsignal(number) for number in SIGNALS} == handlers
 
 
 def test_a_second_signal_does_not_cut_the_end_short():
-    with pytest.raises(SystemExit) as caught, stopping_cleanly():
+    with pytest.raises(SystemExit) as caught, stopping_cleanly(ends_process=True):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(1)
     assert caught.value.code == 130
