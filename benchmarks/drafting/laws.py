@@ -70,13 +70,8 @@ def simulated(session: Session, cost: Cost, encoder_seconds: float) -> Iterator[
         return made
 
     with ExitStack() as patches:
-        for name, change in (
-            ("picture", lambda grid: blank),
-            ("draft", encode),
-            ("context", context),
-            ("group", group),
-        ):
-            patches.enter_context(patch.object(executor, name, change))
+        changes = {"picture": lambda grid: blank, "draft": encode, "context": context, "group": group}
+        patches.enter_context(patch.multiple(executor, **changes))
         for module in (decoding, steps, together, drafts):
             patches.enter_context(patch.object(module, "time", clock))
         yield clock

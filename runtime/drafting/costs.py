@@ -59,6 +59,12 @@ class RowCosts:
         return self._known.get(rows)
 
     @property
+    def plain_among_fewest(self) -> float:
+        """Seconds of a pass of one row of each sequence, over as few sequences as were timed."""
+        timed = [sequences for sequences, costs in self._among.copy().items() if costs.most]
+        return self._among[min(timed, default=1)].plain
+
+    @property
     def plain(self) -> float:
         """Seconds of a pass of one row; where it was not timed, those of the line."""
         return self._known.get(1) or sum(self.line())

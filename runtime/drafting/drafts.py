@@ -95,7 +95,7 @@ class Drafts:
         codes = self.manifest.codes
         if image is None or codes is None or "draft" not in self.manifest.tasks[kind.task].graphs:
             return False
-        plain_seconds = codes.grid**2 * self.costs[kind].plain
+        plain_seconds = codes.grid**2 * self.costs[kind].plain_among_fewest
         return self._encoder_seconds <= _ENCODER_SHARE * plain_seconds
 
 

@@ -158,6 +158,18 @@ def test_a_slow_encoder_is_left_out_by_auto(session):
     assert session.drafts.for_picture("auto", kind, None).name == "jacobi"
 
 
+def test_a_slow_encoder_is_left_out_where_requests_are_always_done_together(golden_bundle):
+    """Then nothing is known of a pass by itself, and those of the fewest sequences stand for it."""
+    drafts = load(golden_bundle("m3"), threads=1).drafts
+    picture, kind = Image.new("RGB", (8, 8)), PassKind("generation")
+    for sequences in (3, 2):
+        for seconds in (1e-9, 1e-9, 1e-9, 1e-9):
+            drafts.costs[kind].among(sequences).record(1, seconds * sequences)
+    assert drafts.costs[kind].plain_among_fewest == 2e-9
+    names = [drafts.for_picture("auto", kind, picture).name for _ in range(2)]
+    assert names == ["input", "jacobi"]  # the first one finds out
+
+
 def test_costs_are_kept_for_each_kind_of_pass(golden_bundle):
     session = eager(golden_bundle)
     for temperature in (0.0, 0.5):
