@@ -112,8 +112,7 @@ def engine_graphs(manifest: Manifest) -> dict[str, tuple[str, ...]]:
 def ingredients(manifest: Manifest, name: str, target: str, tensorrt: str, settings: Settings) -> dict[str, str]:
     """What engine `name` depends on, each with its hash or its value: another value of one makes the engine stale."""
     tasks = sorted(manifest.tasks) if name == LANGUAGE else [name.split(".")[0]]
-    weights = re.compile(rf"weights/({'|'.join(['base', *tasks])})(-\d+)?\.bin")
-    files = [*engine_graphs(manifest)[name], *filter(weights.fullmatch, manifest.files)]
+    files = [*engine_graphs(manifest)[name], *manifest.weights(tasks)]
     flags = dataclasses.asdict(settings)
     # These change the language engine alone, and only where they are asked for.
     plugin, streams = flags.pop("plugin"), flags.pop("stream_weights")

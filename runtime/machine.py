@@ -1,8 +1,9 @@
-"""The machine under a benchmark: what it is, and what it can do at most."""
+"""The machine: what it is, what this process may have of it, and what it can do at most."""
 
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import platform
 import sys
@@ -10,17 +11,19 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from . import control_group
+
+_TOPOLOGY = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
 # Many times the largest common last-level cache, or the cache would be measured.
 _BUFFER_MEBIBYTES = 512
 
 
 def description() -> dict[str, Any]:
-    """Processor, cores this process may use, bytes of memory, operating system."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None
+    """Processor, cores and bytes of memory that this process may use, operating system."""
     return {
         "processor": _processor(),
         "cores": cores(),
-        "memory_bytes": memory,
+        "memory_bytes": memory_bytes(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
     }
 
@@ -45,17 +48,28 @@ def instruction_sets() -> str:
 
 
 def cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many cores this process may use: those of its processors, of which a core may have two, as far as it is given
+    their time. A thread that gets no time holds all others up; half a processor's is worse than none (a Zen 3)."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    found = len({_core(processor) for processor in os.sched_getaffinity(0)})
+    quota = control_group.processors()
+    return found if quota is None else max(1, min(found, math.ceil(quota - 0.5)))
+
+
+def memory_bytes() -> int | None:
+    """The machine's memory, or what its control group lets this process have of it; None where nobody says."""
+    return _least(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), control_group.memory())
+
+
+def available_memory() -> int | None:
+    """Bytes of `memory_bytes` that others leave, pages of files counted as free; None where the system hides it."""
+    return _least(_kibibytes("/proc/meminfo", "MemAvailable:"), control_group.memory())
 
 
 def proportional_memory() -> int | None:
     """Bytes of memory of this process, shared pages counted by their share (PSS); None where the kernel hides it."""
-    try:
-        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), None)
+    return _kibibytes("/proc/self/smaps_rollup", "Pss:")
 
 
 def read_bandwidth(threads: int) -> float | None:
@@ -79,6 +93,27 @@ def _native_module() -> Any:
         return importlib.import_module("healthgpt_edge._kernels")
     except ImportError:
         return None
+
+
+def _kibibytes(path: str, name: str) -> int | None:
+    """The line of `path` that begins with `name`, in bytes."""
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), None)
+
+
+def _least(*bounds: int | None) -> int | None:
+    return min((bound for bound in bounds if bound is not None), default=None)
+
+
+def _core(processor: int) -> str:
+    """A name for the core that a processor is of."""
+    try:
+        return Path(_TOPOLOGY.format(processor)).read_text()
+    except OSError:
+        return str(processor)
 
 
 def _processor() -> str:

@@ -12,6 +12,7 @@ import json
 import re
 import types
 import typing
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from .errors import BundleError
@@ -130,6 +131,11 @@ class Manifest:
     provenance: dict[str, Any]
     files: dict[str, FileEntry]
     own_sha256: str
+
+    def weights(self, tasks: Iterable[str]) -> dict[str, FileEntry]:
+        """The files of weights that these tasks read: the base's and their own."""
+        name_of_one = re.compile(rf"weights/({'|'.join(['base', *tasks])})(-\d+)?\.bin")
+        return {name: entry for name, entry in self.files.items() if name_of_one.fullmatch(name)}
 
     def sealed(self) -> Manifest:
         """This manifest with the hash of itself."""

@@ -34,11 +34,16 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Turn a released checkpoint into a bundle."""
+    from ..machine import cores
+
     try:
+        import torch
+
         from ..export.bundle import export_bundle
         from ..export.checkpoint import Checkpoint
     except ModuleNotFoundError as error:
         raise HealthGPTError(f"export needs {error.name}: pip install 'healthgpt-edge[export]'") from error
+    torch.set_num_threads(min(torch.get_num_threads(), cores()))  # it knows nothing of a container's share
     with (
         Checkpoint.open(
             base=base,

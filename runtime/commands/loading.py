@@ -12,11 +12,21 @@ if TYPE_CHECKING:
 
 
 def load_session(bundle: Path, *, executor: str, device: str | None, kernels: bool, **options: Any) -> Session:
-    """A session; where the kernels are wanted but not built, one line says so, for answers then come slower."""
+    """A session; a line for each reason for which answers will come slower: kernels are wanted but not built, or there
+    is less memory than weights."""
+    from ..machine import available_memory
     from ..session import load
 
     with progress_of("verify", of_bytes=True) as on_verified:
         session = load(bundle, executor=executor, device=device, kernels=kernels, on_verified=on_verified, **options)
     if kernels and session.executor.name == "onnx-cpu":
         note("the native kernels are not built; ONNX Runtime's own nodes run in their place, slower")
+    if session.executor.name.startswith("onnx-cpu"):
+        manifest, memory = session.bundle.manifest, available_memory()
+        weights = sum(entry.size for entry in manifest.weights(options.get("tasks") or manifest.tasks).values())
+        if memory is not None and memory < weights:
+            note(
+                f"the weights are {weights / 1e9:.1f} GB and this process may have {memory / 1e9:.1f} GB of memory: "
+                "for every token they may be read from the disk again"
+            )
     return session

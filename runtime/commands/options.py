@@ -13,7 +13,7 @@ from ..together import MAX_TOGETHER
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A directory written by `export`.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 # Where it is computed.
-Threads = Annotated[int | None, typer.Option("--threads", help="Threads to compute with; else one a core.")]
+Threads = Annotated[int | None, typer.Option("--threads", help="Threads to compute with; else one a usable core.")]
 ExecutorName = Annotated[str, typer.Option("--executor", help="onnx, or tensorrt with the engines of `build`.")]
 Device = Annotated[
     str | None, typer.Option("--device", help="cpu or cuda; onnx runs on the CPU by default.", show_default=False)

@@ -15,6 +15,7 @@ import onnxruntime
 
 from ..bundle import Bundle
 from ..errors import ExecutorError, HealthGPTError
+from ..machine import cores
 from ..manifest import CACHE_TYPES, GENERATION, PRECISIONS, Manifest
 from .contract import Value, cache_values, graph_values
 from .onnx_context import BoundSequence, OnnxContext, first_line, return_freed_memory
@@ -120,8 +121,8 @@ class OnnxExecutor:
         # The arena keeps a prefill's workspace for good, 0.9 GB per task at M3's size, and gains no time here.
         options.enable_cpu_mem_arena = False
         options.enable_mem_pattern = False
-        if self._threads is not None:
-            options.intra_op_num_threads = self._threads
+        # Left to itself ONNX Runtime takes the cores of the machine, whatever a container is given of them.
+        options.intra_op_num_threads = self._threads or cores()
         if self.bundle.manifest.precision == "fp32" and role != "codes":
             # Packing would copy every matrix out of the mapped file, once per task. (The VQGAN is small and all
             # convolutions, which gain more from it.)
