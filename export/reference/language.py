@@ -70,7 +70,8 @@ class KeyValueCache:
 def rotary_tables(config: LanguageConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines [S, D] for positions [S]. Both halves of D have the same angles."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    angles = positions.float()[:, None] / config.rope_theta**exponents
+    # A product with the inverse, as in the original: rounded otherwise, angles of far positions differ by thousandths.
+    angles = positions.float()[:, None] * (1.0 / config.rope_theta**exponents)
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
 

@@ -139,16 +139,15 @@ class HealthGPT(nn.Module):
         """The codes of one picture from a free run's new ids, which include the stop token.
 
         The original removes ` <|end|>` by cutting off the text's last eight characters. At the token limit this removes
-        the last token instead. So the last id is dropped in both cases. Newlines are ignored, and `<end_index>` ends
-        the picture. Raises GenerationError unless exactly one grid of codes remains.
+        the last token instead. So the last id is dropped in both cases. Newlines and `<end_index>` hold no number, so
+        the original passes over both: codes after the end count. Raises GenerationError unless exactly one grid of
+        codes remains.
         """
         if self.tokens is None or self.vq is None:
             raise GenerationError("codes: expected a generation model with a VQGAN, found none")
         tokens, codes = self.tokens, []
         for token in new_ids[:-1]:
-            if token == tokens.end:
-                break
-            if token == tokens.newline:
+            if token in (tokens.end, tokens.newline):
                 continue
             if not tokens.first_code <= token < tokens.first_code + tokens.codes:
                 raise GenerationError(f"expected an image token, found token {token} after {len(codes)} codes")

@@ -204,11 +204,11 @@ def test_cached_decoding_equals_one_pass_with_a_window():
     assert not np.allclose(whole.numpy(), decoder(states).numpy(), atol=1e-2)
 
 
-def test_codes_ignore_newlines_and_end_at_the_end_token():
+def test_newlines_and_ends_are_passed_over_wherever_they_stand():
     generation = model_of("m3", "generation")
     tokens: SpecialTokens = generation.tokens
     grid = [tokens.first_code + index % tokens.codes for index in range(1024)]
-    ids = [*grid[:32], tokens.newline, *grid[32:], tokens.end, tokens.first_code, 400]
+    ids = [*grid[:32], tokens.newline, *grid[32:1000], tokens.end, *grid[1000:], tokens.end, 400]
     assert generation.codes(ids) == [index % tokens.codes for index in range(1024)]
 
 
@@ -218,6 +218,7 @@ def test_codes_ignore_newlines_and_end_at_the_end_token():
         ([], "expected 1024 codes of one picture, found 0"),
         ([412, 413, 300, 412, 400], "expected an image token, found token 300 after 2 codes"),
         ([412] * 1025 + [400], "expected 1024 codes of one picture, found 1025"),
+        ([412] * 1024 + [476, 412, 400], "expected 1024 codes of one picture, found 1025"),
     ],
 )
 def test_unusable_codes_are_errors(ids, message):

@@ -87,9 +87,11 @@ def test_golden_pictures_are_padded_in_the_middle(name):
     assert (square[border] == BACKGROUND).all()
 
 
-def test_an_odd_border_is_thinner_on_the_left():
-    prepared = prepare(Image.new("RGB", (2, 5), (255, 255, 255)), 5, background=(0, 0, 0))
-    assert prepared[0, :, 0].tolist() == [0, 255, 255, 0, 0]
+def test_an_odd_border_is_thinner_on_the_left_and_above():
+    for size in ((2, 5), (5, 2)):
+        prepared = prepare(Image.new("RGB", size, (255, 255, 255)), 5, background=(0, 0, 0))
+        across = prepared[0, :, 0] if size == (2, 5) else prepared[:, 0, 0]
+        assert across.tolist() == [0, 255, 255, 0, 0]
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])
