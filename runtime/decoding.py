@@ -23,12 +23,13 @@ _CODES_AHEAD, _WORDS_AHEAD = 32, 8
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next token is drawn: greedily at temperature 0, else from the smallest set of tokens that holds `top_p`
-    of the probability, by a generator seeded with `seed`."""
+    """How the next token is drawn: greedily at temperature 0, else by a generator seeded with `seed`, from the `top_k`
+    likeliest tokens (0: all) and of these from the smallest set that holds `top_p` of their probability."""
 
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    top_k: int = 0
 
     def __post_init__(self) -> None:
         if not (is_real(self.temperature) and 0 <= self.temperature < float("inf")):
@@ -37,6 +38,8 @@ class Sampling:
             raise OptionError(f"top_p must be above 0 and at most 1, found {self.top_p!r:.40}")
         if not (is_whole(self.seed) and self.seed >= 0):
             raise OptionError(f"seed must be 0 or above, found {self.seed!r:.40}")
+        if not (is_whole(self.top_k) and self.top_k >= 0):
+            raise OptionError(f"top_k must be 0 or above, found {self.top_k!r:.40}")
 
 
 class Grammar(Protocol):
@@ -173,6 +176,9 @@ class Selector:
         with np.errstate(over="ignore", invalid="ignore"):
             scaled = (scores.astype(np.float64) - scores.max(axis=-1, keepdims=True)) / self._sampling.temperature
         weights = np.exp(scaled)
+        if 0 < self._sampling.top_k < weights.shape[-1]:
+            least = np.partition(weights, -self._sampling.top_k, axis=-1)[:, -self._sampling.top_k, None]
+            weights[weights < least] = 0
         if self._sampling.top_p < 1:
             order = np.argsort(-weights, axis=-1, kind="stable")
             ranked = np.take_along_axis(weights, order, axis=-1)

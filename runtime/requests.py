@@ -49,6 +49,7 @@ def checked_request(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    top_k: int = 0,
     **others: Any,
 ) -> Checked:
     """Check a request and read its picture; `others` are options that the session itself checks.
@@ -57,7 +58,7 @@ def checked_request(
     """
     as_dicom = out is not None and _is_dicom_target(Path(out), kind.suffixes, source is not None, dashes)
     check_draft(draft, kind.drafts)
-    options = {"draft": draft, "sampling": Sampling(temperature, top_p, seed), **others}
+    options = {"draft": draft, "sampling": Sampling(temperature, top_p, seed, top_k), **others}
     picture = read_if_any(source, frame, window)
     if out is not None:
         refuse_the_image(Path(out), source, f"{dashes}out", dashes)

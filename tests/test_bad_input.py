@@ -784,6 +784,7 @@ REQUESTS = {
     ),
     "sampling: top-p of zero": Bad(generate("--top-p", 0), "top_p must be above 0 and at most 1, found 0.0"),
     "sampling: top-p above one": Bad(answer("--top-p", 1.5), "top_p must be above 0 and at most 1, found 1.5"),
+    "sampling: negative top-k": Bad(answer("--top-k", -1), "top_k must be 0 or above, found -1"),
     "sampling: negative seed": Bad(answer("--seed", -1), "seed must be 0 or above, found -1"),
     "serve: no bundle": Bad(
         lambda place: ["serve", place.folder / "none"], "a bundle is a directory, found none at 'none'"

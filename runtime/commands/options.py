@@ -34,6 +34,7 @@ Window = Annotated[
 ]
 Temperature = Annotated[float, typer.Option("--temperature", help="0 is greedy.")]
 TopP = Annotated[float, typer.Option("--top-p", help="Sample from this share of the probability.")]
+TopK = Annotated[int, typer.Option("--top-k", help="Sample from so many of the likeliest tokens; 0: from all.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the sampling.")]
 Certify = Annotated[bool, typer.Option("--certify", help="Decode again without drafts, and fail if ids differ.")]
 

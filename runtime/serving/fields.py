@@ -37,6 +37,7 @@ _BOTH = {
     "max_new_tokens": INTEGER,
     "temperature": NUMBER,
     "top_p": NUMBER,
+    "top_k": INTEGER,
     "seed": INTEGER,
     "draft": STRING,
     "certify": FLAG,

@@ -31,8 +31,11 @@ from healthgpt_edge.images import prepare, read_image
 from healthgpt_edge.prompt import IMAGE
 
 PICTURE = GOLDEN / "images" / "tall.png"
-QUESTION = " Is <|end|>\nthis   胸部CT? " + "Or is it not? " * 4
+# More tokens than a pass takes, and than the caches begin with.
+QUESTION = " Is <|end|>\nthis   胸部CT? " + "Or is it not? " * 30
 TOKENS = 90
+# So large that another one would be noticed.
+EPSILON, ROPE_THETA = 0.01, 500.0
 # Cosines and sines of the same float32 angles.
 ANGLES = 1e-6
 
@@ -70,6 +73,8 @@ def random_model(sizes: Sizes) -> HealthGPT:
             kv_heads=sizes.kv_heads,
             head_dim=sizes.hidden // sizes.heads,
             intermediate=sizes.intermediate,
+            rms_epsilon=EPSILON,
+            rope_theta=ROPE_THETA,
         )
         task = TaskConfig("comprehension", sizes.rank, sizes.experts, 2.0 * sizes.rank, golden.vision.layers - 1)
         tokens = tokenizer_size(golden.base_dir) if golden.tokens is None else language.vocab
@@ -100,6 +105,8 @@ def release(folder: Path, sizes: Sizes) -> dict[str, Path]:
         "num_attention_heads": sizes.heads,
         "num_hidden_layers": 2,
         "num_key_value_heads": sizes.kv_heads,
+        "rms_norm_eps": EPSILON,
+        "rope_theta": ROPE_THETA,
         "sliding_window": sizes.window,
     }
     config.write_text(json.dumps(json.loads(config.read_text()) | changes))
@@ -196,7 +203,7 @@ def test_ids_and_logits_are_those_of_transformers(tmp_path, sizes):
     ]
     prompt_ids, _ = sessions[0].prompt("comprehension", QUESTION, has_image=True)
     expected, logits = original.run(prompt_ids)
-    assert len(expected) == TOKENS and len(set(expected)) > TOKENS / 2
+    assert len(prompt_ids) > 300 and len(expected) == TOKENS and len(set(expected)) > TOKENS / 2
     found: list[Tensor] = []
     assert model.generate(prompt_ids, original.pixel_values(), TOKENS, found) == expected
     rows = found[0].shape[-1]  # the added rows may be left out where they are means

@@ -74,6 +74,8 @@ def draw(scores: list[float], count: int, sampling: Sampling, first: int = 0) ->
         ({"temperature": "1"}, "temperature must be 0 or a positive number, found '1'"),
         ({"top_p": None}, "top_p must be above 0 and at most 1, found None"),
         ({"seed": 1.5}, "seed must be 0 or above, found 1.5"),
+        ({"top_k": -1}, "top_k must be 0 or above, found -1"),
+        ({"top_k": 2.0}, "top_k must be 0 or above, found 2.0"),
         ({"seed": True}, "seed must be 0 or above, found True"),
     ],
 )
@@ -109,11 +111,16 @@ def nucleus(probabilities: np.ndarray, top_p: float) -> np.ndarray:
     return kept / kept.sum()
 
 
+# The third and the fourth likeliest are equal: three of the likeliest are four.
+@pytest.mark.parametrize(("top_k", "left_out"), [(0, []), (1, [1, 2, 3, 4, 5]), (3, [1, 4]), (5, [4]), (99, [])])
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
 @pytest.mark.parametrize("top_p", [0.2, 0.75, 0.95, 1.0])
-def test_tokens_come_with_their_probabilities(temperature, top_p):
-    expected = nucleus(softmax(np.array(SCORES) / temperature), top_p)
-    found = np.bincount(draw(SCORES, DRAWS, Sampling(temperature, top_p, seed=5)), minlength=len(SCORES))
+def test_tokens_come_with_their_probabilities(temperature, top_p, top_k, left_out):
+    kept = np.array(SCORES)
+    kept[left_out] = -np.inf
+    expected = nucleus(softmax(kept / temperature), top_p)
+    sampling = Sampling(temperature, top_p, seed=5, top_k=top_k)
+    found = np.bincount(draw(SCORES, DRAWS, sampling), minlength=len(SCORES))
     assert found[expected == 0].sum() == 0
     often = DRAWS * expected >= 5  # of rarer ones the statistic is no chi-square
     statistic = (np.square(found - DRAWS * expected)[often] / (DRAWS * expected[often])).sum()

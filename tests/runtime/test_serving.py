@@ -84,7 +84,7 @@ def encoded(path: Path | str) -> str:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"temperature": 0.8, "top_p": 0.9, "seed": 7}, {"image": str(COM.image), "certify": True}],
+    [{}, {"temperature": 0.8, "top_p": 0.9, "top_k": 5, "seed": 7}, {"image": str(COM.image), "certify": True}],
     ids=["words", "sampled", "certified"],
 )
 def test_an_answer_is_that_of_the_command(session, golden_bundle, options):
@@ -336,7 +336,7 @@ REFUSED = {
     "no task": ({}, "task must be one of answer, generate, cancel, forget, found none"),
     "unknown task": ({"task": "diagnose"}, "task must be one of answer, generate, cancel, forget, found 'diagnose'"),
     "task of no type": ({"task": 1}, "task must be a string, found 1"),
-    "unknown field": ({**ASK, "top_k": 4}, "answer takes question, image, image_base64, frame, "),
+    "unknown field": ({**ASK, "min_p": 0.1}, "answer takes question, image, image_base64, frame, "),
     "field of another task": ({**ASK, "faithful": True}, "certify, out, stream, id, found 'faithful'"),
     "field of none": ({"task": "forget", "image": "a.png"}, "forget takes id, found 'image'"),
     "cancel of none": ({"task": "cancel"}, "cancel needs id, found none"),
@@ -360,6 +360,7 @@ REFUSED = {
     "temperature: in words": ({**ASK, "temperature": "hot"}, "temperature must be a number, found a string"),
     "temperature: negative": ({**ASK, "temperature": -1}, "temperature must be 0 or a positive number, found -1"),
     "top_p: zero": ({**ASK, "top_p": 0}, "top_p must be above 0 and at most 1, found 0"),
+    "top_k: negative": ({**ASK, "top_k": -1}, "top_k must be 0 or above, found -1"),
     "limit: zero": ({**ASK, "max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
     "limit: beyond": ({**ASK, "max_new_tokens": 2**63}, "prompt and new tokens must fit 4096 positions, got "),
     "draft": ({**ASK, "draft": "input"}, "draft must be one of auto, lookup, none, got 'input'"),

@@ -227,11 +227,13 @@ def test_a_free_run_with_a_number_that_is_no_code(session, monkeypatch):
 # --- prompts and limits ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("call", ["answer", "generate"])
-def test_a_prompt_and_its_answer_must_fit_the_positions(session, call):
+@pytest.mark.parametrize(("call", "limit"), [("answer", 1024), ("generate", 1100)])
+def test_a_prompt_and_its_answer_must_fit_the_positions(session, call, limit):
+    """By default an answer may be as long as the original's, and so may a picture with its newlines."""
     words = "image " * 4000
     message = refusal(PromptError, lambda: getattr(session, call)(None, words))
     assert message.startswith("prompt and new tokens must fit 4096 positions, got ")
+    assert message.endswith(f" + {limit}")
     message = refusal(PromptError, lambda: session.answer(None, QUESTION, max_new_tokens=4096 - 23))
     assert message == "prompt and new tokens must fit 4096 positions, got 24 + 4073"
     # One less begins to answer.
