@@ -12,9 +12,12 @@ class Parallel {
   // Calls task(state, index) once for every index below count, in any order, and returns when all are done.
   using Run = void (*)(void* pool, size_t count, Task task, void* state);
 
-  Parallel(void* pool, Run run) : pool_(pool), run_(run) {}
+  Parallel(void* pool, Run run, size_t threads) : pool_(pool), run_(run), threads_(threads) {}
   // Runs everything on the calling thread.
-  Parallel() : Parallel(nullptr, nullptr) {}
+  Parallel() : Parallel(nullptr, nullptr, 1) {}
+
+  // For so many it pays to have work. No result depends on it.
+  size_t threads() const { return threads_; }
 
   template <class Function>
   void operator()(size_t count, Function function) const {
@@ -28,6 +31,7 @@ class Parallel {
  private:
   void* pool_;
   Run run_;
+  size_t threads_;
 };
 
 }  // namespace healthgpt

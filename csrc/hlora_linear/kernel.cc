@@ -90,6 +90,7 @@ struct Call {
   float* low = nullptr;               // (splits of [A;R], rows, R + E); Gate adds them up in the first split
   float* partial = nullptr;           // (splits of W, rows, O), only for few rows
 
+  int64_t threads() const { return static_cast<int64_t>(parallel.threads()); }
   bool has_adapter() const { return given.experts > 0; }
   // Whether the products' rows are not those of x itself.
   bool prepares() const { return given.normalise || given.pair_input; }
@@ -154,7 +155,8 @@ struct Call {
   void FewRows() const {
     const Matrix& matrix = given.weight;
     const int64_t outputs = matrix.outputs, reductions = has_adapter() ? into.splits : 0;
-    const int64_t run_columns = RunColumns(outputs, rows), runs = CeilDivide(outputs, run_columns);
+    const int64_t run_columns = RunColumns(outputs, rows, weight.splits, threads());
+    const int64_t runs = CeilDivide(outputs, run_columns);
     parallel(static_cast<size_t>(reductions + weight.splits * runs), [&](size_t task) {
       const int64_t index = static_cast<int64_t>(task) - reductions;
       if (index < 0) return Reduce(static_cast<int64_t>(task), 0, rows);
@@ -173,7 +175,7 @@ struct Call {
     if (has_adapter()) {
       for (int64_t row = 0; row < rows; ++row) Gate(row);
     }
-    const int64_t width = RoundUp(CeilDivide(outputs, kPartsPerMatrix), kTile);
+    const int64_t width = RoundUp(CeilDivide(outputs, SharedParts(kParts, threads())), kTile);
     parallel(static_cast<size_t>(CeilDivide(outputs, width)), [&](size_t index) {
       const int64_t column = static_cast<int64_t>(index) * width, columns = Min(width, outputs - column);
       const Part part = TaskPart(0, rows, column, columns, UnpackedBytes(given.adapter_out, rows, columns));
@@ -201,7 +203,7 @@ struct Call {
       ForRows(rows, parallel, [&](int64_t row) { Gate(row); });
     }
     const int64_t by_cache = Max(1, kTaskBytes / (8 * per_part) / kTile);
-    const int64_t by_share = CeilDivide(CeilDivide(matrix.outputs, kTile), kPartsPerMatrix);
+    const int64_t by_share = CeilDivide(CeilDivide(matrix.outputs, kTile), SharedParts(kParts, threads()));
     const int64_t width = Min(by_cache, by_share) * kTile, parts = CeilDivide(matrix.outputs, width);
     const int64_t unpacked =
         Max(UnpackedBytes(matrix, per_part, width), has_adapter() ? UnpackedBytes(out_of, per_part, width) : 0);

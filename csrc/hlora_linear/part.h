@@ -33,7 +33,9 @@ constexpr int64_t kTaskBytes = 384 << 10;  // of a task's sums, so that they sta
 constexpr int64_t kRowsPerTask = 384;
 // With few rows, a run has at most kRunSums sums, which fit into the L2 cache, but always up to kRunColumns outputs.
 constexpr int64_t kRunSums = 64 << 10, kRunColumns = 10 << 10;
-constexpr int64_t kPartsPerMatrix = 8;  // at least, if the matrix is large enough
+constexpr int64_t kShortRun = 2048;  // outputs that a run has at least, however many threads wait
+constexpr int64_t kSplits = 8;       // of the channels, at most
+constexpr int64_t kParts = 8;        // of the outputs, at least, if the matrix is large enough
 
 constexpr bool IsInteger(Storage storage) { return storage == Storage::kInt4 || storage == Storage::kInt8; }
 // Up to this many rows, a matrix is read in place, without unpacking tiles. Where pairs are added, unpacking saves less
@@ -90,15 +92,20 @@ struct Cut {
   int64_t splits;
   int64_t blocks;
 
-  explicit Cut(const Matrix& matrix) : blocks(BlocksOf(matrix)) { splits = Min(blocks, kPartsPerMatrix); }
+  explicit Cut(const Matrix& matrix) : blocks(BlocksOf(matrix)) { splits = Min(blocks, kSplits); }
   int64_t first_block(int64_t split) const { return blocks * split / splits; }
 };
 
+// At least `parts`, and as many for each of the threads.
+int64_t SharedParts(int64_t parts, int64_t threads) { return threads * CeilDivide(parts, threads); }
+
 // The outputs of a run, which few rows go over side by side. All outputs if their sums stay in the L2 cache, because
 // whole rows are contiguous in the file. (Hardware prefetchers go past the end of a short run, into data that another
-// thread reads.)
-int64_t RunColumns(int64_t outputs, int64_t rows) {
-  const int64_t runs = CeilDivide(outputs, Max(kRunColumns, kRunSums / rows));
+// thread reads.) But the tasks, so many splits of each run, must keep seven eighths of the threads busy.
+int64_t RunColumns(int64_t outputs, int64_t rows, int64_t splits, int64_t threads) {
+  int64_t runs = CeilDivide(outputs, Max(kRunColumns, kRunSums / rows));
+  const int64_t most = Max(runs, outputs / kShortRun);
+  while (runs < most && 8 * splits * runs < 7 * SharedParts(splits * runs, threads)) ++runs;
   return RoundUp(CeilDivide(outputs, runs), kTile);
 }
 

@@ -2,7 +2,7 @@
 //
 // The onnxruntime wheel has no headers, and a build from source must not download any. The interface makes this safe:
 // within a version nothing changes, and later versions only append. So these declarations hold for every ONNX Runtime
-// since 1.17. In the table of functions only those in use have names; the others are gaps. The assertions below check
+// since 1.24. In the table of functions only those in use have names; the others are gaps. The assertions below check
 // every offset, and tests/csrc/test_onnxruntime_library.py calls every function through a real session.
 #pragma once
 
@@ -11,12 +11,15 @@
 
 extern "C" {
 
-// The first version with KernelContext_ParallelFor, the newest function in use (ONNX Runtime 1.17, 2024).
-constexpr uint32_t kOrtApiVersion = 17;
+// The first version with KernelInfo_GetConfigEntries, the newest function in use (ONNX Runtime 1.24, 2026).
+constexpr uint32_t kOrtApiVersion = 24;
+// Of the structure OrtCustomOp below, which later versions continue.
+constexpr uint32_t kOrtCustomOpVersion = 17;
 
 struct OrtCustomOpDomain;
 struct OrtKernelContext;
 struct OrtKernelInfo;
+struct OrtKeyValuePairs;
 struct OrtSessionOptions;
 struct OrtShapeInferContext;
 struct OrtStatus;  // null for success
@@ -80,6 +83,12 @@ struct OrtApi {
   // Calls function(state, index) for every index below count. With 0 batches, each free thread takes the next index.
   OrtStatus* (*KernelContext_ParallelFor)(const OrtKernelContext* context, void (*function)(void*, size_t),
                                           size_t count, size_t batches, void* state);
+  void* gap_275[22];
+  const char* (*GetKeyValue)(const OrtKeyValuePairs* pairs, const char* key);  // null: it has none
+  void* gap_298[2];
+  void (*ReleaseKeyValuePairs)(OrtKeyValuePairs* pairs);
+  void* gap_301[90];
+  OrtStatus* (*KernelInfo_GetConfigEntries)(const OrtKernelInfo* info, OrtKeyValuePairs** pairs);
 };
 
 struct OrtApiBase {
@@ -112,7 +121,7 @@ struct OrtCustomOp {
 
 }  // extern "C"
 
-// The offsets in ONNX Runtime's own header of version 17.
+// The offsets in ONNX Runtime's own header.
 #define HEALTHGPT_IS_AT(structure, member, place) \
   static_assert(offsetof(structure, member) == (place) * sizeof(void*), #member " must be at " #place)
 
@@ -137,6 +146,9 @@ HEALTHGPT_IS_AT(OrtApi, ReleaseCustomOpDomain, 101);
 HEALTHGPT_IS_AT(OrtApi, KernelContext_GetGPUComputeStream, 193);
 HEALTHGPT_IS_AT(OrtApi, KernelInfoGetConstantInput_tensor, 249);
 HEALTHGPT_IS_AT(OrtApi, KernelContext_ParallelFor, 274);
+HEALTHGPT_IS_AT(OrtApi, GetKeyValue, 297);
+HEALTHGPT_IS_AT(OrtApi, ReleaseKeyValuePairs, 300);
+HEALTHGPT_IS_AT(OrtApi, KernelInfo_GetConfigEntries, 391);
 HEALTHGPT_IS_AT(OrtCustomOp, GetInputMemoryType, 12);
 HEALTHGPT_IS_AT(OrtCustomOp, CreateKernelV2, 17);
 HEALTHGPT_IS_AT(OrtCustomOp, GetEndVersion, 21);

@@ -31,7 +31,7 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
   const OrtApi* api = base->GetApi(kOrtApiVersion);
   if (api == nullptr) {
     // CreateStatus has had the same offset since version 1.
-    return base->GetApi(1)->CreateStatus(kOrtFail, "the kernels of healthgpt-edge need ONNX Runtime 1.17 or newer");
+    return base->GetApi(1)->CreateStatus(kOrtFail, "the kernels of healthgpt-edge need ONNX Runtime 1.24 or newer");
   }
   return healthgpt::Guarded(*api, "healthgpt kernels", [&] {
     static const healthgpt::Domain domain(*api);

@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <cfloat>
+#include <charconv>
 #include <exception>
 
 namespace healthgpt {
@@ -99,6 +100,23 @@ Tensor Attributes::Constant(size_t index, const Operand& operand) const {
   const OrtValue* value = nullptr;
   Check(api_, api_.KernelInfoGetConstantInput_tensor(info_, index, &is_constant, &value));
   return is_constant != 0 && value != nullptr ? Read(api_, operand, value) : Tensor();
+}
+
+size_t Attributes::Threads() const {
+  static constexpr char kKey[] = "healthgpt.threads";
+  static constexpr size_t kDefault = 8, kMost = 4096;
+  OrtKeyValuePairs* entries = nullptr;
+  Check(api_, api_.KernelInfo_GetConfigEntries(info_, &entries));
+  const char* given = api_.GetKeyValue(entries, kKey);
+  const std::string text = given == nullptr ? std::to_string(kDefault) : given;
+  api_.ReleaseKeyValuePairs(entries);
+  size_t threads = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), threads);
+  if (error != std::errc() || end != text.data() + text.size() || threads < 1 || threads > kMost) {
+    throw std::invalid_argument(std::string(kKey) + " must be from 1 to " + std::to_string(kMost) + ", found \"" +
+                                text + "\"");
+  }
+  return threads;
 }
 
 Tensor Call::Input(size_t index) const {

@@ -83,6 +83,8 @@ class Attributes {
   float Positive(const char* name) const;
   // The input at `index`; not `given` if it is not a constant of the graph.
   Tensor Constant(size_t index, const Operand& operand) const;
+  // The threads of the session, which its configuration must name, for ONNX Runtime does not tell; else a default.
+  size_t Threads() const;
 
  private:
   const OrtApi& api_;
@@ -92,15 +94,15 @@ class Attributes {
 // One call of a kernel: its inputs, its outputs, and its threads.
 class Call {
  public:
-  Call(const OrtApi& api, OrtKernelContext* context, const Operand* inputs)
-      : api_(api), context_(context), inputs_(inputs) {}
+  Call(const OrtApi& api, OrtKernelContext* context, const Operand* inputs, size_t threads)
+      : api_(api), context_(context), inputs_(inputs), threads_(threads) {}
 
   Tensor Input(size_t index) const;
   // The memory of an output of this shape: new, or bound by the caller.
   void* Output(size_t index, const int64_t* shape, size_t rank) const;
 
   // ONNX Runtime's own threads, so that --threads applies to all nodes.
-  Parallel Threads() { return Parallel(this, &Call::Run); }
+  Parallel Threads() { return Parallel(this, &Call::Run, threads_); }
 
   // The CUDA stream of this call; null on the CPU.
   void* Stream() const;
@@ -111,6 +113,7 @@ class Call {
   const OrtApi& api_;
   OrtKernelContext* context_;
   const Operand* inputs_;
+  size_t threads_;
 };
 
 // Runs `function` and returns its exception, if any, as a status.
@@ -132,6 +135,7 @@ OrtStatus* Guarded(const OrtApi& api, const char* name, Function function) noexc
 template <class Kernel>
 struct LoadedKernel {
   const OrtApi& api;
+  size_t threads;
   Kernel kernel;
 };
 
@@ -140,7 +144,7 @@ template <class Kernel>
 const OrtCustomOp* Operator() {
   static const OrtCustomOp op = [] {
     OrtCustomOp description = {};
-    description.version = kOrtApiVersion;
+    description.version = kOrtCustomOpVersion;
     description.GetName = [](const OrtCustomOp*) { return Kernel::kName; };
     description.GetExecutionProviderType = [](const OrtCustomOp*) { return Provider(); };
     description.GetInputTypeCount = [](const OrtCustomOp*) { return std::size(Kernel::kInputs); };
@@ -155,13 +159,15 @@ const OrtCustomOp* Operator() {
       return Kernel::kOutputs[index].characteristic;
     };
     description.CreateKernelV2 = [](const OrtCustomOp*, const OrtApi* api, const OrtKernelInfo* info, void** made) {
-      return Guarded(*api, Kernel::kName,
-                     [&] { *made = new LoadedKernel<Kernel>{*api, Kernel(Attributes(*api, info))}; });
+      return Guarded(*api, Kernel::kName, [&] {
+        const Attributes attributes(*api, info);
+        *made = new LoadedKernel<Kernel>{*api, attributes.Threads(), Kernel(attributes)};
+      });
     };
     description.KernelComputeV2 = [](void* made, OrtKernelContext* context) {
       const auto& loaded = *static_cast<const LoadedKernel<Kernel>*>(made);
       return Guarded(loaded.api, Kernel::kName, [&] {
-        Call call(loaded.api, context, std::data(Kernel::kInputs));
+        Call call(loaded.api, context, std::data(Kernel::kInputs), loaded.threads);
         loaded.kernel.Compute(call);
       });
     };

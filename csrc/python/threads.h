@@ -16,7 +16,7 @@ class Threads {
  public:
   explicit Threads(size_t count) : count_(count) {}
 
-  Parallel parallel() { return count_ > 1 ? Parallel(this, &Threads::Run) : Parallel(); }
+  Parallel parallel() { return count_ > 1 ? Parallel(this, &Threads::Run, count_) : Parallel(); }
 
  private:
   static void Run(void* pool, size_t count, Parallel::Task task, void* state) {

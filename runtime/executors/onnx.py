@@ -122,7 +122,9 @@ class OnnxExecutor:
         options.enable_cpu_mem_arena = False
         options.enable_mem_pattern = False
         # Left to itself ONNX Runtime takes the cores of the machine, whatever a container is given of them.
-        options.intra_op_num_threads = self._threads or cores()
+        threads = self._threads or cores()
+        options.intra_op_num_threads = threads
+        options.add_session_config_entry("healthgpt.threads", str(threads))  # our kernels cannot ask it
         if self.bundle.manifest.precision == "fp32" and role != "codes":
             # Packing would copy every matrix out of the mapped file, once per task. (The VQGAN is small and all
             # convolutions, which gain more from it.)

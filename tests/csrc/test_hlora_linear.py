@@ -221,6 +221,23 @@ def test_a_row_depends_neither_on_the_others_nor_on_the_threads(storage, around,
 
 
 @each_target
+@pytest.mark.parametrize("storage", ["int4", "float16"])
+def test_parts_of_wide_rows_for_many_threads_change_no_bit(storage, target):
+    """Of 6200 outputs, for 6 threads two runs are made and for 16 three; of the rest, as many parts as threads."""
+    _, *matrices = operands(13, 260, 6200, 36, 4)
+    x = np.random.default_rng(1).standard_normal((13, 260)).astype(np.float32)
+    weight, bias, *adapters = matrices
+    (weight, _), *adapters = (store(matrix, storage, 32) for matrix in (weight, *adapters))
+    adapters = [adapter for adapter, _ in adapters]
+    for rows in (1, 4, 13):
+        few, *many = (
+            _kernels.hlora_linear(x[:rows], weight, bias, *adapters, 4, target, threads) for threads in (1, 6, 16, 29)
+        )
+        for one in many:
+            np.testing.assert_array_equal(one, few)
+
+
+@each_target
 @pytest.mark.parametrize(
     ("storage", "adapter_storage"), [("int4", "int8"), ("int4", "float32"), ("float16", "int8"), ("int8", "bfloat16")]
 )

@@ -77,12 +77,16 @@ def model(op: str, operands: Operands, results: dict[str, int], body: Any = None
     )
 
 
-def open_session(graph: onnx.ModelProto, kernels: Path | bool, threads: int = 1, **settings: Any) -> Any:
-    """`kernels` is a library of them, or whether to take that of the CPU."""
+def open_session(
+    graph: onnx.ModelProto, kernels: Path | bool, threads: int = 1, told: str | None = None, **settings: Any
+) -> Any:
+    """`kernels` is a library of them, or whether to take that of the CPU; `told` is what it is told of the threads."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if told is not None:
+        options.add_session_config_entry("healthgpt.threads", told)
     for name, value in settings.items():
         setattr(options, name, value)
     if kernels:
@@ -208,6 +212,19 @@ def test_threads_change_nothing(storage):
     operands, more = hlora_operands(storage, storage, rows=50), {"block_size": BLOCK_SIZE, "experts": 4}
     one, four = (run("HLoraLinear", operands, {"y": FLOAT}, threads=threads, **more)[0] for threads in (1, 4))
     np.testing.assert_array_equal(one, four)
+
+
+def test_what_kernels_are_told_of_the_threads():
+    """Which changes no bit either; nonsense is refused, so it has arrived."""
+    operands, more = hlora_operands("int4", "int4", rows=2), {"block_size": BLOCK_SIZE, "experts": 4}
+    graph = model("HLoraLinear", operands, {"y": FLOAT}, **more)
+    given = {name: value for name, value in operands.items() if isinstance(value, np.ndarray)}
+    one, *others = (open_session(graph, True, 1, told).run(None, given)[0] for told in (None, "1", "6", "64"))
+    for other in others:
+        np.testing.assert_array_equal(other, one)
+    for nonsense in ("", "0", "-1", "2 ", "4097", "99999999999999999999"):
+        with pytest.raises(Exception, match=f'threads must be from 1 to 4096, found "{nonsense}"'):
+            open_session(graph, True, 1, nonsense)
 
 
 def attention_operands(cache: str, lengths: tuple[int, ...] = (3, 1), tokens: int = 2, capacity: int = 9) -> Operands:
@@ -389,7 +406,7 @@ def test_an_older_onnx_runtime_is_told_so():
     register = ctypes.CDLL(str(library())).RegisterCustomOps
     register.restype, register.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_void_p]
     assert register(None, ctypes.addressof(base)) == 1
-    assert said == [(1, "the kernels of healthgpt-edge need ONNX Runtime 1.17 or newer")]
+    assert said == [(1, "the kernels of healthgpt-edge need ONNX Runtime 1.24 or newer")]
 
 
 def refusal(op: str, operands: Operands, results: dict[str, int], **attributes: int) -> str:
