@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # Everything a GPU has to say about the CUDA kernels, in one call under nine minutes: builds them, runs their tests on the
 # GPU while compute-sanitizer looks on and bundles are exported, then times the kernels alone, then whole bundles by ONNX
-# Runtime's CUDA provider. Needs nvcc, CMake, ninja, pybind11, PyTorch, onnx and pytest in the Python that is found, and
+# Runtime's CUDA provider. Last, such a machine has a processor with many cores, and often AVX-512, for the CPU kernels'
+# tests and times. Needs nvcc, CMake, ninja, pybind11, PyTorch, onnx and pytest in the Python that is found, and
 # nothing from the network; bundles need wheels/ as benchmarks/gpu/requirements.txt says, and are left out without.
 #
-#   benchmarks/gpu.sh [FOLDER]             gpu.json, gpu.md, gpu-bundles.json, gpu-bundles-rows.json and gpu.log go to
-#                                          FOLDER, by default benchmarks/results
+#   benchmarks/gpu.sh [FOLDER]             gpu.json, gpu.md, gpu-bundles.json, gpu-bundles-rows.json, of the processor
+#                                          gpu-cpu.json and gpu-cpu-threads.json, and gpu.log go to FOLDER, by default
+#                                          benchmarks/results
 #   benchmarks/gpu.sh --rehearse [FOLDER]  without a GPU: all steps on the host's fibers, at small sizes
 #
 # GPU_SECONDS limits all of it, GPU_KERNEL_SECONDS the times of the kernels. COMMIT says what is tested, where git does
@@ -137,6 +139,15 @@ step times $((seconds + 15)) "$python" -m benchmarks.gpu "$HEALTHGPT_CUDA_MODULE
   --seconds "$seconds"
 if [[ $bundles == yes ]] && finish export; then
   step bundles "$limit" "${on_bundles[@]}" --out "$results/$name-bundles.json" --seconds $(($(left) - 10))
+fi
+
+# The processor, last, for it has other chances.
+if [[ $rehearse == no && $bundles == yes ]]; then
+  here=(env "PYTHONPATH=$site" "$python" -m)
+  step cpu-tests 100 "${here[@]}" pytest -p no:cacheprovider --maxfail 20 tests/csrc/test_hlora_linear.py \
+    tests/csrc/test_cached_attention.py tests/csrc/test_convolution.py
+  step cpu-threads 100 "${here[@]}" benchmarks.threads "$work/m3-int4" --out "$results/$name-cpu-threads.json"
+  step cpu-times 150 "${here[@]}" benchmarks.gpu.processor "$work/m3-int4" --out "$results/$name-cpu.json"
 fi
 
 if ((${#failed[@]})); then
