@@ -34,8 +34,8 @@ PICTURE = GOLDEN / "images" / "tall.png"
 # More tokens than a pass takes, and than the caches begin with.
 QUESTION = " Is <|end|>\nthis   胸部CT? " + "Or is it not? " * 30
 TOKENS = 90
-# So large that another one would be noticed.
-EPSILON, ROPE_THETA = 0.01, 500.0
+# An epsilon so large that another one would be noticed.
+EPSILON, ROPE_THETA, VISION_LAYERS = 0.01, 500.0, 3
 # Cosines and sines of the same float32 angles.
 ANGLES = 1e-6
 
@@ -76,10 +76,11 @@ def random_model(sizes: Sizes) -> HealthGPT:
             rms_epsilon=EPSILON,
             rope_theta=ROPE_THETA,
         )
-        task = TaskConfig("comprehension", sizes.rank, sizes.experts, 2.0 * sizes.rank, golden.vision.layers - 1)
+        vision = replace(golden.vision, layers=VISION_LAYERS)
+        task = TaskConfig("comprehension", sizes.rank, sizes.experts, 2.0 * sizes.rank, VISION_LAYERS - 1)
         tokens = tokenizer_size(golden.base_dir) if golden.tokens is None else language.vocab
         torch.manual_seed(0)
-        model = HealthGPT(language, golden.vision, task, golden.generation, golden.tokens)
+        model = HealthGPT(language, vision, task, golden.generation, golden.tokens)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
             parameter.data += 0.3 * torch.randn_like(parameter)
@@ -98,7 +99,6 @@ def release(folder: Path, sizes: Sizes) -> dict[str, Path]:
     model, golden = random_model(sizes), arguments(sizes.system)
     for name in ("base", "vision"):
         shutil.copytree(golden[name], folder / name, ignore=shutil.ignore_patterns("model*", "pytorch_model.bin"))
-    config = folder / "base/config.json"
     changes = {
         "hidden_size": sizes.hidden,
         "intermediate_size": sizes.intermediate,
@@ -109,10 +109,14 @@ def release(folder: Path, sizes: Sizes) -> dict[str, Path]:
         "rope_theta": ROPE_THETA,
         "sliding_window": sizes.window,
     }
-    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
-    generation = folder / "base/generation_config.json"
-    settings = json.loads(generation.read_text()) | {"repetition_penalty": sizes.penalty}
-    generation.write_text(json.dumps(settings))
+    vision = json.loads((folder / "vision/config.json").read_text())["vision_config"]
+    for path, change in {
+        "base/config.json": changes,
+        "base/generation_config.json": {"repetition_penalty": sizes.penalty},
+        "vision/config.json": {"vision_config": vision | {"num_hidden_layers": VISION_LAYERS}},
+    }.items():
+        settings = json.loads((folder / path).read_text()) | change
+        (folder / path).write_text(json.dumps(settings))
     metadata = {"format": "pt"}
     save_file(model.base_state(model.language.base_vocab), folder / "base/model.safetensors", metadata)
     save_file(model.vision_state(), folder / "vision/model.safetensors", metadata)

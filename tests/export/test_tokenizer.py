@@ -182,6 +182,18 @@ def test_new_tokens_follow_the_base_in_order():
     assert len(json.dumps(options)) < 300
 
 
+def test_the_last_line_of_merges_is_none_even_without_a_newline_before_it(tmp_path):
+    folder = broken(tmp_path, "phi4", lambda config: None)
+    merges = folder / "merges.txt"
+    merges.write_text(merges.read_text().rstrip("\n"))
+    (tmp_path / "tokenizer.json").write_text(write_tokenizer(folder, None)[0])
+    last = merges.read_text().rsplit("\n", 1)[1]
+    read = json.loads((tmp_path / "tokenizer.json").read_text())["model"]["merges"]
+    assert last.split() not in read and len(read) > 0
+    whole = json.loads(write_tokenizer(BASES["phi4"][0], None)[0])["model"]["merges"]
+    assert whole == [*read, last.split()]
+
+
 def test_without_codes_nothing_is_added():
     text, _ = write_tokenizer(BASES["m3"][0], None)
     assert "<start_index>" not in text

@@ -132,9 +132,9 @@ def test_exif_orientation_is_ignored_as_in_the_original():
 
 
 def test_16_bit_grey_is_scaled_and_not_clipped():
-    values = np.array([[0, 128, 129, 257, 300, 4095, 32768, 65535]], dtype=np.uint16)
+    values = np.array([[0, 128, 129, 257, 300, 4095, 32768, 60000, 65535]], dtype=np.uint16)
     data = encoded(Image.fromarray(values))
-    assert np.asarray(read_image(data))[0, :, 0].tolist() == [0, 0, 1, 1, 1, 16, 128, 255]
+    assert np.asarray(read_image(data))[0, :, 0].tolist() == [0, 0, 1, 1, 1, 16, 128, 233, 255]
     assert np.array_equal(read_image(values), read_image(data))
 
 

@@ -226,6 +226,16 @@ def test_a_damaged_tokenizer_file(files, tmp_path, content):
         Tokenizer.load(tmp_path / "absent.json", files["m3"][1])
 
 
+def test_of_added_tokens_that_begin_alike_the_longest_is_meant(files, tmp_path):
+    path, options = files["m3"]
+    document = json.loads(path.read_bytes())
+    short = document["added_tokens"][-1]
+    document["added_tokens"].append(short | {"id": short["id"] + 1, "content": short["content"] + "+"})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    tokenizer = Tokenizer.load(tmp_path / "tokenizer.json", options)
+    assert tokenizer.encode(f"a{short['content']}+{short['content']}")[-2:] == [short["id"] + 1, short["id"]]
+
+
 def test_a_tokenizer_may_lie_where_no_unicode_leads(files, tmp_path):
     folder = tmp_path / os.fsdecode(b"\xff")
     folder.mkdir()

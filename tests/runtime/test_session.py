@@ -30,6 +30,7 @@ from healthgpt_edge.errors import (
 )
 from healthgpt_edge.executors.onnx import DEVICES
 from healthgpt_edge.images import prepare, read_image
+from healthgpt_edge.inference import Run
 
 QUESTION = "What is in the image?"
 COM, GEN = Case("m3_com_wide"), Case("m3_gen_wide")
@@ -145,6 +146,28 @@ def test_the_stop_token_is_among_the_ids_and_not_in_the_text(session):
     assert answer.token_ids == ids
     assert answer.text == session.tokenizer.decode(ids[:-1])
     assert session.tokenizer.decode(ids) != answer.text
+
+
+def test_special_tokens_within_an_answer_are_not_in_its_text(session, monkeypatch):
+    """As the original prints answers: neither in the pieces nor in the whole."""
+    words = session.tokenizer.encode("in the image")
+    codes = session.bundle.manifest.codes
+    ids = [*words, codes.first, codes.newline, *words, session.bundle.manifest.decoding.stop_ids[-1]]
+
+    class Said:
+        def __init__(self, *arguments) -> None:
+            self.on_token = arguments[-1]
+
+        def steps(self):
+            for token_id in ids:
+                self.on_token(token_id)
+            return Run([], ids, "none", [1], True, 0)
+            yield
+
+    monkeypatch.setattr("healthgpt_edge.session.Inference", Said)
+    pieces: list[str] = []
+    answer = session.answer(None, QUESTION, on_text=pieces.append)
+    assert "".join(pieces) == answer.text == session.tokenizer.decode(words + words)
 
 
 # --- sampling -------------------------------------------------------------------------------------------------------
