@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 # The original's limits: 1024 new tokens, 1100 for a picture of 1024 codes. Other sizes get the same slack.
 DEFAULT_ANSWER_TOKENS = 1024
 CODE_SLACK_TOKENS = 76
+# What the original cuts off for a stop token, whatever it is: len(" <|end|>").
+STOP_CHARACTERS = 8
 DEFAULT_TOGETHER = 4
 # Each has a stack and queues: a number gone wrong would take the machine's memory before anything is computed.
 MAX_THREADS = 1024
@@ -271,12 +273,11 @@ class Session:
         return self.bundle.manifest.codes
 
     def _free_codes(self, new_ids: list[int]) -> list[int]:
-        """The codes as the original reads them off a free run: every number in the text, less its last token.
+        """The codes as the original reads them off a free run: every number in the text less the stop token.
 
-        The original cuts the stop token off as text; at the token limit it cuts the last code instead, and so must
-        we to agree with it.
+        At the token limit this cuts the last code instead, and so must we to agree with it.
         """
-        numbers = re.findall(r"\d+", self.tokenizer.decode(new_ids[:-1]))
+        numbers = re.findall(r"\d+", self.tokenizer.decode(new_ids)[:-STOP_CHARACTERS])
         try:
             return [int(number) for number in numbers]
         except ValueError as error:  # Python's limit, thousands of digits

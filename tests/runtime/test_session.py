@@ -227,9 +227,10 @@ def free_codes(session: Session, *pieces: str) -> list[int]:
 
 
 def test_a_free_run_is_read_as_the_original_reads_it(session):
-    """Every number in the text without its last token, whatever stands around it."""
+    """Every number in the text without its last eight characters, whatever stands around it."""
     assert free_codes(session, "<idx_3>", "<pixel_newline>", "<idx_63>", "<end_index>", "<|end|>") == [3, 63]
     assert free_codes(session, "<idx_3>", "<idx_4>") == [3]
+    assert free_codes(session, "<idx_3>", "<idx_63>", "a") == [3]
     assert free_codes(session, "<idx_3>", "7", "7", "<|end|>") == [3, 77]
     assert free_codes(session, "▁are", "<|end|>") == []
     # Longer than Python turns into a number without being told to.
