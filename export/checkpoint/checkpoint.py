@@ -53,7 +53,7 @@ class Checkpoint:
         if self.template != "qwen":
             # The original always adds tokens to these systems. It sets every row from the tokenizer's size on to the
             # mean row, also the base's padding rows. If their number is unknown they are left out here, which changes
-            # no answer: a mean row never has the largest logit.
+            # no answer unless such a token is typed: a mean row never has the largest logit.
             added = 0 if self.tokens is None else self.tokens.codes + MARKERS
             self.language = replace(self.language, vocab=self._tokenizer_size + added)
         self.generation = read_generation(base, self.language.vocab)
