@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from .errors import BundleError
+from .errors import BundleError, ExecutorError
 from .machine import cores
 from .manifest import MAX_MANIFEST_BYTES, Manifest
 
@@ -42,11 +42,9 @@ class Bundle:
         with _reading(root):
             if not root.is_dir():
                 raise BundleError(f"a bundle is a directory, found none at {_name(root)}")
-            if not _is_regular(root / MANIFEST):
-                raise BundleError(f"{_name(root)} is not a bundle: it has no regular file {MANIFEST}")
-            with (root / MANIFEST).open("rb") as file:
-                manifest = Manifest.from_json(file.read(MAX_MANIFEST_BYTES + 1))
-            bundle = cls(root, manifest)
+            # Graphs are opened later, too: then this must be the place still, wherever the process or a link has gone.
+            root = Path(os.path.realpath(root, strict=True))
+            bundle = cls(root, _read_manifest(root))
             bundle._check_listing()
         bundle.verify(() if verify else ("weights/",))
         return bundle
@@ -58,20 +56,32 @@ class Bundle:
         return self.path / name
 
     def graph(self, task: str, role: str) -> Path:
-        """The path of a task's graph: vision, language, vocabulary, codes or draft."""
+        """The path of a task's graph: vision, language, vocabulary, codes or draft.
+
+        Raises BundleError where there is none, or the bundle was replaced.
+        """
         if task not in self.manifest.tasks:
             raise BundleError(f"the bundle has no task {task!r}, only {', '.join(sorted(self.manifest.tasks))}")
         graphs = self.manifest.tasks[task].graphs
         if role not in graphs:
             raise BundleError(f"task {task} has no graph {role!r}, only {', '.join(sorted(graphs))}")
+        self.check_unchanged()
         return self.file(graphs[role])
+
+    def check_unchanged(self) -> None:
+        """Raise BundleError where another bundle has taken the place of this one: parts of both are no model."""
+        with _reading(self.path):
+            found = _read_manifest(self.path)
+        if found != self.manifest:
+            raise BundleError(f"bundle {_name(self.path)} was replaced by another since it was opened: load it again")
 
     def verify(
         self, skip: tuple[str, ...] = (), on_bytes: Callable[[int, int], None] = lambda read, total: None
     ) -> int:
         """Compare the SHA-256 of every file whose name does not start with one of `skip`; returns the bytes read.
 
-        `on_bytes` gets now and then how many have been read, of how many. Raises BundleError.
+        `on_bytes` gets now and then how many have been read, of how many. Raises BundleError, and ExecutorError where
+        the system starts no threads.
         """
         sizes = {name: entry.size for name, entry in self.manifest.files.items() if not name.startswith(skip)}
         read = dict.fromkeys(sizes, 0)
@@ -90,7 +100,10 @@ class Bundle:
         with ThreadPoolExecutor(min(cores(), _HASH_THREADS)) as pool:
             try:
                 # The largest first, or one thread would end with it alone.
-                pending = {pool.submit(check, name) for name in sorted(sizes, key=lambda name: -sizes[name])}
+                try:
+                    pending = {pool.submit(check, name) for name in sorted(sizes, key=lambda name: -sizes[name])}
+                except RuntimeError as error:
+                    raise ExecutorError(f"hashes are computed by threads, of which the system says: {error}") from error
                 while pending:
                     done, pending = wait(pending, _TELL_SECONDS, FIRST_COMPLETED)
                     for one in done:
@@ -125,6 +138,13 @@ class Bundle:
             if (size := path.stat().st_size) != entry.size:
                 raise BundleError(f"file {name} must be {entry.size} bytes, found {size}")
             path.open("rb").close()  # whoever maps it later may have no words for why it cannot
+
+
+def _read_manifest(root: Path) -> Manifest:
+    if not _is_regular(root / MANIFEST):
+        raise BundleError(f"{_name(root)} is not a bundle: it has no regular file {MANIFEST}")
+    with (root / MANIFEST).open("rb") as file:
+        return Manifest.from_json(file.read(MAX_MANIFEST_BYTES + 1))
 
 
 def _raise(error: OSError) -> NoReturn:

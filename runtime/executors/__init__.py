@@ -131,18 +131,23 @@ def open_executor(
 ) -> Executor:
     """Open the executor called `name`, onnx or tensorrt, for `tasks` on cpu or cuda (None: where it runs by default).
 
-    threads and kernels are for onnx, threads for the CPU. Raises ExecutorError.
+    threads and kernels are for onnx, threads for the CPU. Raises ExecutorError, and BundleError where the bundle was
+    replaced meanwhile.
     """
+    executor: Executor
     if name == "onnx":
         from .onnx import OnnxExecutor
 
-        return OnnxExecutor(bundle, tasks, device=device or "cpu", threads=threads, kernels=kernels)
-    if name == "tensorrt":
+        executor = OnnxExecutor(bundle, tasks, device=device or "cpu", threads=threads, kernels=kernels)
+    elif name == "tensorrt":
         from .tensorrt import TensorRtExecutor
 
         if device not in (None, "cuda"):
             raise ExecutorError(f"executor tensorrt runs on device cuda, found {device!r:.40}")
         if threads is not None or not kernels:
             raise ExecutorError("executor tensorrt runs its engines: threads and kernels are options of onnx")
-        return TensorRtExecutor.open(bundle, tasks)
-    raise ExecutorError(f"executor must be onnx or tensorrt, found {name!r:.40}")
+        executor = TensorRtExecutor.open(bundle, tasks)
+    else:
+        raise ExecutorError(f"executor must be onnx or tensorrt, found {name!r:.40}")
+    bundle.check_unchanged()
+    return executor

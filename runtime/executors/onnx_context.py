@@ -24,6 +24,12 @@ TRIM_EVERY_PASSES = 64
 # Drafts change between a few sizes, and binding one anew takes 0.2 ms, a fifth of a small model's pass. Each has logits
 # of its own, so not all of them are kept.
 _BOUND_PASSES = 4
+# What ONNX Runtime says, behind places in its own source, and what it means.
+_REFUSALS = {
+    "bad_alloc": "there is not enough memory",
+    "pthread_create failed": "the system starts no more threads, by a limit on them or on memory",
+    "requires procfs": "it opens weights by way of /proc, found it not mounted",
+}
 _NO_GRAPH = -1
 _graph_ids = itertools.count(1)
 
@@ -223,5 +229,9 @@ def return_freed_memory() -> None:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, as one line."""
-    return (str(error).splitlines() or [""])[0][:300]
+    """What an error says, as one line; where it is the machine that refuses something, this alone, in our words."""
+    text = str(error)
+    for sign, words in _REFUSALS.items():
+        if sign in text:
+            return words
+    return (text.splitlines() or [""])[0][:300]

@@ -10,6 +10,8 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,8 @@ from sealed import seal
 from healthgpt_edge.bundle import Bundle
 from healthgpt_edge.errors import BundleError, ExecutorError, HealthGPTError
 from healthgpt_edge.executors.contract import graph_values
-from healthgpt_edge.executors.onnx import value_of
+from healthgpt_edge.executors.onnx import OnnxExecutor, value_of
+from healthgpt_edge.executors.onnx_context import first_line
 from healthgpt_edge.manifest import MAX_MANIFEST_BYTES, Manifest
 from healthgpt_edge.session import load
 
@@ -538,6 +541,69 @@ def test_a_bundle_may_be_moved_and_linked_to(bundle, tmp_path):
         assert Bundle.open(path).manifest.template == "phi3"
 
 
+def other_in_place_of(bundle: Path) -> None:
+    """What an update does: another bundle under the same name, by renaming."""
+    other = copy_of(bundle, bundle.with_name("other"))
+    edit(other, lambda data: data.update(producer="another"))
+    bundle.rename(bundle.with_name("old"))
+    other.rename(bundle)
+
+
+REPLACED = "bundle 'bundle' was replaced by another since it was opened: load it again"
+
+
+def test_a_graph_that_is_opened_late_is_not_of_another_bundle(bundle):
+    """A faithful run's vocabulary, say: with the head of another model the codes would be nobody's."""
+    session = load(bundle, threads=1)
+    other_in_place_of(bundle)
+    assert session.answer(PICTURE, "Why?", max_new_tokens=2).token_ids
+    assert refusal(lambda: session.generate(PICTURE, "Draw.", faithful=True, max_new_tokens=2)) == REPLACED
+
+
+def test_a_bundle_that_is_replaced_while_it_is_loaded(bundle):
+    """Before the first graph is opened, or after the last: the hashes are of what was there first."""
+
+    def after_the_hashes(read: int, of: int) -> None:
+        if read == of and not bundle.with_name("old").exists():
+            other_in_place_of(bundle)
+
+    assert refusal(lambda: load(bundle, threads=1, on_verified=after_the_hashes)) == REPLACED
+
+
+def test_a_bundle_that_is_replaced_while_its_graphs_are_opened(bundle, monkeypatch):
+    create = OnnxExecutor._create
+
+    def replaced(self: OnnxExecutor, path: Path, *others: Any) -> Any:
+        session = create(self, path, *others)
+        if path.name == "generation.codes.onnx":
+            other_in_place_of(bundle)
+        return session
+
+    monkeypatch.setattr(OnnxExecutor, "_create", replaced)
+    assert refusal(lambda: load(bundle, tasks=("generation",), threads=1)) == REPLACED
+
+
+def test_a_process_may_leave_the_folder_that_a_path_was_relative_to(bundle, monkeypatch):
+    """As services do, which load what they need and go to the root."""
+    monkeypatch.chdir(bundle.parent)
+    (bundle.parent / "link").symlink_to("bundle")
+    sessions = [load(path, threads=1) for path in ("bundle", "link")]
+    (bundle.parent / "link").unlink()
+    monkeypatch.chdir("/")
+    for session in sessions:  # by a graph that is opened only now
+        assert session.executor.draft(np.zeros((256, 256, 3), np.uint8)).ndim == 2
+
+
+def test_hashes_where_the_system_starts_no_threads(bundle, monkeypatch):
+    def refused(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    outcome = run("verify", bundle)
+    message = "error: hashes are computed by threads, of which the system says: can't start new thread\n"
+    assert (outcome.code, outcome.output, outcome.errors) == (2, "", message)
+
+
 def test_what_is_no_bundle(tmp_path):
     (tmp_path / "file").write_text("x")
     for name in ("file", "nothing"):
@@ -550,12 +616,19 @@ def test_what_is_no_bundle(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["bundle.json", "tokenizer.json", "weights/base.bin", "weights"])
-def test_a_file_that_may_not_be_read(golden_bundle, tmp_path, name):
+def test_a_file_that_may_not_be_read(golden_bundle, name):
     """In a process without root's rights, which files' modes do not bind."""
-    bundle = tmp_path / "bundle"
-    shutil.copytree(golden_bundle("qwen"), bundle)
-    (bundle / name).chmod(0)
-    tmp_path.chmod(0o755)
+    with tempfile.TemporaryDirectory() as folder:  # others may go there, unlike into `tmp_path`
+        bundle = Path(shutil.copytree(golden_bundle("qwen"), Path(folder, "bundle")))
+        (bundle / name).chmod(0)
+        Path(folder).chmod(0o755)
+        said = opened_without_rights(Path(folder))
+        (bundle / name).chmod(0o755)  # so that it can be removed
+    assert said == f"bundle 'bundle' cannot be read: Permission denied: {Path(name).name}\n"
+
+
+def opened_without_rights(folder: Path) -> str:
+    """What a process that is not root's says of the bundle in a folder."""
     program = (
         "import os\n"
         "from healthgpt_edge.bundle import Bundle\n"
@@ -564,9 +637,36 @@ def test_a_file_that_may_not_be_read(golden_bundle, tmp_path, name):
         "try: Bundle.open('bundle', verify=False)\n"
         "except BundleError as error: print(error)"
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    (bundle / name).chmod(0o755)  # so that it can be removed
-    assert done.stdout == f"bundle 'bundle' cannot be read: Permission denied: {Path(name).name}\n", done.stderr
+    done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        (
+            "[ONNXRuntimeError] : 1 : FAIL : Deserialize tensor embed_tokens.weight failed.Secure opened-file "
+            "canonicalization requires procfs at /proc/self/fd/3. Ensure /proc is mounted in the sandbox or chroot.",
+            "it opens weights by way of /proc, found it not mounted",
+        ),
+        (
+            "/onnxruntime_src/onnxruntime/core/platform/posix/env.cc:327 onnxruntime::{anonymous}::PosixThread::"
+            "PosixThread(const char*, int) pthread_create failed, error code: 11 error msg: ",
+            "the system starts no more threads, by a limit on them or on memory",
+        ),
+        (
+            "[ONNXRuntimeError] : 2 : INVALID_ARGUMENT : Non-zero status code returned while running "
+            "ResidualConvolution node. Status Message: ResidualConvolution: std::bad_alloc",
+            "there is not enough memory",
+        ),
+        ("one line\nanother", "one line"),
+        ("", ""),
+    ],
+)
+def test_what_the_machine_refuses_onnxruntime_is_told_in_words(said, words):
+    """Texts of ONNX Runtime 1.32, where /proc was hidden, threads were limited, and memory was."""
+    assert first_line(RuntimeError(said)) == words
 
 
 # --- graphs against the manifest ------------------------------------------------------------------------------------
