@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import os
 import sys
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
@@ -76,12 +78,31 @@ def _open_streams() -> None:
 
 
 def _drop_output() -> None:
-    """Where stdout takes nothing, drop what is left for it: Python would try again in the end, and complain."""
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Where a stream takes nothing, drop what is left for it: Python would try again in the end, and exit by that."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _as_it_came(error: UnicodeError) -> tuple[str | bytes, int]:
+    """How stdout shows what its encoding lacks: a byte of a file's name as that byte, all else by its number."""
+    if isinstance(error, UnicodeEncodeError):
+        error.end = error.start + 1
+        letter = error.object[error.start]
+        if "\udc80" <= letter <= "\udcff":  # as Python reads such a byte
+            return bytes([ord(letter) - 0xDC00]), error.end
+    return codecs.backslashreplace_errors(error)
+
+
+codecs.register_error("healthgpt-edge", _as_it_came)
+
+
+def _say_error(text: str) -> None:
+    """One line on stderr, if it takes any: the exit code says it, too."""
+    with suppress(OSError):
+        print(f"error: {text}", file=sys.stderr)
 
 
 def run() -> None:
@@ -96,7 +117,7 @@ def main(ends_process: bool = False) -> None:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         # An answer or a file name may hold what the terminal's encoding does not.
-        sys.stdout.reconfigure(errors="backslashreplace")
+        sys.stdout.reconfigure(errors="healthgpt-edge")
     status: object = None
     try:
         _open_streams()
@@ -104,20 +125,20 @@ def main(ends_process: bool = False) -> None:
             status = app(standalone_mode=False)
             sys.stdout.flush()
     except typer.TyperException as error:
-        print(f"error: {in_one_line(error.format_message())}", file=sys.stderr)
+        _say_error(in_one_line(error.format_message()))
         status = 2
     except (HealthGPTError, OSError, MemoryError, ImportError) as error:  # ImportError: of a library, half installed
-        print(f"error: {in_one_line(error)}", file=sys.stderr)
+        _say_error(in_one_line(error))
         status = 2
     except (KeyboardInterrupt, typer.Abort):
         status = 130
     except SystemExit as stopped:
         status = stopped.code
         if isinstance(stopped.__context__, BrokenPipeError):  # of which typer makes this, without a word
-            print(f"error: {in_one_line(stopped.__context__)}", file=sys.stderr)
+            _say_error(in_one_line(stopped.__context__))
             status = 2
     if isinstance(status, int) and status > 128:  # 130 is what typer makes of an interrupt, too
-        print("error: interrupted", file=sys.stderr)
+        _say_error("interrupted")
     _drop_output()
     sys.exit(status if isinstance(status, int) else 0)
 

@@ -124,6 +124,6 @@ def answer(
     written = {}
     if out and study:
         write_report(out, [(one, str(result["text"])) for one, result in zip(question, results, strict=True)], study)
-        written["report"] = str(out)
+        written["report"] = typed(str(out))
     if as_json:
         print_json((results[0] if len(results) == 1 else {"answers": results}) | written)

@@ -113,6 +113,6 @@ def generate(
     write_image(out, result.pixels, study)
     note_uncertified(result)
     if as_json:
-        print_json(result_fields(result) | {"image": str(out)})
+        print_json(result_fields(result) | {"image": typed(str(out))})
     else:
         print(out)

@@ -51,7 +51,10 @@ def parse_window(text: str | None) -> tuple[float, float] | None:
 
 
 def typed(words: str) -> str:
-    """`words` of the command line, in UTF-8 whatever the locale: where that is another, bytes come as surrogates."""
+    """`words` of the command line, in UTF-8 whatever the locale: where that is another, bytes come as surrogates.
+
+    So do paths, which JSON has as text.
+    """
     try:
         return words.encode("utf-8", "surrogateescape").decode()
     except UnicodeError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -21,8 +21,9 @@ _PIPE_COLUMNS = 120
 
 
 def note(text: str) -> None:
-    """One line on stderr, of any length."""
-    _notes.print(f"note: {text}", soft_wrap=True)
+    """One line on stderr, if it takes any: what is noted must not cost the result."""
+    with suppress(OSError):
+        print(f"note: {text}", file=sys.stderr)
 
 
 def note_uncertified(result: Answer | Picture) -> None:

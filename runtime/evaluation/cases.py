@@ -12,7 +12,7 @@ from ..images import read_if_any, read_image
 from ..manifest import COMPREHENSION, GENERATION, Manifest
 from ..phantoms import MAX_ANSWER_TOKENS, Question, Task, held_out, questions, tasks
 from ..serving.fields import INTEGER, PAIR, STRING, TASKS, Tasks, take_id, take_task
-from ..serving.lines import parse
+from ..serving.lines import parse, path_of
 from ..session import Session
 
 MAX_CASES = 100_000
@@ -87,9 +87,9 @@ def _case(line: bytearray, number: int, folder: Path) -> Case:
     task = take_task(fields, _FIELDS)
     words = fields.pop("question" if task == "answer" else "instruction")
     if "image" in fields:
-        fields["image"] = folder / fields["image"]
+        fields["image"] = folder / path_of(fields["image"])
     if task == "generate" and "expected" in fields:
-        fields["expected"] = folder / fields["expected"]
+        fields["expected"] = folder / path_of(fields["expected"])
     if "window" in fields:
         fields["window"] = tuple(fields["window"])
     kind = fields.pop("kind", task)

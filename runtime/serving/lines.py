@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from typing import Any, NoReturn
 
 from ..errors import RequestError
@@ -31,6 +32,14 @@ def parse(line: bytearray) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise RequestError(f"a line must be a JSON object, found {kind(value)}")
     return value
+
+
+def path_of(name: str) -> str:
+    """The path that a string of a line names: in UTF-8, as is all of a line, whatever the locale has paths in."""
+    try:
+        return os.fsdecode(name.encode("utf-8", "surrogateescape"))
+    except UnicodeError:
+        return name  # refused with all other paths that are none
 
 
 def kind(value: Any) -> str:

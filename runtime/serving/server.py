@@ -23,7 +23,7 @@ from ..session import Session
 from ..steps import Steps
 from .channel import Channel, Line
 from .fields import TASKS, take_id, take_task
-from .lines import parse
+from .lines import parse, path_of
 
 # Of what lines say and mean; a change that a peer has to know of counts it up.
 PROTOCOL = 1
@@ -126,7 +126,8 @@ class Server:
     def _answer(
         self, line: Line, say: Say | None, question: str, out: str | None = None, **fields: Any
     ) -> Steps[dict[str, Any]]:
-        picture, study, options = checked_request(ANSWER, *_taken(fields), out, **fields)
+        target = out and path_of(out)
+        picture, study, options = checked_request(ANSWER, *_taken(fields), target, **fields)
         on_text = (lambda piece: say("text", text=piece)) if say else None
         result = yield from self._together.answering(
             picture,
@@ -137,9 +138,9 @@ class Server:
             stop=partial(self._is_unwanted, line),
         )
         self._check_wanted(line)
-        if out is None or study is None:
+        if target is None or study is None:
             return result_fields(result)
-        write_report(out, [(question, result.text)], study)
+        write_report(target, [(question, result.text)], study)
         return result_fields(result) | {"report": out}
 
     def _generate(
@@ -151,7 +152,8 @@ class Server:
         previews: bool = False,
         **fields: Any,
     ) -> Steps[dict[str, Any]]:
-        picture, study, options = checked_request(PICTURE, *_taken(fields), out, **fields)
+        target = out and path_of(out)
+        picture, study, options = checked_request(PICTURE, *_taken(fields), target, **fields)
         codes = self._session.bundle.manifest.codes
         total = codes.grid**2 if codes else None
         on_code = (lambda count: say("progress", tokens=count, codes=total)) if say else None
@@ -166,9 +168,9 @@ class Server:
             stop=partial(self._is_unwanted, line),
         )
         self._check_wanted(line)
-        if out is None:
+        if target is None:
             return result_fields(result) | _inline(result.pixels)
-        write_image(out, result.pixels, study)
+        write_image(target, result.pixels, study)
         return result_fields(result) | {"image": out}
 
     def _cancel(self, line: Line) -> dict[str, Any]:
@@ -191,7 +193,7 @@ def _on_prompt(say: Say | None) -> Callable[[int, int], None] | None:
 
 def _taken(fields: dict[str, Any]) -> tuple[str | bytes | None, int | None, tuple[float, float] | None]:
     """Take out of `fields` where the picture is, a path or the bytes of a file, and what frame and window of it."""
-    source = fields.pop("image", None)
+    source: str | bytes | None = path_of(fields.pop("image")) if "image" in fields else None
     if "image_base64" in fields:
         try:
             source = base64.b64decode(fields.pop("image_base64"), validate=True)

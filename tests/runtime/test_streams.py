@@ -4,6 +4,7 @@ import os
 import pty
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from command import run, run_closed
@@ -72,6 +73,24 @@ def test_a_stdout_that_takes_no_results_is_one_line(golden_bundle, words, unbuff
         done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, env=environment, timeout=60)
         os.close(stdout)
         assert (done.returncode, done.stderr.decode()) == (2, f"error: {message}\n")
+
+
+def with_stderr_full(*words):
+    """Exit code and stdout of `healthgpt-edge WORDS` where the disk that stderr goes to is full."""
+    command = [sys.executable, "-m", "healthgpt_edge.cli", *map(str, words)]
+    with Path("/dev/full").open("wb", buffering=0) as disk:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=disk, timeout=60)
+    return done.returncode, done.stdout.decode()
+
+
+def test_a_stderr_that_takes_nothing_changes_no_exit_code(tmp_path):
+    assert with_stderr_full("inspect", tmp_path) == (2, "")
+    assert with_stderr_full("inspect") == (2, "")
+
+
+def test_a_note_that_nobody_takes_costs_no_result(golden_bundle):
+    code, output = with_stderr_full("serve", golden_bundle("m3"), "--no-kernels", "--together", 2, "--threads", 1)
+    assert code == 0 and '"event": "ready"' in output and '"together": 1' in output
 
 
 def test_without_stderr_errors_go_nowhere_and_not_to_stdout(golden_bundle, tmp_path):
