@@ -70,8 +70,8 @@ class Cancelled(HealthGPTError):
 
     kind = "cancelled"
 
-    def __init__(self) -> None:
-        super().__init__("the request was cancelled")
+    def __init__(self, message: str = "the request was cancelled") -> None:  # as pickle gives it back
+        super().__init__(message)
 
 
 def in_one_line(error: Exception | str) -> str:

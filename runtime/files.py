@@ -18,6 +18,7 @@ def written_whole(target: Path, mode: int = 0o666, *, even_if_stopped: bool = Fa
     """A file that takes the place of `target` when the block is left, and leaves nothing behind where that fails.
 
     With `even_if_stopped` what was written until then, if anything, takes the place of `target` where the block fails.
+    An OSError names `target`, whose disk may be full, unless it is about another file.
     """
     # In the same folder: a rename is atomic only within one file system.
     temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
@@ -31,6 +32,10 @@ def written_whole(target: Path, mode: int = 0o666, *, even_if_stopped: bool = Fa
                 _put(file, temporary, target)
                 raise
             _put(file, temporary, target)
+    except OSError as error:
+        if error.filename in (None, os.fspath(temporary)):
+            error.filename = os.fspath(target)
+        raise
     finally:
         with contextlib.suppress(OSError, ValueError):
             temporary.unlink()

@@ -945,6 +945,15 @@ def test_a_disk_that_is_full_when_the_picture_is_written(place):
     assert list(listing(place.folder)) == ["out.png"] and old.read_bytes() == b"an older picture"
 
 
+def test_a_disk_that_is_full_when_details_are_written(place):
+    ask = {"task": "answer", "question": QUESTION, "expected": "Yes", "max_new_tokens": 2}
+    cases = place.file("cases.jsonl", json.dumps(ask).encode())
+    words = ["evaluate", place.sound(), "--cases", cases, "--details", place.folder / "details.jsonl", "--threads", 1]
+    outcome = process(words, partial(limit_file_size, 10))
+    assert_refused(outcome, "File too large: details.jsonl")
+    assert list(listing(place.folder)) == ["cases.jsonl"]
+
+
 @pytest.mark.parametrize(
     "words",
     [

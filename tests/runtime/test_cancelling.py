@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import select
 import signal
 import tempfile
@@ -31,6 +32,12 @@ COM, GEN = Case("m3_com_wide"), Case("m3_gen_wide")
 ANSWER = {"task": "answer", "question": COM.question, "image": str(COM.image), "max_new_tokens": 40, "draft": "none"}
 PICTURE = {"task": "generate", "instruction": GEN.question, "image": str(GEN.image), "draft": "none"}
 REQUESTS = {"answer": ANSWER, "picture": PICTURE}
+
+
+def test_another_process_may_be_told():
+    """By pickling: where it failed, a pool of `multiprocessing` would wait for ever."""
+    told = pickle.loads(pickle.dumps(Cancelled()))
+    assert type(told) is Cancelled and str(told) == "the request was cancelled"
 
 
 @pytest.fixture(scope="module")
