@@ -146,8 +146,9 @@ if [[ $rehearse == no && $bundles == yes ]]; then
   here=(env "PYTHONPATH=$site" "$python" -m)
   step cpu-tests 100 "${here[@]}" pytest -p no:cacheprovider --maxfail 20 tests/csrc/test_hlora_linear.py \
     tests/csrc/test_cached_attention.py tests/csrc/test_convolution.py
-  step cpu-threads 100 "${here[@]}" benchmarks.threads "$work/m3-int4" --out "$results/$name-cpu-threads.json"
-  step cpu-times 150 "${here[@]}" benchmarks.gpu.processor "$work/m3-int4" --out "$results/$name-cpu.json"
+  step cpu-threads 120 "${here[@]}" benchmarks.threads "$work/m3-int4" --context 128 --repeat 2 \
+    --out "$results/$name-cpu-threads.json"
+  step cpu-times 200 "${here[@]}" benchmarks.gpu.processor "$work/m3-int4" --repeat 2 --out "$results/$name-cpu.json"
 fi
 
 if ((${#failed[@]})); then
