@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from .errors import BundleError, ExecutorError
+from .errors import BundleError
 from .machine import cores
 from .manifest import MAX_MANIFEST_BYTES, Manifest
+from .threads import require_threads
 
 MANIFEST = "bundle.json"
 ENGINES = "engines"
@@ -97,13 +98,12 @@ class Bundle:
             if found != expected:
                 raise BundleError(f"file {name} is damaged: SHA-256 must be {expected[:16]}..., found {found[:16]}...")
 
-        with ThreadPoolExecutor(min(cores(), _HASH_THREADS)) as pool:
+        threads = min(cores(), _HASH_THREADS)
+        require_threads(threads)
+        with ThreadPoolExecutor(threads) as pool:
             try:
                 # The largest first, or one thread would end with it alone.
-                try:
-                    pending = {pool.submit(check, name) for name in sorted(sizes, key=lambda name: -sizes[name])}
-                except RuntimeError as error:
-                    raise ExecutorError(f"hashes are computed by threads, of which the system says: {error}") from error
+                pending = {pool.submit(check, name) for name in sorted(sizes, key=lambda name: -sizes[name])}
                 while pending:
                     done, pending = wait(pending, _TELL_SECONDS, FIRST_COMPLETED)
                     for one in done:

@@ -17,6 +17,7 @@ from ..bundle import Bundle
 from ..errors import ExecutorError, HealthGPTError
 from ..machine import cores
 from ..manifest import CACHE_TYPES, GENERATION, PRECISIONS, Manifest
+from ..threads import require_threads
 from .contract import Value, cache_values, graph_values
 from .onnx_context import BoundSequence, OnnxContext, first_line, return_freed_memory
 from .onnx_group import OnnxGroup
@@ -132,6 +133,7 @@ class OnnxExecutor:
         if self._kernels:
             self._register(options, self._kernels)
         path = self.bundle.graph(task, role)
+        require_threads(threads - 1)  # the caller's is one, too
         try:
             session = self._create(path, options, role)
         except Exception as error:  # onnxruntime's own exceptions share no public base class

@@ -594,13 +594,20 @@ def test_a_process_may_leave_the_folder_that_a_path_was_relative_to(bundle, monk
         assert session.executor.draft(np.zeros((256, 256, 3), np.uint8)).ndim == 2
 
 
-def test_hashes_where_the_system_starts_no_threads(bundle, monkeypatch):
-    def refused(thread: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
+@pytest.mark.parametrize(("cores", "threads", "wanted"), [(2, 1, 2), (1, 8, 7)])
+def test_where_the_system_starts_few_threads(bundle, monkeypatch, cores, threads, wanted):
+    """For the hashes, which would end in a traceback; for ONNX Runtime, which would never end, deaf to signals."""
+    start, before = threading.Thread.start, threading.active_count()
 
-    monkeypatch.setattr(threading.Thread, "start", refused)
-    outcome = run("verify", bundle)
-    message = "error: hashes are computed by threads, of which the system says: can't start new thread\n"
+    def limited(thread: threading.Thread) -> None:
+        if threading.active_count() > before:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    monkeypatch.setattr("healthgpt_edge.bundle.cores", lambda: cores)
+    outcome = run("answer", bundle, "--question", "Why?", "--threads", threads)
+    message = f"error: the system must start {wanted} more threads, found 1, by a limit on threads or memory\n"
     assert (outcome.code, outcome.output, outcome.errors) == (2, "", message)
 
 
