@@ -271,14 +271,20 @@ GROUP_NORM_EPSILON = 1e-6
 
 # Pictures are channels-last between nodes, as the kernels need them; the standard Conv needs channels first. ONNX
 # Runtime cancels the transposes of neighbouring bodies.
-def _convolve(data_type: int) -> str:
+def _convolution(signature: str, data_type: int, before: str, after: str = "y = Identity (rows)") -> FunctionProto:
+    """The body of a 3x3 convolution: `before` gives `columns` [B, C, H, W], `after` turns `rows` into y."""
     to_weight, weight = _stored("weight", data_type)
-    return f"""
-        {to_weight}
-        kernel = Transpose <perm = [3, 2, 0, 1]> ({weight})
-        convolved = Conv <pads = [1, 1, 1, 1]> (columns, kernel, bias)
-        rows = Transpose <perm = [0, 2, 3, 1]> (convolved)
-    """
+    return parser.parse_function(f"""
+        {HEADER}
+        {signature} => (y) {{
+            {before}
+            {to_weight}
+            kernel = Transpose <perm = [3, 2, 0, 1]> ({weight})
+            convolved = Conv <pads = [1, 1, 1, 1]> (columns, kernel, bias)
+            rows = Transpose <perm = [0, 2, 3, 1]> (convolved)
+            {after}
+        }}
+    """)
 
 
 def norm_swish() -> FunctionProto:
@@ -320,50 +326,27 @@ _NORM_SWISH = f"""
 
 def convolution(data_type: int) -> FunctionProto:
     """A 3x3 convolution with zeros around the picture: x [B, H, W, C], weight [3, 3, C, O], bias [O]."""
-    return parser.parse_function(f"""
-        {HEADER}
-        Convolution (x, weight, bias) => (y) {{
-            columns = Transpose <perm = [0, 3, 1, 2]> (x)
-            {_convolve(data_type)}
-            y = Identity (rows)
-        }}
-    """)
+    return _convolution("Convolution (x, weight, bias)", data_type, "columns = Transpose <perm = [0, 3, 1, 2]> (x)")
 
 
 def enlarged_convolution(data_type: int) -> FunctionProto:
     """`Convolution` on x with every pixel repeated twice in both directions: y [B, 2H, 2W, O]."""
-    return parser.parse_function(f"""
-        {HEADER}
-        EnlargedConvolution (x, weight, bias) => (y) {{
-            small = Transpose <perm = [0, 3, 1, 2]> (x)
-            scales = Constant <value_floats = [1.0, 1.0, 2.0, 2.0]> ()
-            columns = Resize <mode = "nearest", coordinate_transformation_mode = "asymmetric", nearest_mode = "floor">
-                (small, , scales)
-            {_convolve(data_type)}
-            y = Identity (rows)
-        }}
-    """)
+    enlarge = """
+        small = Transpose <perm = [0, 3, 1, 2]> (x)
+        scales = Constant <value_floats = [1.0, 1.0, 2.0, 2.0]> ()
+        columns = Resize <mode = "nearest", coordinate_transformation_mode = "asymmetric", nearest_mode = "floor">
+            (small, , scales)
+    """
+    return _convolution("EnlargedConvolution (x, weight, bias)", data_type, enlarge)
 
 
 def norm_swish_convolution(data_type: int) -> FunctionProto:
     """`Convolution` of swish(group_norm(x)); norm_weight and norm_bias [C]. Attribute: groups, which divides C."""
-    return parser.parse_function(f"""
-        {HEADER}
-        NormSwishConvolution <groups> (x, weight, bias, norm_weight, norm_bias) => (y) {{
-            {_NORM_SWISH}
-            {_convolve(data_type)}
-            y = Identity (rows)
-        }}
-    """)
+    signature = "NormSwishConvolution <groups> (x, weight, bias, norm_weight, norm_bias)"
+    return _convolution(signature, data_type, _NORM_SWISH)
 
 
 def residual_convolution(data_type: int) -> FunctionProto:
     """`NormSwishConvolution` plus residual [B, H, W, O]."""
-    return parser.parse_function(f"""
-        {HEADER}
-        ResidualConvolution <groups> (x, weight, bias, norm_weight, norm_bias, residual) => (y) {{
-            {_NORM_SWISH}
-            {_convolve(data_type)}
-            y = Add (rows, residual)
-        }}
-    """)
+    signature = "ResidualConvolution <groups> (x, weight, bias, norm_weight, norm_bias, residual)"
+    return _convolution(signature, data_type, _NORM_SWISH, "y = Add (rows, residual)")
