@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -29,9 +30,14 @@ class GraphBuilder:
         self._scope: list[str] = []
         self._counts: dict[str, int] = {}
 
-    def scope(self, name: str) -> Scope:
+    @contextmanager
+    def scope(self, name: str) -> Iterator[None]:
         """Prefix the names of what is built inside the `with` block, as in `layers.0/attention/MatMul`."""
-        return Scope(self._scope, name)
+        self._scope.append(name)
+        try:
+            yield
+        finally:
+            self._scope.pop()
 
     def input(self, name: str, data_type: int, shape: list[int | str]) -> str:
         self._inputs.append(helper.make_tensor_value_info(name, data_type, shape))
@@ -106,17 +112,3 @@ class GraphBuilder:
         count = self._counts.get(name, 0)
         self._counts[name] = count + 1
         return f"{name}.{count}" if count else name
-
-
-class Scope:
-    """The `with` block of GraphBuilder.scope."""
-
-    def __init__(self, stack: list[str], name: str) -> None:
-        self._stack = stack
-        self._name = name
-
-    def __enter__(self) -> None:
-        self._stack.append(self._name)
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.pop()
