@@ -98,22 +98,18 @@ class VqBlocks:
         1/sqrt(C) is in the query rows.
         """
 
-        def packed_weight() -> np.ndarray:
-            query, key, value = (self.tensor(f"{name}.{part}.weight")[:, :, 0, 0] for part in "qkv")
-            return np.concatenate([fold.scale(query, channels**-0.5), key, value]).T
-
-        def packed_bias() -> np.ndarray:
-            query, key, value = (self.tensor(f"{name}.{part}.bias") for part in "qkv")
+        def packed(kind: str) -> np.ndarray:
+            query, key, value = (self.tensor(f"{name}.{part}.{kind}") for part in "qkv")
             return np.concatenate([fold.scale(query, channels**-0.5), key, value])
 
         graph = self.graph
         with graph.scope(name):
             rows = graph.op("Reshape", x, graph.constant([0, side * side, channels], np.int64))
             rows = self.norm(f"{name}.norm", rows, channels)
-            weight = self.weight(f"{name}.qkv.weight", packed_weight)
-            bias = self.weight(f"{name}.qkv.bias", packed_bias)
-            packed = graph.op("Add", graph.op("MatMul", rows, weight), bias)
-            query, key, value = graph.op("Split", packed, outputs=3, axis=-1, num_outputs=3)
+            weight = self.weight(f"{name}.qkv.weight", lambda: packed("weight")[:, :, 0, 0].T)
+            bias = self.weight(f"{name}.qkv.bias", lambda: packed("bias"))
+            product = graph.op("Add", graph.op("MatMul", rows, weight), bias)
+            query, key, value = graph.op("Split", product, outputs=3, axis=-1, num_outputs=3)
             scores = graph.op("MatMul", query, graph.op("Transpose", key, perm=[0, 2, 1]))
             mixed = graph.op("MatMul", graph.op("Softmax", scores, axis=-1), value)
             mixed = self.pointwise(f"{name}.proj_out", mixed)
