@@ -24,7 +24,7 @@ _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 class Tensor(NamedTuple):
-    """Where an input or output lies, on the device or, for those of `Engine.on_host`, on the host; and its shape."""
+    """Where an input or output lies, on the device or, for inputs that give shapes, on the host; and its shape."""
 
     address: int
     shape: tuple[int, ...]
@@ -33,12 +33,11 @@ class Tensor(NamedTuple):
 class Engine(Protocol):
     """A graph that is compiled for a device.
 
-    values: its inputs and outputs; an open dimension is "?". on_host: inputs that give shapes, read from the host.
-    workspace_bytes: what `run` needs beside tensors and weights. streams: whether a pass fetches some of the weights.
+    values: its inputs and outputs; an open dimension is "?". workspace_bytes: what `run` needs beside tensors and
+    weights. streams: whether a pass fetches some of the weights.
     """
 
     values: dict[str, Value]
-    on_host: frozenset[str]
     workspace_bytes: int
     streams: bool
 
@@ -101,8 +100,6 @@ class TensorRtEngine:
             )
             for tensor in names
         }
-        host = trt.TensorLocation.HOST
-        self.on_host = frozenset(one for one in names if self._engine.get_tensor_location(one) == host)
         self.streams = kept_bytes is not None and stream_weights(self._engine, device.free_bytes - kept_bytes)
         self.workspace_bytes = workspace_bytes(self._engine)
         self._contexts = [self._context(profile) for profile in range(self._engine.num_optimization_profiles)]

@@ -104,7 +104,6 @@ def load(
         ILogger=object,
         Runtime=lambda logger: SimpleNamespace(deserialize_cuda_engine=lambda data: engine),
         DataType=SimpleNamespace(FLOAT=0, HALF=1, BF16=2, INT64=3, UINT8=4),
-        TensorLocation=SimpleNamespace(HOST=1),
         TensorIOMode=SimpleNamespace(INPUT=0),
         ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED=2),
     )
