@@ -57,7 +57,6 @@ class TensorRtExecutor:
     ) -> None:
         self.bundle, self.device, self.settings = bundle, device, settings
         self._tasks, self._open = tasks, open_engine
-        self._all_tasks = sorted(bundle.manifest.tasks)
         # Sequences share the engines' workspace and buffers, and copies go through the same memory.
         self.lock = threading.RLock()
         self._engines: dict[str, Engine] = {}
@@ -91,7 +90,7 @@ class TensorRtExecutor:
             kept = kept_bytes(bundle.manifest, record, tasks) if name == LANGUAGE else None
             return TensorRtEngine(trt, target, name, data, device, jit_cache, kept)
 
-        return cls(bundle, tasks, device, record.settings, open_engine, name=_name(record))
+        return cls(bundle, tasks, device, record.settings, open_engine, f"{target}-{record.settings.compute}")
 
     def engine(self, name: str) -> Engine:
         """The engine called `name`; what is rarely used is opened by who asks for it first."""
@@ -122,13 +121,13 @@ class TensorRtExecutor:
     def features(self, task: str, pixels: np.ndarray) -> np.ndarray:
         if task not in self._tasks:
             raise ExecutorError(f"the executor was opened for {', '.join(self._tasks)}, not for {task}")
-        return self._call(f"{task}.vision", {"pixels": pixels}, "image_features")
+        return self._call(f"{task}.vision", "pixels", pixels, "image_features")
 
     def picture(self, codes: np.ndarray) -> np.ndarray:
-        return self._call("generation.codes", {"codes": codes}, "image")
+        return self._call("generation.codes", "codes", codes, "image")
 
     def draft(self, pixels: np.ndarray) -> np.ndarray:
-        return self._call("generation.draft", {"pixels": pixels}, "codes")
+        return self._call("generation.draft", "pixels", pixels, "codes")
 
     def context(self, task: str, image_features: np.ndarray | None) -> TensorRtContext:
         if task not in self._tasks:
@@ -138,28 +137,18 @@ class TensorRtExecutor:
     def group(self, task: str, sequences: int) -> None:
         """None: the engines take one sequence."""
 
-    def index_of(self, task: str) -> int:
-        """The number of a task in the language engine, which holds all of the bundle's."""
-        return self._all_tasks.index(task)
-
-    def _call(self, name: str, feeds: dict[str, np.ndarray], result: str) -> np.ndarray:
-        """Run an engine of one input and one output on one picture."""
+    def _call(self, name: str, feed: str, values: np.ndarray, result: str) -> np.ndarray:
+        """Run an engine of one input, `feed`, and one output on one picture."""
         with self.lock:
-            tensors, held = {}, []
-            for tensor, values in feeds.items():
-                value = self.engine(name).values[tensor]
-                batch = np.ascontiguousarray(values[None], value.type)
-                held.append(self.device.allocate(batch.nbytes))
-                self.device.upload(batch, held[-1])
-                tensors[tensor] = Tensor(held[-1].address, batch.shape)
-            value = self.engine(name).values[result]
-            shape = (1, *(int(size) for size in value.shape[1:]))
-            dtype = np.dtype(value.type)
+            found = self.engine(name).values
+            batch = np.ascontiguousarray(values[None], found[feed].type)
+            given = self.device.allocate(batch.nbytes)
+            self.device.upload(batch, given)
+            shape = (1, *(int(size) for size in found[result].shape[1:]))
+            dtype = np.dtype(found[result].type)
             memory = self.device.allocate(math.prod(shape) * dtype.itemsize)
-            tensors[result] = Tensor(memory.address, shape)
-            self.run(name, tensors)
-            (values,) = self.device.download(memory, shape, dtype)
-            return np.asarray(values)
+            self.run(name, {feed: Tensor(given.address, batch.shape), result: Tensor(memory.address, shape)})
+            return np.asarray(self.device.download(memory, shape, dtype)[0])
 
 
 def resident_engines(manifest: Manifest, tasks: tuple[str, ...]) -> list[str]:
@@ -201,7 +190,3 @@ def engine_values(manifest: Manifest, name: str, settings: Settings) -> dict[str
 def _closed(value: Value, sizes: dict[str, int] | None = None) -> Value:
     known = sizes or {}
     return Value(value.type, [known.get(size, "?") if isinstance(size, str) else size for size in value.shape])
-
-
-def _name(record: EngineRecord) -> str:
-    return f"{record.target}-{record.settings.compute}"

@@ -97,7 +97,8 @@ class TensorRtContext:
             cache = Tensor(self._caches.address + offset, self._buffers.cache_shape)
             self._fixed[f"past_{name}"] = self._fixed[f"present_{name}"] = cache
         if len(self._manifest.tasks) > 1:
-            number = executor.index_of(task) * _ALIGNMENT_BYTES
+            # The language engine holds all of the bundle's tasks, and numbers them in this order.
+            number = sorted(self._manifest.tasks).index(task) * _ALIGNMENT_BYTES
             self._fixed["task"] = Tensor(self._buffers.task_numbers.address + number, (1,))
         self._chooser: Chooser | None = None
         self.length = 0
@@ -181,7 +182,9 @@ class TensorRtContext:
         self.length += count
         if not last_positions:
             return np.empty((0, 0), np.float32)
-        logits = self._download("logits", last_positions)
+        name = self._results["logits"]
+        shape = (last_positions, self._buffers.rows[name])
+        logits = executor.device.download(self._buffers.outputs[name], shape, _FLOAT32)
         if full_vocabulary and "hidden" in self._results:
             logits = np.concatenate([self._other_rows(last_positions), logits], axis=-1)
         return logits
@@ -219,11 +222,6 @@ class TensorRtContext:
         first_logit = self._manifest.tasks[self._task].first_logit
         names = ("logits", "hidden") if first_logit else ("logits",)
         return {name: output_name(self._task, name) for name in names}
-
-    def _download(self, result: str, rows: int) -> np.ndarray:
-        name = self._results[result]
-        shape = (rows, self._buffers.rows[name])
-        return self._executor.device.download(self._buffers.outputs[name], shape, _FLOAT32)
 
     def _other_rows(self, rows: int) -> np.ndarray:
         """Logits [rows, first_logit] of the head rows that the language engine leaves out."""
