@@ -56,8 +56,12 @@ class Linear:
         return (channels, self.outputs), self.outputs, self.block_size
 
 
-def check_kernels(kernels: Any) -> None:
-    """Raises ExecutorError unless the module of our CUDA kernels has those of PLUGIN_VERSION."""
+def register(trt: Any, kernels: Any, array: Array) -> None:
+    """Let a TensorRT find the plugin, before it reads a graph or an engine that has it.
+
+    trt: its module. kernels: of our CUDA kernels. array: gives what lies at an address, as the kernels take it. Raises
+    ExecutorError where the kernels are missing or not of PLUGIN_VERSION.
+    """
     if kernels is None:
         raise ExecutorError("the plugin needs our CUDA kernels: HEALTHGPT_CUDA=1 pip install .")
     version = getattr(kernels, "hlora_linear_version", None)
@@ -67,15 +71,6 @@ def check_kernels(kernels: Any) -> None:
         raise ExecutorError(
             f"the plugin needs CUDA kernels of version {PLUGIN_VERSION}, found {version}: build them from this source"
         )
-
-
-def register(trt: Any, kernels: Any, array: Array) -> None:
-    """Let a TensorRT find the plugin, before it reads a graph or an engine that has it.
-
-    trt: its module. kernels: of our CUDA kernels. array: gives what lies at an address, as the kernels take it. Raises
-    ExecutorError where the kernels are missing or others.
-    """
-    check_kernels(kernels)
     registry = trt.get_plugin_registry()
     if registry.get_creator(NAME, str(PLUGIN_VERSION), NAMESPACE) is None:
         _creators.append(creator(trt, kernels, array))
