@@ -122,12 +122,7 @@ class Executor(Protocol):
 
 
 def open_executor(
-    bundle: Bundle,
-    tasks: tuple[str, ...],
-    name: str = "onnx",
-    device: str | None = None,
-    threads: int | None = None,
-    kernels: bool = True,
+    bundle: Bundle, tasks: tuple[str, ...], name: str, device: str | None, threads: int | None, kernels: bool
 ) -> Executor:
     """Open the executor called `name`, onnx or tensorrt, for `tasks` on cpu or cuda (None: where it runs by default).
 
