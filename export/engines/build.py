@@ -12,7 +12,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -164,15 +163,6 @@ def new_folder(bundle: Bundle, target: str) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-@dataclass(frozen=True, slots=True)
-class _Range:
-    """The values of a dynamic dimension."""
-
-    least: int
-    typical: int
-    most: int
-
-
 class Compiler:
     """One TensorRT as a compiler of engines."""
 
@@ -271,26 +261,25 @@ class Compiler:
         """The shapes of each profile: of `language` decode and prefill, of the others the only one."""
         inputs = [network.get_input(index) for index in range(network.num_inputs)]
         if name != LANGUAGE:
-            rows = {"hidden": _Range(1, 1, self.settings.max_rows)}  # of the vocabulary's
+            rows = {"hidden": (1, self.settings.max_rows)}  # of the vocabulary's
             return [{tensor: _shapes(tensor, rows) for tensor in inputs}]
         settings, patches = self.settings, manifest.vision.patches
         typical = min(settings.prefill_rows, patches + _TYPICAL_WORDS)
-        features = _Range(1, patches, patches)
         profiles: list[dict[Any, Any]] = []
-        for new in (_Range(1, 1, settings.max_rows), _Range(1, typical, settings.prefill_rows)):
-            ranges = {"token_ids": new, "image_features": features}
+        for new in ((1, settings.max_rows), (typical, settings.prefill_rows)):
+            ranges = {"token_ids": new, "image_features": (patches, patches)}
             shapes = {tensor: _shapes(tensor, ranges) for tensor in inputs if not tensor.is_shape_tensor}
             positions = {tensor: ([0], [1], [settings.max_rows]) for tensor in inputs if tensor.is_shape_tensor}
             profiles.append(shapes | positions)
         return profiles
 
 
-def _shapes(tensor: Any, open_dimensions: dict[str, _Range]) -> Shapes:
-    """The shapes of an input with batch 1; `open_dimensions` gives the range of its second dimension, by name."""
+def _shapes(tensor: Any, open_dimensions: dict[str, tuple[int, int]]) -> Shapes:
+    """The shapes of an input with batch 1; where its second dimension is open, that is 1 to the greater number, and
+    typically the smaller one."""
     shape = tuple(tensor.shape)
     if tensor.name.startswith(CACHES) or tensor.name not in open_dimensions:
         shape = tuple(1 if size < 0 else size for size in shape)
         return shape, shape, shape
-    second = open_dimensions[tensor.name]
-    least, typical, most = ((1, size, *shape[2:]) for size in (second.least, second.typical, second.most))
+    least, typical, most = ((1, size, *shape[2:]) for size in (1, *open_dimensions[tensor.name]))
     return least, typical, most
