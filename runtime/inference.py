@@ -53,13 +53,9 @@ class Request:
     groups: Callable[[str], Group | None] | None = None
     is_alone: Callable[[], bool] = lambda: False
 
-    def is_unwanted(self) -> bool:
-        """Whether who asked has given it up."""
-        return bool(self.stop and self.stop())
-
     def check_wanted(self) -> None:
         """Raise Cancelled if who asked has given it up."""
-        if self.is_unwanted():
+        if self.stop and self.stop():
             raise Cancelled
 
 
