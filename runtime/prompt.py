@@ -71,7 +71,7 @@ def prompt_ids(tokenizer: Tokenizer, template: str, question: str, image: bool, 
     """
     if generation and tokenizer.added_id(START_TEXT) is None:
         raise PromptError(f"making a picture needs the token {START_TEXT}, which this model's tokenizer has not")
-    ids = list(tokenizer.begin)
+    ids = list(tokenizer.options.begin)
     for position, chunk in enumerate(_chunks(template, question, image, generation)):
         ids += [IMAGE] * (position > 0) + tokenizer.encode(chunk)
     return ids
@@ -148,7 +148,6 @@ class Tokenizer:
 
     def __init__(self, model: tokenizers.Tokenizer, added: dict[int, tokenizers.AddedToken], options: Options) -> None:
         self.options = options
-        self.begin = options.begin
         self.model, self.added = model, added
         # The ids of transformers' all_special_tokens: what its skip_special_tokens leaves out.
         self.special = frozenset(token_id for token_id, token in self.added.items() if token.special)
