@@ -200,15 +200,13 @@ class _AddedTokens:
             raise config.error("additional_special_tokens", "a list of tokens", additional)
         self._additional = {_content(value) for value in additional}
         special = self._additional | set(self._attributes.values())
-        self.entries = [_entry(config.section("added_tokens_decoder"), key, special) for key in self._keys()]
+        decoder = config.section("added_tokens_decoder")
+        keys = sorted(decoder.values, key=lambda key: token_id_of(decoder, key))
+        self.entries = [_entry(decoder, key, special) for key in keys]
         self.ids = {entry["content"]: entry["id"] for entry in self.entries}
         missing = sorted(special - self.ids.keys())
         if missing:
             raise config.error("added_tokens_decoder", f"the special token {missing[0]}", "none")
-
-    def _keys(self) -> list[str]:
-        decoder = self._config.section("added_tokens_decoder")
-        return sorted(decoder.values, key=lambda key: token_id_of(decoder, key))
 
     def begin(self, slow_class: str) -> list[int]:
         """The ids that open a prompt: Llama's class adds its BOS by default, GPT-2's on request, Qwen's never."""
