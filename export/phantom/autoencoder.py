@@ -28,8 +28,6 @@ CONFIG = VqConfig(
     blocks=1,
     attention_resolutions=(16,),
     resolution=phantoms.SIDE,
-    in_channels=3,
-    out_channels=3,
 )
 BATCH = 4
 LEARNING_RATE = 1.5e-3
@@ -81,12 +79,11 @@ class MovingCodebook:
         self.sums.lerp_(one_hot.T @ latents, 1 - DECAY)
         self.rows = self.sums / self.counts.clamp(min=1e-4)[:, None]
 
-    def revive(self, latents: Tensor) -> int:
-        """Replace rows that are rarely chosen by random latents of the batch. Returns their number."""
+    def revive(self, latents: Tensor) -> None:
+        """Replace rows that are rarely chosen by random latents of the batch."""
         dead = self.counts < 0.05
         self.rows[dead] = latents[torch.randint(len(latents), (int(dead.sum()),))]
         self.sums[dead], self.counts[dead] = self.rows[dead], 1.0
-        return int(dead.sum())
 
     def write(self, model: Vqgan) -> None:
         """Write the codebook to GumbelVQ's `embed` and `proj`."""

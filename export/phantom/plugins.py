@@ -161,7 +161,7 @@ def train_generation(
     codes: Tensor,
     report: Callable[[str], None],
     keep: Callable[[HealthGPT], None],
-    words_share: float = 0.0,
+    words_share: float,
 ) -> HealthGPT:
     """Train the generation plugin with `steps` batches of 4 pictures. `words_share` of them are drawn from words alone.
 

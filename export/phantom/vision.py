@@ -68,20 +68,19 @@ def train(seed: int, steps: int, subjects: list[Phantom], report: Callable[[str]
         pixels = 4 * functional.mse_loss(heads.pixels(first), patch_windows(pictures))
         return {"pixels": pixels, **_late_losses(heads, batch, _late(tower, first))}
 
-    _descend([*tower.parameters(), *heads.parameters()], LEARNING_RATE, steps, losses, report)
+    _descend([*tower.parameters(), *heads.parameters()], steps, losses, report)
     return tower.eval()
 
 
 def _descend(
     learned: Sequence[nn.Parameter],
-    learning_rate: float,
     steps: int,
     losses: Callable[[int], dict[str, Tensor]],
     report: Callable[[str], None],
 ) -> None:
     """Minimise the sum of each step's losses with AdamW."""
-    optimizer = torch.optim.AdamW(learned, learning_rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(learned, LEARNING_RATE, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
     for step in range(steps):
         with quick():
             parts = losses(step)
