@@ -96,10 +96,6 @@ class HealthGPT(nn.Module):
 
     # --- decoder ------------------------------------------------------------------------------------------------
 
-    def hidden_states(self, embeddings: Tensor) -> Tensor:
-        """Embeddings [B,T,hidden] -> the outputs of every layer, then of the norm, [layers + 1, B, T, hidden]."""
-        return torch.stack(self.model.layer_outputs(embeddings))
-
     def forward(self, embeddings: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Embeddings [B,S,hidden] -> logits [B,S,vocab]."""
         return self.lm_head(self.model(embeddings, cache))

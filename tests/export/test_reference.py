@@ -104,7 +104,7 @@ def test_projected_features(case):
 
 @each_case
 def test_hidden_states(case):
-    found = model(case).hidden_states(embeddings(case))[:, 0]
+    found = torch.stack(model(case).model.layer_outputs(embeddings(case)))[:, 0]
     assert_close(found, case.arrays["hidden_states_layers_then_norm"], HIDDEN_STATES)
 
 
