@@ -15,7 +15,6 @@ is.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import platform
 import time
@@ -137,14 +136,6 @@ def ask(path: Path, count: int, threads: int) -> dict[str, Any]:
     }
 
 
-def _kernels() -> str:
-    """The instruction set of the native kernels here."""
-    try:
-        return str(importlib.import_module("healthgpt_edge._kernels").targets()[0])
-    except ImportError:
-        return "none"
-
-
 def _speedup(plain: list[float], drafted: list[float]) -> float:
     """The median of ratios of what was timed in turn."""
     return float(np.median(np.array(plain) / np.array(drafted)))
@@ -171,7 +162,7 @@ def main() -> None:
         "versions": {
             "python": platform.python_version(),
             "onnxruntime": onnxruntime.__version__,
-            "kernels": _kernels(),
+            "kernels": (machine.instruction_sets() or "none").split()[0],
         },
         "precisions": {},
     }
