@@ -43,9 +43,7 @@ class Normal:
         self._start = 0
 
     def __call__(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        size = 1
-        for side in shape:
-            size *= side
+        size = torch.Size(shape).numel()
         flat = torch.empty(size, dtype=dtype)
         done = 0
         while done < size:
