@@ -24,7 +24,6 @@ from .errors import BundleError, GenerationError, PromptError
 
 # Stands for the picture among the ids of a prompt.
 IMAGE = -200
-IMAGE_TEXT = "<image>"
 START_TEXT = "<start_index>"
 # More than the longest context of the released models (32,768 positions) holds of ordinary text.
 MAX_QUESTION_CHARACTERS = 131_072
@@ -56,11 +55,6 @@ TEMPLATES = {
         "<|im_end|>\n<|im_start|>assistant\n",
     ),
 }
-
-
-def prompt_text(template: str, question: str, image: bool, generation: bool) -> str:
-    """The prompt as text, for people to read; raises PromptError as prompt_ids does."""
-    return IMAGE_TEXT.join(_chunks(template, question, image, generation))
 
 
 def prompt_ids(tokenizer: Tokenizer, template: str, question: str, image: bool, generation: bool) -> list[int]:
