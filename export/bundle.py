@@ -118,7 +118,9 @@ class _Export:
             base = stack.enter_context(self._weight_file("base"))
             own = {task: stack.enter_context(self._weight_file(task)) for task in sorted(self.checkpoint.tasks)}
             if self.pictures:
-                self._calibrate(Tokenizer.load(self.folder / "tokenizer.json", options), base, own)
+                tokenizer = Tokenizer.load(self.folder / "tokenizer.json", options)
+                arguments = (self.checkpoint, tokenizer, self.pictures, base, own, self.storage, self.block_size)
+                calibrate(*arguments, on_layer=lambda: self._step("calibrate"))
             for task, file in own.items():
                 self._task(task, base, file)
             self._close(base)
@@ -128,18 +130,6 @@ class _Export:
         schema.Manifest.from_json((self.folder / MANIFEST).read_bytes())
         total = sum(entry.size for entry in self.files.values())
         return Summary(tuple(self.parts), total, tuple(folds_of(self.checkpoint)))
-
-    def _calibrate(self, tokenizer: Tokenizer, base: WeightFile, own: dict[str, WeightFile]) -> None:
-        calibrate(
-            self.checkpoint,
-            tokenizer,
-            self.pictures,
-            base,
-            own,
-            self.storage,
-            self.block_size,
-            on_layer=lambda: self._step("calibrate"),
-        )
 
     def _task(self, task: str, base: WeightFile, own: WeightFile) -> None:
         self.graphs[task] = {}

@@ -56,7 +56,7 @@ def calibrate(
     own: Mapping[str, WeightFile],
     storage: Storage,
     block_size: int,
-    on_layer: Callable[[], None] = lambda: None,
+    on_layer: Callable[[], None],
 ) -> None:
     """Write the matrices of all decoder layers, quantised for `pictures` (as `read_image` takes them).
 
