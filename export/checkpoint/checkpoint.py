@@ -59,7 +59,6 @@ class Checkpoint:
         self.generation = read_generation(base, self.language.vocab)
 
         self._base: TensorSource = SafetensorsSource(base)
-        tied = self.language.tied
         self._base.require(language_shapes(self.language), lambda key: key.endswith("rotary_emb.inv_freq"))
         self._vision = open_vision(vision)
         self._vision.require(vision_shapes(self.vision), is_other_half)
@@ -71,7 +70,7 @@ class Checkpoint:
         for task, plugin in plugins.items():
             rank, experts = plugin.sizes()
             plugin.require(self.language, self.vision, rank, experts)
-            if tied and any(plugin.owns(name) for name in ROWS):
+            if self.language.tied and any(plugin.owns(name) for name in ROWS):
                 raise CheckpointError(
                     f"{label(plugin.sources[0].path)}: expected no vocabulary rows (the base ties its embedding and "
                     "head), found some"
