@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, inliner
 
 from ..graph.builder import DOMAIN
@@ -70,10 +72,7 @@ def _type_bodies(model: ModelProto, compute: int) -> None:
 def _shorten_outputs(graph: GraphProto) -> None:
     """Drop the Identity before each output, so that its producer writes it: TensorRT allows uint8 for outputs only."""
     producer: dict[str, NodeProto] = {name: node for node in graph.node for name in node.output}
-    uses: dict[str, int] = {}
-    for node in graph.node:
-        for name in node.input:
-            uses[name] = uses.get(name, 0) + 1
+    uses = Counter(name for node in graph.node for name in node.input)
     kept = []
     results = {entry.name for entry in graph.output}
     for node in graph.node:
