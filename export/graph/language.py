@@ -80,7 +80,7 @@ class LanguageGraph:
             end, axis = graph.constant([np.iinfo(np.int64).max], np.int64), graph.constant([1], np.int64)
             hidden = self._norm(graph.op("Slice", hidden, start, end, axis))
             first_row = first_logit_row(self.checkpoint, self.task)
-            logits = head(graph, self, hidden, first_row, self.config.vocab)
+            logits = self.head(hidden, first_row, self.config.vocab)
         graph.output(logits, "logits", FLOAT, ["B", "n", config.vocab - first_row])
         if first_row:
             graph.output(hidden, "hidden", FLOAT, ["B", "n", config.hidden])
@@ -124,6 +124,17 @@ class LanguageGraph:
             visible = graph.op("And", visible, graph.op("GreaterOrEqual", places, furthest))
         visible = graph.op("Unsqueeze", visible, graph.constant([1], np.int64))
         return graph.op("Cos", angles), graph.op("Sin", angles), visible
+
+    def head(self, hidden: str, first: int, end: int) -> str:
+        """Logits [B, n, end - first] of the normed hidden states, the final norm's weight folded in."""
+        checkpoint, task, name = self.checkpoint, self.task, "lm_head.weight"
+
+        def rows() -> np.ndarray:
+            norm = to_float(checkpoint.base_tensor("norm.weight"))
+            return fold.take_norm(to_float(checkpoint.task_tensor(task, name)[first:end]), norm)
+
+        file, key = self.own if checkpoint.task_owns(task, name) else self.base, f"lm_head.{first}.{end}"
+        return stored_linear(self.graph, hidden, file, key, self.storage.head, self.block_size, rows)
 
     def _cache_shape(self, kind: str) -> list[int | str]:
         return ["B", self.config.kv_heads, "M", 1 if kind.endswith("_scale") else self.config.head_dim]
@@ -224,7 +235,7 @@ def build_vocabulary(
     parts.graph.name = f"{task}.vocabulary"
     hidden = parts.graph.input("hidden", FLOAT, ["B", "n", checkpoint.language.hidden])
     first_row = first_logit_row(checkpoint, task)
-    parts.graph.output(head(parts.graph, parts, hidden, 0, first_row), "logits", FLOAT, ["B", "n", first_row])
+    parts.graph.output(parts.head(hidden, 0, first_row), "logits", FLOAT, ["B", "n", first_row])
     return parts.graph.model()
 
 
@@ -236,16 +247,3 @@ def first_logit_row(checkpoint: Checkpoint, task: str) -> int:
     if task != "generation" or checkpoint.tokens is None:
         return 0
     return checkpoint.tokens.first_code
-
-
-def head(graph: GraphBuilder, parts: LanguageGraph, hidden: str, first: int, end: int) -> str:
-    """Logits [B, n, end - first] of the normed hidden states, the final norm's weight folded in."""
-    checkpoint, task, name = parts.checkpoint, parts.task, "lm_head.weight"
-
-    def rows() -> np.ndarray:
-        norm = to_float(checkpoint.base_tensor("norm.weight"))
-        return fold.take_norm(to_float(checkpoint.task_tensor(task, name)[first:end]), norm)
-
-    file = parts.own if checkpoint.task_owns(task, name) else parts.base
-    key = f"lm_head.{first}.{end}"
-    return stored_linear(graph, hidden, file, key, parts.storage.head, parts.block_size, rows)
