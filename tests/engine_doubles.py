@@ -60,7 +60,7 @@ class HostKernels:
 class HostDevice:
     """A device that is the host, with the kernels that are given."""
 
-    name, stream = "host", 0
+    stream = 0
 
     def __init__(self, kernels: HostKernels | None = None) -> None:
         self.kernels = kernels

@@ -32,7 +32,6 @@ class CudaArray:
 class Device(Protocol):
     """Where engines run. Everything is ordered by one stream; `download` waits for what was ordered before it."""
 
-    name: str
     stream: int
 
     @property
