@@ -188,7 +188,8 @@ def _opened(source: Any, wanted: str) -> Iterator[tuple[BinaryIO, str]]:
         status = Path(os.fsdecode(source)).stat()
         # Neither a pipe, which may never end, nor a directory.
         if not stat.S_ISREG(status.st_mode):
-            raise ImageError(f"{name}: expected a file, found a {_kind(status.st_mode)}")
+            found = "directory" if stat.S_ISDIR(status.st_mode) else "device or pipe"
+            raise ImageError(f"{name}: expected a file, found a {found}")
         with Path(os.fsdecode(source)).open("rb") as file:
             yield _sized(file, name, status.st_size)
     except (OSError, ValueError) as error:
@@ -267,10 +268,6 @@ def _checked_array(pixels: NDArray[Any]) -> Image.Image:
         )
     check_size(pixels.shape[1], pixels.shape[0])
     return Image.fromarray(np.ascontiguousarray(pixels))
-
-
-def _kind(mode: int) -> str:
-    return "directory" if stat.S_ISDIR(mode) else "device or pipe"
 
 
 def _printable(path: Any) -> str:
