@@ -2,6 +2,8 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #elif defined(__aarch64__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
@@ -35,6 +37,24 @@ bool IsSupported(Target target) {
     default:
       return false;
   }
+}
+
+bool AllowAmx() {
+#ifdef EMULATED_TARGET
+  if (Target::EMULATED_TARGET == Target::kAvx512) return true;
+#endif
+#if defined(__x86_64__) && defined(SYS_arch_prctl)
+  static const bool allowed = [] {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25;
+    constexpr long kAskForState = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA; Linux 5.16
+    return IsSupported(Target::kAvx512) && __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 &&
+           (d & (kTile | kInt8)) == (kTile | kInt8) && syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
+  }();
+  return allowed;
+#else
+  return false;
+#endif
 }
 
 Target BestTarget() {

@@ -12,6 +12,9 @@ bool IsSupported(Target target);
 // The fastest supported one.
 Target BestTarget();
 
+// Whether the processor multiplies tiles of bytes (AMX), and the operating system lets this process do so.
+bool AllowAmx();
+
 // A function compiled once per target; null for targets that this build does not have.
 template <class Function>
 struct PerTarget {

@@ -4,6 +4,7 @@
 #include "hlora_linear/input.h"
 #include "hlora_linear/pair_product.h"
 #include "hlora_linear/part.h"
+#include "hlora_linear/tile_product.h"
 
 namespace healthgpt {
 namespace {
@@ -368,7 +369,8 @@ SIMD_INLINE auto UnpackedTileAdder(int64_t rows) {
 
 // sums += block `block` times the part's rows, tile by tile.
 template <Storage storage>
-void AddBlockUnpacked(const Matrix& matrix, const Input& input, int64_t block, const Part& part, const Sums& sums) {
+void AddBlockUnpacked(const Matrix& matrix, const Input& input, int64_t block, const Part& part,
+                      const Tiles<Simd>& by_tiles, const Sums& sums) {
   const int64_t tiles = part.stride / kTile, next_block = matrix.block_size * RowBytes<storage>(matrix.outputs);
   const int64_t tiles_ahead = Min(kTilesAhead, tiles);
   for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -378,7 +380,8 @@ void AddBlockUnpacked(const Matrix& matrix, const Input& input, int64_t block, c
     UnpackTile<storage>(matrix, block, part, tile, ahead);
     float padded[kTile];
     const float* scales = TileScales(matrix, part, block, tile, padded);
-    for (int64_t row = 0; row < part.rows; row += kRowsAtOnce) {
+    int64_t row = by_tiles.Add<UnpackedOffset<storage>()>(matrix, input, block, part, tile, scales, sums);
+    for (; row < part.rows; row += kRowsAtOnce) {
       UnpackedTileAdder<storage>(part.rows - row)(matrix, input, block, part, row, tile, scales, sums);
     }
   }
@@ -387,9 +390,15 @@ void AddBlockUnpacked(const Matrix& matrix, const Input& input, int64_t block, c
 template <Storage storage>
 void AddIntegerProduct(const Matrix& matrix, const Input& input, int64_t first_block, int64_t end_block,
                        const Part& part, bool added) {
-  const auto add = InPlace(matrix, part.rows) ? AddBlockInPlace<storage> : AddBlockUnpacked<storage>;
+  const bool in_place = InPlace(matrix, part.rows);
+  const Tiles<Simd> tiles(matrix, in_place ? 0 : part.rows);
   for (int64_t block = first_block; block < end_block; ++block) {
-    add(matrix, input, block, part, SumsOf(part, block == first_block, block + 1 == end_block, added));
+    const Sums sums = SumsOf(part, block == first_block, block + 1 == end_block, added);
+    if (in_place) {
+      AddBlockInPlace<storage>(matrix, input, block, part, sums);
+    } else {
+      AddBlockUnpacked<storage>(matrix, input, block, part, tiles, sums);
+    }
   }
 }
 

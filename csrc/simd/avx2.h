@@ -15,6 +15,7 @@ struct Simd {
   static constexpr int kLanes = 8;
   static constexpr int kRegisters = 16;
   static constexpr bool kInRegisters = true;
+  static constexpr bool kHasTiles = false;
   using Bytes = __m256i;
   using Ints = __m256i;
   using Floats = __m256;

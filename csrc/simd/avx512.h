@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "simd/unroll.h"
+#include "target.h"
 
 namespace healthgpt {
 namespace {
@@ -14,6 +15,11 @@ struct Simd {
   static constexpr int kLanes = 16;
   static constexpr int kRegisters = 32;
   static constexpr bool kInRegisters = true;
+#if defined(__AMX_INT8__)
+  static constexpr bool kHasTiles = true;
+#else
+  static constexpr bool kHasTiles = false;
+#endif
   using Bytes = __m512i;
   using Ints = __m512i;
   using Floats = __m512;
@@ -135,7 +141,49 @@ struct Simd {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(values)));
   }
 
+#if defined(__AMX_INT8__)
+  // --- tiles, by AMX ---
+  static bool AllowsTiles() { return AllowAmx(); }
+  static void BeginTiles(int channels) {
+    struct alignas(64) Shapes {
+      uint8_t palette, start, reserved[14];
+      uint16_t bytes[16];  // of a row of each tile
+      uint8_t rows[16];
+    };
+    // Two tiles of sums, one of x, two of weights.
+    const auto of_x = static_cast<uint16_t>(channels);
+    const auto of_weights = static_cast<uint8_t>(channels / 4);
+    const Shapes shapes = {1, 0, {}, {64, 64, of_x, 64, 64}, {16, 16, 16, of_weights, of_weights}};
+    InMemory();
+    _tile_loadconfig(&shapes);
+  }
+  static void EndTiles() { _tile_release(); }
+  static void MultiplyTiles(const int8_t* x, int64_t x_stride, const uint8_t* weights, int64_t stride, int64_t channels,
+                            int at_once, int32_t* sums) {
+    InMemory();
+    _tile_zero(0);
+    _tile_zero(1);
+    for (int64_t channel = 0; channel < channels; channel += at_once) {
+      const uint8_t* from = weights + channel / 4 * stride;
+      _tile_loadd(2, x + channel, x_stride);
+      _tile_loadd(3, from, stride);
+      _tile_dpbsud(0, 2, 3);
+      _tile_loadd(4, from + 64, stride);
+      _tile_dpbsud(1, 2, 4);
+    }
+    _tile_stored(0, sums, 128);
+    _tile_stored(1, sums + 16, 128);
+    InMemory();
+  }
+  static SIMD_INLINE Ints AddInts(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+#endif
+
  private:
+#if defined(__AMX_INT8__)
+  // The compiler does not know what memory the instructions for tiles read and write.
+  static SIMD_INLINE void InMemory() { asm volatile("" ::: "memory"); }
+#endif
+
   static SIMD_INLINE __m256i LoadShorts(const uint16_t* from, int count) {
     return count >= kLanes ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))
                            : _mm256_maskz_loadu_epi16(Mask(count), from);

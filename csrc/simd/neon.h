@@ -13,6 +13,7 @@ struct Simd {
   static constexpr int kLanes = 4;
   static constexpr int kRegisters = 32;
   static constexpr bool kInRegisters = true;
+  static constexpr bool kHasTiles = false;
   using Bytes = uint8x16_t;
   using Ints = int32x4_t;
   using Floats = float32x4_t;

@@ -16,6 +16,7 @@ struct Simd {
   static constexpr int kLanes = 4;
   static constexpr int kRegisters = 16;        // assumed
   static constexpr bool kInRegisters = false;  // whether vectors are in registers
+  static constexpr bool kHasTiles = true;      // whether there are the operations on tiles, at the end
   struct Bytes {
     uint8_t at[16];
   };
@@ -167,6 +168,28 @@ struct Simd {
       const float clamped = values.at[i] > -128.0f ? (values.at[i] < 127.0f ? values.at[i] : 127.0f) : -128.0f;
       to[i] = static_cast<int8_t>(std::nearbyintf(clamped));
     }
+  }
+
+  // --- tiles: products of 16 rows with 32 columns ---
+  // Whether this process may use them.
+  static bool AllowsTiles() { return true; }
+  // Between these two a thread may call MultiplyTiles, for so many channels at a time: a multiple of 4 up to 64.
+  static void BeginTiles(int) {}
+  static void EndTiles() {}
+  // sums (16, 32) = x (16, channels) times weights (channels / 4, 32, 4), as Dot8 and Dot4 sum them; strides in bytes.
+  static void MultiplyTiles(const int8_t* x, int64_t x_stride, const uint8_t* weights, int64_t stride, int64_t channels,
+                            int, int32_t* sums) {
+    for (int64_t at = 0; at < 16 * 32; ++at) {
+      sums[at] = 0;
+      for (int64_t channel = 0; channel < channels; ++channel) {
+        const uint8_t weight = weights[channel / 4 * stride + at % 32 * 4 + channel % 4];
+        sums[at] += x[at / 32 * x_stride + channel] * static_cast<int8_t>(weight);
+      }
+    }
+  }
+  static Ints AddInts(Ints a, Ints b) {
+    for (int i = 0; i < kLanes; ++i) a.at[i] += b.at[i];
+    return a;
   }
 
  private:

@@ -88,4 +88,5 @@ SIMD_INLINE void _mm512_mask_storeu_ps(float* to, __mmask16 mask, __m512 a) {
 }  // namespace
 }  // namespace healthgpt
 
+#include "amx.h"
 #include "simd/avx512.h"
