@@ -176,15 +176,26 @@ struct Simd {
   // Between these two a thread may call MultiplyTiles, for so many channels at a time: a multiple of 4 up to 64.
   static void BeginTiles(int) {}
   static void EndTiles() {}
-  // sums (16, 32) = x (16, channels) times weights (channels / 4, 32, 4), as Dot8 and Dot4 sum them; strides in bytes.
+  // sums (16, 32) = x (16, channels) times weights (channels / 4, 32, 4), by Dot8; strides in bytes.
   static void MultiplyTiles(const int8_t* x, int64_t x_stride, const uint8_t* weights, int64_t stride, int64_t channels,
                             int, int32_t* sums) {
-    for (int64_t at = 0; at < 16 * 32; ++at) {
-      sums[at] = 0;
-      for (int64_t channel = 0; channel < channels; ++channel) {
-        const uint8_t weight = weights[channel / 4 * stride + at % 32 * 4 + channel % 4];
-        sums[at] += x[at / 32 * x_stride + channel] * static_cast<int8_t>(weight);
+    constexpr int kRows = 4, kSums = 2;
+    for (int at = 0; at < 16 * 32; at += kRows * kSums * kLanes) {
+      const int row = at / (kRows * 32) * kRows, column = at / kRows % 32;
+      Ints totals[kRows][kSums] = {};
+      for (int64_t channel = 0; channel < channels; channel += 4) {
+        const uint8_t* from = weights + channel / 4 * stride + 4 * column;
+        Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA {
+          const Bytes bytes = Repeat4(x + (row + r) * x_stride + channel);
+          Unroll<kSums>([&](auto i) SIMD_INLINE_LAMBDA {
+            totals[r][i] = Dot8(totals[r][i], LoadBytes(from + 4 * i * kLanes), bytes);
+          });
+        });
       }
+      Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA {
+        Unroll<kSums>([&](auto i)
+                          SIMD_INLINE_LAMBDA { StoreInts(sums + (row + r) * 32 + column + i * kLanes, totals[r][i]); });
+      });
     }
   }
   static Ints AddInts(Ints a, Ints b) {

@@ -761,7 +761,7 @@ HOSTILE: dict[str, Callable[[Path], Any]] = {
     "shutil.copyfile": lambda marker: RunsCode(shutil.copyfile, __file__, str(marker)),
     "builtins.eval": lambda marker: RunsCode(eval, f"open({str(marker)!r}, 'w')"),
     "builtins.getattr": lambda marker: RunsCode(getattr, marker, "touch"),
-    "io.open": lambda marker: RunsCode(open, str(marker), "w"),
+    f"{open.__module__}.open": lambda marker: RunsCode(open, str(marker), "w"),
     "pickle.loads": lambda marker: RunsCode(pickle.loads, pickle.dumps(RunsCode(os.system, f"touch {marker}"))),
 }
 
