@@ -88,7 +88,7 @@ if [[ $rehearse == yes ]]; then
 else
   capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
   options+=("-DCMAKE_CUDA_ARCHITECTURES=${capability:?nvidia-smi names no GPU}")
-  nvidia-smi >>"$log"
+  { nvidia-smi; lscpu; } >>"$log"
 fi
 step configure 60 cmake -S . -B "$build" -G Ninja "${options[@]}" -DPython_EXECUTABLE="$(command -v "$python")" \
   -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" || exit 1
