@@ -100,8 +100,8 @@ def test_memory_is_the_machine_s_or_the_container_s(monkeypatch):
 
 @pytest.mark.parametrize("asked", [None, 1, 3])
 def test_a_session_has_as_many_threads_as_there_are_cores(golden_bundle, monkeypatch, asked):
-    """ONNX Runtime, left to itself, takes all cores of the machine: in a container of one, 16 threads take eleven times
-    as long as one."""
+    """ONNX Runtime, left to itself, takes all cores of the machine: in a container of one, 16 threads take thirteen
+    times as long as one."""
     monkeypatch.setattr("healthgpt_edge.executors.onnx.cores", lambda: 2)
     session = load(golden_bundle("qwen"), threads=asked)
     options = session.executor.session("comprehension", "language").get_session_options()
