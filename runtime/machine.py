@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import sys
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -50,9 +51,11 @@ def instruction_sets() -> str:
 def cores() -> int:
     """How many cores this process may use: those of its processors, of which a core may have two, as far as it is given
     their time. A thread that gets no time holds all others up; half a processor's is worse than none (a Zen 3)."""
-    if not hasattr(os, "sched_getaffinity"):
-        return os.cpu_count() or 1
-    found = len({_core(processor) for processor in os.sched_getaffinity(0)})
+    try:
+        processors: Iterable[int] = os.sched_getaffinity(0)
+    except (AttributeError, OSError):  # not Linux, or a sandbox that forbids to ask
+        processors = range(os.cpu_count() or 1)
+    found = len({_core(processor) for processor in processors})
     quota = control_group.processors()
     return found if quota is None else max(1, min(found, math.ceil(quota - 0.5)))
 

@@ -91,6 +91,17 @@ def test_processors_of_an_unknown_core_count_one_each(monkeypatch, tmp_path):
     assert machine.cores() == 2
 
 
+def test_cores_where_nobody_may_ask(monkeypatch, tmp_path):
+    def forbidden(process):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(machine, "_TOPOLOGY", str(tmp_path / "{}"))
+    monkeypatch.setattr(os, "sched_getaffinity", forbidden)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(control_group, "processors", lambda: 4.0)
+    assert machine.cores() == 4
+
+
 def test_memory_is_the_machine_s_or_the_container_s(monkeypatch):
     monkeypatch.setattr(control_group, "memory", lambda: None)
     assert 0 < machine.available_memory() <= machine.memory_bytes()
