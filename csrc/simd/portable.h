@@ -16,7 +16,7 @@ struct Simd {
   static constexpr int kLanes = 4;
   static constexpr int kRegisters = 16;        // assumed
   static constexpr bool kInRegisters = false;  // whether vectors are in registers
-  static constexpr bool kHasTiles = true;      // whether there are the operations on tiles, at the end
+  static constexpr bool kHasTiles = true;      // whether there are the operations on tiles
   struct Bytes {
     uint8_t at[16];
   };
