@@ -1,9 +1,10 @@
 """Export a full-size system with random weights, then answer and generate with it: time, peak memory, bytes.
 
-    python -m benchmarks.full_size WORK_DIR [--system m3|l14|xl32] [--layers N] [--precision fp16 --precision int4]
-        [--cache int8] [--run int4 --run int4-int8] [--out results.json]
+    python -m benchmarks.full_size WORK_DIR [--system m3|l14|xl32] [--layers N] [--random-layers N]
+        [--precision fp16 --precision int4] [--cache int8] [--run int4 --run int4-int8] [--out results.json]
 
-Writes the checkpoint to WORK_DIR/SYSTEM unless it is there (M3 11 GB, L14 31, XL32 67), the bundles beside it. Peak
+Writes the checkpoint to WORK_DIR/SYSTEM unless it is there (M3 11 GB, L14 31, XL32 67; on disk a gigabyte less for each
+of XL32's layers that is not random), the bundles beside it. Peak
 memory is the kernel's high-water mark of the exporting process (mapped file pages included), and of the running one
 also the anonymous part.
 """
@@ -111,12 +112,16 @@ def run(bundle: Path, answer_tokens: int, threads: int | None) -> dict[str, obje
     return result
 
 
-def make_checkpoint(folder: Path, system: str = "m3", layers: int | None = None) -> None:
+def make_checkpoint(
+    folder: Path, system: str = "m3", layers: int | None = None, random_layers: int | None = None
+) -> None:
     """Write the random checkpoint unless it is there, in a process of its own, which takes its memory along."""
     if folder.exists():
         return
     command = [sys.executable, "-m", "benchmarks.random_checkpoint", str(folder), "--system", system]
-    subprocess.run([*command, *(["--layers", str(layers)] if layers else [])], check=True)
+    command += ["--layers", str(layers)] if layers else []
+    command += ["--random-layers", str(random_layers)] if random_layers else []
+    subprocess.run(command, check=True)
 
 
 def run_apart(bundle: Path, arguments: argparse.Namespace) -> dict[str, object]:
@@ -128,12 +133,13 @@ def run_apart(bundle: Path, arguments: argparse.Namespace) -> dict[str, object]:
     return result
 
 
-def settings(system: str, layers: int) -> dict[str, object]:
+def settings(system: str, layers: int, random_layers: int | None = None) -> dict[str, object]:
     """What figures must share to stand in one file."""
     processor = machine.description()["processor"]
     return {
         "system": system,
         "layers": layers,
+        **({"random_layers": random_layers} if random_layers else {}),
         "machine": {"processor": processor, "cores": os.cpu_count(), "python": platform.python_version()},
         "versions": {"onnxruntime": onnxruntime.__version__},
     }
@@ -144,6 +150,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("work", type=Path)
     parser.add_argument("--system", choices=sorted(SYSTEMS), default="m3")
     parser.add_argument("--layers", type=int, help="fewer decoder layers, where there is no room for all")
+    parser.add_argument("--random-layers", type=int, help="matrices of later layers are zeros that take no disk")
     parser.add_argument("--precision", action="append", default=[], help="export this one; may be repeated")
     parser.add_argument("--cache", help="type of the caches of what is exported, if not the precision's own")
     parser.add_argument("--run", action="append", default=[], help="answer and generate with this one")
@@ -162,13 +169,13 @@ def main() -> None:
     system, checkpoint = SYSTEMS[arguments.system], arguments.work / arguments.system
     layers = arguments.layers or system.layers
     if arguments.precision:
-        make_checkpoint(checkpoint, arguments.system, arguments.layers)
+        make_checkpoint(checkpoint, arguments.system, arguments.layers, arguments.random_layers)
         found = json.loads((checkpoint / "base" / "config.json").read_text())["num_hidden_layers"]
         if found != layers:
             raise SystemExit(f"{checkpoint.name} must have {layers} layers, found a checkpoint of {found}")
     bundles = "bundle" if arguments.system == "m3" else f"bundle-{arguments.system}"
     # What is measured now replaces what the file says of it; the rest stays, if it is of the same system and machine.
-    results = settings(arguments.system, layers)
+    results = settings(arguments.system, layers, arguments.random_layers)
     if arguments.out and arguments.out.is_file():
         kept = json.loads(arguments.out.read_text())
         if all(kept.get(name) == results[name] for name in results):

@@ -1,11 +1,12 @@
 """Write a checkpoint of a real system's exact size and layout, with random weights.
 
-    python -m benchmarks.random_checkpoint OUT [--system m3|l14|xl32] [--layers N]
+    python -m benchmarks.random_checkpoint OUT [--system m3|l14|xl32] [--layers N] [--random-layers N]
 
 The released weights cannot be shipped, and time, memory and size do not depend on their values. Weights are scaled so
 that each layer refines its input, as in a trained model: with one scale for all, 32 layers are chaotic, and two correct
 roundings give unrelated logits that cannot be compared. The base is written tensor by tensor, so that 65 GB need little
-memory. L14 and XL32 get the small tokenizers of the tests, padded with tokens that occur in no text, because the
+memory, and where the disk has no room for them, matrices of later layers can be zeros that take none: holes in the file.
+A bundle of them is as large as any and takes as long. L14 and XL32 get the small tokenizers of the tests, padded with tokens that occur in no text, because the
 released ones are not in this repository.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import struct
 from collections.abc import Iterator
@@ -76,7 +78,13 @@ def base_tensors(system: System) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "lm_head.weight", (system.base_vocab, system.hidden)
 
 
-def write_base(folder: Path, system: System, normal: Normal) -> None:
+def is_hole(name: str, random_layers: int) -> bool:
+    """Whether this is a matrix of a layer after those that are random."""
+    parts = name.split(".")
+    return parts[1] == "layers" and int(parts[2]) >= random_layers and name.endswith("_proj.weight")
+
+
+def write_base(folder: Path, system: System, normal: Normal, random_layers: int) -> None:
     """bf16 safetensors shards with their index, config and tokenizer."""
     shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
     size = 0
@@ -99,10 +107,14 @@ def write_base(folder: Path, system: System, normal: Normal) -> None:
         with (folder / file_name).open("wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
             for name, shape in shard:
+                if is_hole(name, random_layers):
+                    file.seek(2 * torch.Size(shape).numel(), os.SEEK_CUR)
+                    continue
                 values = normal(*shape, dtype=torch.bfloat16).mul_(scale_of(name, system))
                 if name.endswith("norm.weight"):
                     values += 1
                 file.write(values.view(torch.int16).numpy().data)
+            file.truncate()  # to here, where a hole comes last
     index_json = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index_json))
     write_settings(folder, system)
@@ -253,6 +265,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--system", choices=sorted(SYSTEMS), default="m3")
     parser.add_argument("--layers", type=int, help="fewer decoder layers, for a quick look")
+    parser.add_argument("--random-layers", type=int, help="matrices of later layers are zeros that take no disk")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     system = SYSTEMS[arguments.system]
@@ -267,7 +280,7 @@ def main() -> None:
     folders = {name: partial / name for name in parts}
     for folder in folders.values():
         folder.mkdir(parents=True)
-    write_base(folders["base"], system, normal)
+    write_base(folders["base"], system, normal, arguments.random_layers or system.layers)
     write_vision(folders["vision"], normal)
     write_plugins(folders[system.folder], system, normal)
     if "vqgan" in folders:

@@ -48,7 +48,7 @@ def test_keys_and_shapes_are_those_of_the_golden_checkpoint(name: str, tmp_path:
         base_vocab=config["vocab_size"],
         ranks={task: RANKS[task] for task in system.ranks},
     )
-    write_base(tmp_path, small, Normal(0))
+    write_base(tmp_path, small, Normal(0), random_layers=system.layers)
     write_plugins(tmp_path, small, Normal(0))
     assert base_shapes(tmp_path) == base_shapes(golden)
     for task in small.ranks:
@@ -56,6 +56,15 @@ def test_keys_and_shapes_are_those_of_the_golden_checkpoint(name: str, tmp_path:
             golden.parent / system.folder / system.plugin(task)
         )
     assert json.loads((tmp_path / "config.json").read_text()) == config
+
+
+def test_matrices_of_later_layers_may_be_holes(tmp_path):
+    """All else has the numbers of their own, or a token would be as fast for another reason."""
+    small = replace(SYSTEMS["xl32"], hidden=64, layers=3, heads=4, kv_heads=2, intermediate=160, base_vocab=400)
+    write_base(tmp_path, small, Normal(0), random_layers=1)
+    with safe_open(tmp_path / "model-00001-of-00001.safetensors", "pt") as file:
+        zero = {name for name in file.keys() if not file.get_tensor(name).any()}  # noqa: SIM118
+    assert zero == {f"model.layers.{layer}.{name}.weight" for layer in (1, 2) for name in small.linears}
 
 
 def test_a_checkpoint_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
