@@ -5,9 +5,9 @@
 The released weights cannot be shipped, and time, memory and size do not depend on their values. Weights are scaled so
 that each layer refines its input, as in a trained model: with one scale for all, 32 layers are chaotic, and two correct
 roundings give unrelated logits that cannot be compared. The base is written tensor by tensor, so that 65 GB need little
-memory, and where the disk has no room for them, matrices of later layers can be zeros that take none: holes in the file.
-A bundle of them is as large as any and takes as long. L14 and XL32 get the small tokenizers of the tests, padded with tokens that occur in no text, because the
-released ones are not in this repository.
+memory, and where the disk has no room for them, matrices of later layers can be zeros that take none. A bundle of them
+is as large as any and takes as long. L14 and XL32 get the small tokenizers of the tests, padded with tokens that occur
+in no text, because the released ones are not in this repository.
 """
 
 from __future__ import annotations
