@@ -168,6 +168,7 @@ def run(
             "executor": session.executor.name,
             # In use, not only asked for: they may not be built.
             "kernels": "+kernels" in session.executor.name,
+            "instruction_set": machine.instruction_set() if session.executor.name == "onnx-cpu+kernels" else None,
             "threads": bench.threads,
             "repeat": repeat,
             "weights_verified": False,

@@ -48,6 +48,12 @@ def instruction_sets() -> str:
     return " ".join(kernels.targets()) if kernels else ""
 
 
+def instruction_set() -> str | None:
+    """The one that the native kernels use here, as "avx512 with amx"; None without the native module."""
+    kernels = _native_module()
+    return kernels.instruction_set() if kernels else None
+
+
 def cores() -> int:
     """How many cores this process may use: those of its processors, of which a core may have two, as far as it is given
     their time. A thread that gets no time holds all others up; half a processor's is worse than none (a Zen 3)."""

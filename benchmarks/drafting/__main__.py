@@ -162,7 +162,7 @@ def main() -> None:
         "versions": {
             "python": platform.python_version(),
             "onnxruntime": onnxruntime.__version__,
-            "kernels": (machine.instruction_sets() or "none").split()[0],
+            "kernels": machine.instruction_set() or "none",
         },
         "precisions": {},
     }

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from benchmarks.commit import commit
-from healthgpt_edge import bench, machine
+from healthgpt_edge import bench
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = bench.parse_rows(arguments.rows)
     report = bench.run(arguments.bundle, rows, threads=arguments.threads, repeat=arguments.repeat)
-    report |= {"commit": commit(), "instruction_sets": machine.instruction_sets()}
+    report |= {"commit": commit()}
     arguments.out.write_text(json.dumps(report, indent=1) + "\n")
     print({f"{row['task']} {row['row']}": round(row["p50_ms"], 1) for row in report["rows"]})
 

@@ -9,4 +9,12 @@ void HLoraLinear(const HLoraLinearArguments& arguments, const Parallel& parallel
   kKernels[target](arguments, parallel);
 }
 
+bool UsesAmx() {
+#if defined(__x86_64__)
+  return BestTarget() == Target::kAvx512 && MultipliesTilesAvx512();
+#else
+  return false;
+#endif
+}
+
 }  // namespace healthgpt

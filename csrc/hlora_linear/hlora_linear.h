@@ -45,4 +45,7 @@ struct HLoraLinearArguments {
 // of the call nor on the threads. Working memory is kept per thread and reused (scratch.h).
 void HLoraLinear(const HLoraLinearArguments& arguments, const Parallel& parallel, Target target = BestTarget());
 
+// Whether many rows are multiplied by AMX in this process: the processor has it, and a first product came out right.
+bool UsesAmx();
+
 }  // namespace healthgpt

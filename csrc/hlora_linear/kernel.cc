@@ -268,4 +268,6 @@ void SIMD_KERNEL(HLoraLinear)(const HLoraLinearArguments& given, const Parallel&
   few ? call.FewRows() : call.ManyRows();
 }
 
+bool SIMD_KERNEL(MultipliesTiles)() { return TilesWork<Simd>(); }
+
 }  // namespace healthgpt

@@ -10,4 +10,10 @@ using HLoraLinearKernel = void(const HLoraLinearArguments& arguments, const Para
 
 HLoraLinearKernel HLoraLinearPortable, HLoraLinearNeon, HLoraLinearAvx2, HLoraLinearAvxVnni, HLoraLinearAvx512;
 
+// Whether the target's kernel multiplies many rows by tiles (tile_product.h).
+using MultipliesTilesKernel = bool();
+
+MultipliesTilesKernel MultipliesTilesPortable, MultipliesTilesNeon, MultipliesTilesAvx2, MultipliesTilesAvxVnni,
+    MultipliesTilesAvx512;
+
 }  // namespace healthgpt

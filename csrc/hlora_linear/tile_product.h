@@ -43,14 +43,24 @@ bool CheckTiles() {
   return true;
 }
 
+// Whether products are made by tiles; the first call finds out.
+template <class Target>
+bool TilesWork() {
+  if constexpr (Target::kHasTiles) {
+    static const bool work = Target::AllowsTiles() && CheckTiles<Target>();
+    return work;
+  } else {
+    return false;
+  }
+}
+
 // Tiles for one product, if they can be used for it: the processor keeps their shapes from its begin to its end.
 template <class Target>
 class Tiles {
  public:
   Tiles(const Matrix& matrix, int64_t rows) {
     if constexpr (Target::kHasTiles) {
-      static const bool work = Target::AllowsTiles() && CheckTiles<Target>();
-      if (work && rows >= kTileRows) channels_ = TileChannels(matrix.block_size);
+      if (TilesWork<Target>() && rows >= kTileRows) channels_ = TileChannels(matrix.block_size);
       if (channels_ != 0) Target::BeginTiles(channels_);
     }
   }

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <map>
 #include <optional>
 #include <string>
@@ -33,6 +34,12 @@ std::vector<std::string> Targets() {
     if (healthgpt::IsSupported(target)) names.push_back(name);
   }
   return names;
+}
+
+std::string InstructionSet() {
+  const auto best = std::find_if(kTargets.begin(), kTargets.end(),
+                                 [](const auto& target) { return target.second == healthgpt::BestTarget(); });
+  return best->first + (healthgpt::UsesAmx() ? " with amx" : "");
 }
 
 healthgpt::Target TargetOf(const std::optional<std::string>& name) {
@@ -310,6 +317,7 @@ Floats Convolution(const Floats& x, const py::array& given, const Floats& bias,
 
 PYBIND11_MODULE(_kernels, module) {
   module.def("targets", &Targets, "The instruction sets with kernels that this machine has.");
+  module.def("instruction_set", &InstructionSet, "The one that the kernels use here by default.");
   py::class_<StoredMatrix>(module, "Matrix", "A matrix [channels, outputs] as the exporter stores it.")
       .def(py::init<const py::array&, const std::optional<Floats>&, int64_t,
                     const std::optional<std::vector<int64_t>>&>(),

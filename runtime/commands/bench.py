@@ -51,6 +51,8 @@ def bench(
         return
     settings = report["settings"]
     title = f"{bundle} on {report['machine']['processor']}, {settings['threads']} threads, {settings['executor']}"
+    if settings["instruction_set"]:
+        title += f" by {settings['instruction_set']}"
     table = Table("row", "task", "p50 ms", "p90 ms", "p99 ms", "samples", "work", "of the ceiling", title=title)
     for row in report["rows"]:
         work = f"{row['cost'] / 1e9:.3g} G {row['cost_unit']}" if "cost" in row else ""

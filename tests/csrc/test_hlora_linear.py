@@ -122,6 +122,12 @@ def close(y, expected, storage):
     return np.allclose(y, expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
+def test_the_fastest_instruction_set_is_used_and_named():
+    from_the_slowest = ["portable", "neon", "avx2", "avx-vnni", "avx512"]
+    named = _kernels.instruction_set().removesuffix(" with amx")
+    assert named == max(_kernels.targets(), key=from_the_slowest.index)
+
+
 @each_target
 @each_storage
 @pytest.mark.parametrize("case", SIZES, ids=str)

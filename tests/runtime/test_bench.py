@@ -111,6 +111,7 @@ def test_the_report_has_every_row_and_its_ceiling(bundle, monkeypatch):
     assert report["machine"].keys() == {"processor", "cores", "memory_bytes", "system"}
     assert report["versions"].keys() == {"python", "healthgpt-edge", "numpy", "onnxruntime"}
     assert report["settings"]["threads"] == 1 and report["settings"]["repeat"] == 2
+    assert report["settings"]["instruction_set"] == machine.instruction_set()
     checked = {one["name"] for one in report["checks"]}
     assert checked >= {"comprehension decode and prefill", "generation decode and prefill", "picture"}
     assert all(one["distance"] <= one["tolerance"] for one in report["checks"])
