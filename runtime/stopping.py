@@ -30,7 +30,7 @@ def stopping_cleanly(ends_process: bool = False) -> Iterator[None]:
             again(number)
             return
         for other in handlers:
-            signal.signal(other, signal.SIG_IGN)
+            signal.signal(other, _ignore)
         raise SystemExit(128 + number)
 
     def unraisable(lost: sys.UnraisableHookArgs) -> None:
@@ -54,8 +54,13 @@ def stopping_cleanly(ends_process: bool = False) -> Iterator[None]:
     finally:
         sys.unraisablehook = hook
         for number, handler in handlers.items():
-            if not ends_process or signal.getsignal(number) is stop:
-                signal.signal(number, handler)
+            stays_ignored = ends_process and signal.getsignal(number) is not stop
+            # Until the process is gone: Python would take its own functions out before.
+            signal.signal(number, signal.SIG_IGN if stays_ignored else handler)
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    """What SIG_IGN does; but of a signal that came with the first, during a pass, Python would say that it is lost."""
 
 
 def _importing(frame: FrameType | None) -> bool:

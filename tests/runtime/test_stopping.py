@@ -50,6 +50,22 @@ def test_a_second_signal_does_not_cut_the_end_short():
     time.sleep(0.05)
 
 
+@pytest.mark.parametrize("ends_process", [False, True])
+def test_signals_that_come_together_are_one_without_a_word(ends_process):
+    told = []
+    with mock.patch.object(sys, "unraisablehook", told.append):
+        with pytest.raises(SystemExit) as caught, stopping_cleanly(ends_process):
+            # As during a long pass: Python hears of both when it is over.
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGHUP)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            time.sleep(0.05)
+        signal.pthread_sigmask(signal.SIG_BLOCK, ())  # for Python to look for what is left
+    assert caught.value.code in (128 + signal.SIGTERM, 128 + signal.SIGHUP)
+    assert not told
+
+
 def test_a_signal_during_an_import_comes_after_it(tmp_path, monkeypatch):
     (tmp_path / "interrupted.py").write_text(TOLERANT)
     monkeypatch.syspath_prepend(tmp_path)
