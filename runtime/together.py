@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 import traceback
+import weakref
 from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Iterator
 from functools import partial
@@ -116,7 +117,11 @@ class Together:
         return self._session.generating(request, on_code, on_preview)
 
     def _request(self, task: str, image: Any, words: str, **options: Any) -> Request:
-        return Request(task, image, words, groups=self._group, is_alone=self._is_alone, **options)
+        # Weak, for this holds the request: broken off, neither is to wait for the collector with the caches.
+        this = weakref.proxy(self)
+        return Request(
+            task, image, words, groups=lambda name: this._group(name), is_alone=lambda: this._is_alone(), **options
+        )
 
     def add(self, name: Hashable, steps: Steps[Any]) -> None:
         """Add a request, which begins when there is a place for it."""

@@ -310,6 +310,22 @@ def test_a_pass_that_fails_is_what_became_of_all_that_were_in_it(session, monkey
     assert done(together)[COM.name].result.token_ids == COM.record["output_ids"]
 
 
+def test_what_is_broken_off_takes_no_memory(session, passes):
+    """Nor waits for the collector, which may not come for long: each request has caches."""
+    together = session.together(2)
+    for case in (COM, TEXT):
+        ask(together, case)
+    while not passes:
+        together.step()
+    left = weakref.ref(together)
+    gc.disable()
+    try:
+        del together
+        assert left() is None
+    finally:
+        gc.enable()
+
+
 def test_nothing_is_left_of_what_was_done(session):
     pictures = [read_image(COM.image) for _ in range(3)]
     alive = [weakref.ref(picture) for picture in pictures]
