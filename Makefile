@@ -12,11 +12,13 @@ NATIVE := $(shell find csrc tests/csrc -name '*.cc' -o -name '*.h' -o -name '*.c
 setup: .venv/installed
 
 # Built with what pyproject.toml's build-system names, but in .venv: elsewhere it would all be fetched and built each time.
+# What pip would compile file by file is compiled by all cores; some packages bring files for a later Python.
 .venv/installed: pyproject.toml setup.py CMakeLists.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip 'setuptools>=77' 'cmake>=3.24' ninja 'pybind11>=2.13'
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation \
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --no-compile --no-build-isolation \
 	    --editable '.[bench,export,test]'
+	$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 	touch $@
 
 demo: setup
