@@ -1,8 +1,7 @@
-"""Golden bundles, exported once a process; long tests first; one thread for PyTorch, none that spins."""
+"""Golden bundles, exported once a process; long tests first; one thread for what computes here or in a child."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Callable
 from functools import cache
@@ -18,23 +17,6 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 # What takes a minute or more begins first, in this order: at the end one process would work on it alone. Processes are
 # given files in turn, so the two that build in one folder do not wait for each other.
 LONG = ["test_sanitizers.py", "test_phantom_bundle.py", "test_cuda.py", "test_engines.py"]
-
-
-def pytest_configure() -> None:
-    """Lets ONNX Runtime's threads sleep while they wait for work.
-
-    Left to itself each asks for it again and again, and keeps the core from the other test process.
-    """
-    if importlib.util.find_spec("onnxruntime") is None:
-        return  # kernels are tested on machines without it, too (benchmarks/gpu.sh)
-    import onnxruntime
-
-    class SessionOptions(onnxruntime.SessionOptions):
-        def __init__(self) -> None:
-            super().__init__()
-            self.add_session_config_entry("session.intra_op.allow_spinning", "0")
-
-    onnxruntime.SessionOptions = SessionOptions
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
