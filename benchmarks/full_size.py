@@ -4,9 +4,8 @@
         [--precision fp16 --precision int4] [--cache int8] [--run int4 --run int4-int8] [--out results.json]
 
 Writes the checkpoint to WORK_DIR/SYSTEM unless it is there (M3 11 GB, L14 31, XL32 67; on disk a gigabyte less for each
-of XL32's layers that is not random), the bundles beside it. Peak
-memory is the kernel's high-water mark of the exporting process (mapped file pages included), and of the running one
-also the anonymous part.
+of XL32's layers that is not random), the bundles beside it. Peak memory is the kernel's high-water mark of the
+exporting process (mapped file pages included), and of the running one also the anonymous part.
 """
 
 from __future__ import annotations
@@ -124,6 +123,13 @@ def make_checkpoint(
     subprocess.run(command, check=True)
 
 
+def layers_of(base: Path) -> tuple[int, int]:
+    """How many layers a random checkpoint's base has, and in how many of them all matrices are random."""
+    layers: int = json.loads((base / "config.json").read_text())["num_hidden_layers"]
+    metadata = json.loads((base / "model.safetensors.index.json").read_text())["metadata"]
+    return layers, metadata.get("random_layers", layers)
+
+
 def run_apart(bundle: Path, arguments: argparse.Namespace) -> dict[str, object]:
     """`run` in a process of its own, so that its high-water mark is its own."""
     command = [sys.executable, "-m", "benchmarks.full_size", str(arguments.work), "--run-bundle", str(bundle)]
@@ -170,9 +176,12 @@ def main() -> None:
     layers = arguments.layers or system.layers
     if arguments.precision:
         make_checkpoint(checkpoint, arguments.system, arguments.layers, arguments.random_layers)
-        found = json.loads((checkpoint / "base" / "config.json").read_text())["num_hidden_layers"]
-        if found != layers:
-            raise SystemExit(f"{checkpoint.name} must have {layers} layers, found a checkpoint of {found}")
+        expected, found = (layers, arguments.random_layers or layers), layers_of(checkpoint / "base")
+        if found != expected:
+            raise SystemExit(
+                f"{checkpoint.name} must have {expected[0]} layers, {expected[1]} of them random, "
+                f"found a checkpoint of {found[0]}, {found[1]} of them random"
+            )
     bundles = "bundle" if arguments.system == "m3" else f"bundle-{arguments.system}"
     # What is measured now replaces what the file says of it; the rest stays, if it is of the same system and machine.
     results = settings(arguments.system, layers, arguments.random_layers)

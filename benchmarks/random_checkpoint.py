@@ -115,7 +115,7 @@ def write_base(folder: Path, system: System, normal: Normal, random_layers: int)
                     values += 1
                 file.write(values.view(torch.int16).numpy().data)
             file.truncate()  # to here, where a hole comes last
-    index_json = {"metadata": {}, "weight_map": weight_map}
+    index_json = {"metadata": {"random_layers": random_layers}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index_json))
     write_settings(folder, system)
 

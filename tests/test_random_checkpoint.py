@@ -13,6 +13,7 @@ from golden_cases import CHECKPOINTS
 from safetensors import safe_open
 
 from benchmarks import random_checkpoint
+from benchmarks.full_size import layers_of
 from benchmarks.random_checkpoint import Normal, write_base, write_plugins
 from benchmarks.systems import SYSTEMS
 
@@ -65,6 +66,7 @@ def test_matrices_of_later_layers_may_be_holes(tmp_path):
     with safe_open(tmp_path / "model-00001-of-00001.safetensors", "pt") as file:
         zero = {name for name in file.keys() if not file.get_tensor(name).any()}  # noqa: SIM118
     assert zero == {f"model.layers.{layer}.{name}.weight" for layer in (1, 2) for name in small.linears}
+    assert layers_of(tmp_path) == (3, 1)
 
 
 def test_a_checkpoint_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
