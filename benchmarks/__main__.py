@@ -86,7 +86,9 @@ def main() -> None:
             )
             print(f"round {number + 1} of {arguments.rounds}: {contender.name}", file=sys.stderr, flush=True)
             results.add(contender.name, contender.turn(arguments, first=number == 0))
-        write(arguments, number + 1, ceilings, results)
+            page = write(arguments, number + 1, ceilings, results)
+        print(page)
+        draw(results, arguments.out / "comparison.png")
 
 
 def command(arguments: argparse.Namespace) -> str:
@@ -98,13 +100,14 @@ def command(arguments: argparse.Namespace) -> str:
     return shlex.join(["python", "-m", "benchmarks", *words])
 
 
-def write(arguments: argparse.Namespace, rounds: int, ceilings: list[dict[str, Any]], results: Results) -> None:
-    """Write the results so far as JSON, Markdown and a plot, so that an interrupted run keeps its finished rounds."""
+def write(arguments: argparse.Namespace, rounds: int, ceilings: list[dict[str, Any]], results: Results) -> str:
+    """Write the results so far as JSON and Markdown, so that an interrupted run keeps its turns; returns the page."""
     settings = {
         "command": command(arguments),
         "commit": commit(),
         "bundle": arguments.bundle.name,
         "machine": machine.description(),
+        "instruction_set": machine.instruction_set(),
         "threads": arguments.threads,
         "rounds": rounds,
         "repeat": arguments.repeat,
@@ -119,9 +122,13 @@ def write(arguments: argparse.Namespace, rounds: int, ceilings: list[dict[str, A
     (arguments.out / "comparison.json").write_text(json.dumps(report, indent=1) + "\n")
     page = markdown(settings, results, reached)
     (arguments.out / "comparison.md").write_text(page)
-    print(page)
+    return page
+
+
+def draw(results: Results, path: Path) -> None:
+    """Draw the plot, where what draws it is installed."""
     try:
-        plot(results, arguments.out / "comparison.png")
+        plot(results, path)
     except ModuleNotFoundError as error:
         print(f"no plot: {error.name} is not installed (pip install 'healthgpt-edge[bench]')", file=sys.stderr)
 

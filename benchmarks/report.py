@@ -25,11 +25,12 @@ def markdown(settings: dict[str, Any], results: Results, goals: list[Goal]) -> s
     """Goals beside what was measured, then every row of everyone."""
     machine = settings["machine"]
     memory = f"{machine['memory_bytes'] / 2**30:.0f} GiB" if machine["memory_bytes"] else "unknown"
+    kernels = f"kernels by {settings['instruction_set']}" if settings["instruction_set"] else "no kernels built"
     lines = [
         f"# {settings['bundle']} and its peers",
         "",
         f"{machine['processor']}, {machine['cores']} cores, {memory} of memory, {settings['threads']} threads, "
-        f"{settings['rounds']} rounds in turn. Medians. `{settings['command']}`",
+        f"{kernels}, {settings['rounds']} rounds in turn. Medians. `{settings['command']}`",
         "",
         *table(("goal", "limit", "measured", "met"), [goal.cells() for goal in goals]),
         "",
