@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+from ..systems import System
 from .common import RANKS, Report, absent, milliseconds, parse_arguments, system
 
 try:
@@ -88,21 +89,27 @@ def decode(model: Model, count: int) -> list[float]:
     return milliseconds(lambda: model.forward(1), count)
 
 
-def main() -> None:
-    arguments = parse_arguments(__doc__, choices=["Q4_0", "Q4_K"], required=True)
-    sizes = system(arguments)
-    folder = arguments.work / f"llama-{sizes.layers}-layers"
+def files(work: Path, variant: str, sizes: System) -> tuple[Path, dict[str, Path]]:
+    """The model and each task's adapter in `work`, written first where they are not there."""
+    folder = work / f"llama-{sizes.layers}-layers"
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{arguments.variant}.gguf"
+    path = folder / f"{variant}.gguf"
     partial = folder / "partial.gguf"  # an interrupted file must not look complete
     if not path.exists():
-        write_model(partial, sizes, GGMLQuantizationType[arguments.variant])
+        write_model(partial, sizes, GGMLQuantizationType[variant])
         partial.rename(path)
     adapters = {task: folder / f"lora-{rank}.gguf" for task, rank in RANKS.items()}
     for task, adapter in adapters.items():
         if not adapter.exists():
             write_adapter(partial, sizes, RANKS[task])
             partial.rename(adapter)
+    return path, adapters
+
+
+def main() -> None:
+    arguments = parse_arguments(__doc__, choices=["Q4_0", "Q4_K"], required=True)
+    sizes = system(arguments)
+    path, adapters = files(arguments.work, arguments.variant, sizes)
     # llama.cpp's own messages go to stderr. stdout is only for the report.
     begin = time.perf_counter()
     model = Model(path, arguments.threads)
