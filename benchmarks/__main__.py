@@ -36,7 +36,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--peers-python", type=Path, help="interpreter that has the peers' packages")
     parser.add_argument("--bundle", type=Path, help="another bundle than WORK_DIR's full-size one")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="for comparison.{json,md,png}")
-    parser.add_argument("--only", action="append", help="this contender; may be repeated")
+    parser.add_argument("--only", action="append", help="this contender; may be repeated, in the order to begin with")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeat", type=int, default=1, help="times each row in every turn")
     parser.add_argument("--threads", type=int, default=machine.cores())
@@ -69,7 +69,8 @@ def main() -> None:
     arguments = parse_arguments()
     arguments.bundle = arguments.bundle or full_size_bundle(arguments.work)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    chosen = [one for one in CONTENDERS if not arguments.only or one.name in arguments.only]
+    named = {contender.name: contender for contender in CONTENDERS}
+    chosen = [named[name] for name in dict.fromkeys(arguments.only or named)]
     results = Results()
     ceilings: list[dict[str, Any]] = []
     for number in range(arguments.rounds):

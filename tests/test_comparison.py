@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,12 +20,12 @@ FAILS = Contender("fails", lambda arguments, first: [sys.executable, "-c", "rais
 
 @pytest.fixture
 def compare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """Runs the comparison of these contenders once and returns the folder of its results."""
+    """Runs the comparison of these contenders once, with these options, and returns the folder of its results."""
 
-    def run(*contenders: Contender) -> Path:
+    def run(*contenders: Contender, options: tuple[str, ...] = ()) -> Path:
         monkeypatch.setattr(comparison, "CONTENDERS", contenders)
         monkeypatch.setattr(machine, "read_bandwidth", lambda threads: 1.0)
-        words = ["benchmarks", str(tmp_path), "--bundle", str(tmp_path / "bundle"), "--rounds", "1"]
+        words = ["benchmarks", str(tmp_path), "--bundle", str(tmp_path / "bundle"), "--rounds", "1", *options]
         monkeypatch.setattr("sys.argv", [*words, "--out", str(tmp_path)])
         comparison.main()
         return tmp_path
@@ -38,6 +39,12 @@ def test_an_interrupted_round_keeps_its_turns(compare, tmp_path: Path) -> None:
     (row,) = json.loads((tmp_path / "comparison.json").read_text())["contenders"]["works"]["rows"]
     assert row["p50_ms"] == 2
     assert "| works | linears | base | 2 |" in (tmp_path / "comparison.md").read_text()
+
+
+def test_those_asked_for_run_in_the_order_of_asking(compare) -> None:
+    others = [replace(WORKS, name=name) for name in ("first", "second")]
+    folder = compare(*others, WORKS, options=("--only", "works", "--only", "first", "--only", "works"))
+    assert list(json.loads((folder / "comparison.json").read_text())["contenders"]) == ["works", "first"]
 
 
 @pytest.mark.parametrize(
