@@ -1,17 +1,19 @@
 #!/usr/bin/env bash
 # Everything a GPU has to say about the CUDA kernels, in one call under nine minutes: builds them, runs their tests on the
 # GPU while compute-sanitizer looks on and bundles are exported, then times the kernels alone, then whole bundles by ONNX
-# Runtime's CUDA provider. Last, such a machine has a processor with many cores, and often AVX-512, for the CPU kernels'
-# tests and times. Needs nvcc, CMake, ninja, pybind11, PyTorch, onnx and pytest in the Python that is found, and
-# nothing from the network; bundles need wheels/ as benchmarks/gpu/requirements.txt says, and are left out without.
+# Runtime's CUDA provider. Such a machine has a processor with many cores, too, and often AVX-512, for the CPU kernels'
+# tests and, last, their times. Needs nvcc, CMake, ninja, pybind11, PyTorch, onnx and pytest in the Python that is
+# found, and nothing from the network; bundles need wheels/ as benchmarks/gpu/requirements.txt says, and are left out
+# without.
 #
 #   benchmarks/gpu.sh [FOLDER]             gpu.json, gpu.md, gpu-bundles.json, gpu-bundles-rows.json, of the processor
 #                                          gpu-cpu.json and gpu-cpu-threads.json, and gpu.log go to FOLDER, by default
 #                                          benchmarks/results
 #   benchmarks/gpu.sh --rehearse [FOLDER]  without a GPU: all steps on the host's fibers, at small sizes
 #
-# GPU_SECONDS limits all of it, GPU_KERNEL_SECONDS the times of the kernels. COMMIT says what is tested, where git does
-# not. Ends with 0 only if all was right. What came before a failure stays in FOLDER.
+# GPU_SECONDS limits all of it, GPU_KERNEL_SECONDS the times of the kernels. PROCESSOR=no leaves out the processor's
+# times. COMMIT says what is tested, where git does not. Ends with 0 only if all was right. What came before a failure
+# stays in FOLDER.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 rehearse=no
@@ -119,6 +121,12 @@ cores=$(nproc)
 [[ $bundles == yes ]] && start export "$limit" taskset -c "$((cores / 2))-$((cores - 1))" "${on_bundles[@]}" --export
 checks=(tests)
 start tests "$check" "$python" -m pytest -p no:cacheprovider --maxfail 20 tests/csrc/cuda
+here=(env "PYTHONPATH=$site" "$python" -m)
+if [[ $rehearse == no && $bundles == yes ]]; then
+  checks+=(cpu-tests)
+  start cpu-tests "$check" "${here[@]}" pytest -p no:cacheprovider --maxfail 20 tests/csrc/test_hlora_linear.py \
+    tests/csrc/test_cached_attention.py tests/csrc/test_convolution.py
+fi
 if [[ $rehearse == no ]]; then
   # The kernels once each; the races and bounds it looks for do not depend on sizes that the tests try.
   for tool in memcheck racecheck; do
@@ -141,11 +149,8 @@ if [[ $bundles == yes ]] && finish export; then
   step bundles "$limit" "${on_bundles[@]}" --out "$results/$name-bundles.json" --seconds $(($(left) - 10))
 fi
 
-# The processor, last, for it has other chances.
-if [[ $rehearse == no && $bundles == yes ]]; then
-  here=(env "PYTHONPATH=$site" "$python" -m)
-  step cpu-tests 100 "${here[@]}" pytest -p no:cacheprovider --maxfail 20 tests/csrc/test_hlora_linear.py \
-    tests/csrc/test_cached_attention.py tests/csrc/test_convolution.py
+# The processor's times, last, for it has other chances.
+if [[ $rehearse == no && $bundles == yes && ${PROCESSOR:-yes} == yes ]]; then
   step cpu-threads 120 "${here[@]}" benchmarks.threads "$work/m3-int4" --context 128 --repeat 2 \
     --out "$results/$name-cpu-threads.json"
   step cpu-times 200 "${here[@]}" benchmarks.gpu.processor "$work/m3-int4" --repeat 2 --out "$results/$name-cpu.json"

@@ -50,6 +50,10 @@ __device__ inline void AtomicAdd(uint64_t* at, uint64_t value) {
 }
 __device__ inline void AtomicMax(uint32_t* at, uint32_t value) { atomicMax(at, value); }
 
+// e^x and a / b, wrong by a few units in the last place: a decode step would wait for the exact ones.
+__device__ inline float FastExp(float x) { return __expf(x); }
+__device__ inline float FastDivide(float a, float b) { return __fdividef(a, b); }
+
 // Programmatic dependent launch (Hopper and later): a kernel may start before the previous one has ended. Before
 // WaitForPrevious it may read only memory that no kernel writes, such as weights. AllowNext lets the next kernel start;
 // the next kernel's WaitForPrevious still returns only after this kernel has ended. A kernel must wait before it allows
@@ -104,6 +108,8 @@ Type Shuffle(Type value, int lane) {
 inline int Arrive(int* counter) { return (*counter)++; }
 inline void AtomicAdd(uint64_t* at, uint64_t value) { *at += value; }
 inline void AtomicMax(uint32_t* at, uint32_t value) { *at = *at > value ? *at : value; }
+inline float FastExp(float x) { return expf(x); }
+inline float FastDivide(float a, float b) { return a / b; }
 inline void WaitForPrevious() {}
 inline void AllowNext() {}
 

@@ -53,10 +53,12 @@ struct Product {
   Gating gating;        // in the second launch
   const float* bias;
   const float* residual;
-  float* y;         // (rows, outputs); z in the first launch
-  float* partials;  // (splits, rows, outputs)
-  float* squares;   // (tiles, splits, rows)
-  int* counters;    // (row groups, tiles)
+  float* y;            // (rows, outputs); z in the first launch
+  bool is_aligned;     // y, residual and bias may be accessed four numbers at a time
+  float* partials;     // (splits, rows, partial_stride)
+  int partial_stride;  // the outputs in whole fours
+  float* squares;      // (tiles, splits, rows)
+  int* counters;       // (row groups, tiles)
 };
 
 // The stride is chosen so that eight lanes that store 16 bytes each use different banks.
@@ -248,13 +250,21 @@ __device__ inline float InverseNorm(const Product& product, float squares) {
   return 1.0f / sqrtf(squares / static_cast<float>(product.weight.channels) + product.epsilon);
 }
 
-// The sum, in order, of numbers `stride` apart. All are loaded before the first is added.
-__device__ inline float SumOfSplits(const float* at, int64_t stride, int splits) {
-  float values[kMostSplits], sum = 0.0f;
+__device__ inline void Add(float& sum, float value) { sum += value; }
+__device__ inline void Add(float4& sum, const float4& value) {
+  sum.x += value.x, sum.y += value.y, sum.z += value.z, sum.w += value.w;
+}
+
+// The sum, in order, of numbers or of fours `stride` floats apart. All are loaded before the first is added.
+template <class Type>
+__device__ inline Type SumOfSplits(const float* at, int64_t stride, int splits) {
+  Type values[kMostSplits], sum = {};
 #pragma unroll
-  for (int i = 0; i < kMostSplits; ++i) values[i] = i < splits ? LoadFresh(at + i * stride) : 0.0f;
+  for (int i = 0; i < kMostSplits; ++i) {
+    values[i] = i < splits ? LoadFresh(reinterpret_cast<const Type*>(at + i * stride)) : Type{};
+  }
 #pragma unroll
-  for (int i = 0; i < kMostSplits; ++i) sum += values[i];
+  for (int i = 0; i < kMostSplits; ++i) Add(sum, values[i]);
   return sum;
 }
 
@@ -302,9 +312,9 @@ __global__ void __launch_bounds__(kWarpSize* kWarps, BlocksAtOnce(kRowTiles)) HL
   const int thread = lane + kWarpSize * warp;
   const int block_rows = Least(kRows, rows - first_row);
   float* const split_squares = product.squares + static_cast<int64_t>(tile) * splits * rows + first_row;
-  const auto sum_of_warps = [&](int row, int column) {
-    float sum = 0.0f;
-    for (const auto& of_warp : memory.sums) sum += of_warp[row][column];
+  const auto sum_of_warps = [&](int row, int column) {  // of four columns
+    float4 sum = {};
+    for (const auto& of_warp : memory.sums) Add(sum, *reinterpret_cast<const float4*>(&of_warp[row][column]));
     return sum;
   };
   const auto squares_of_warps = [&](int row) {
@@ -312,22 +322,25 @@ __global__ void __launch_bounds__(kWarpSize* kWarps, BlocksAtOnce(kRowTiles)) HL
     for (const auto& of_warp : memory.squares) sum += of_warp[row];
     return sum;
   };
-  const auto finish = [&](int row, int to, float sum, float inverse_norm) {
+  // Writes four numbers of y, `left` of which are there.
+  const auto finish = [&](int row, int to, const float4& sum, float inverse_norm) {
+    const int left = outputs - to;
     const int64_t at = static_cast<int64_t>(first_row + row) * outputs + to;
     if (product.is_first) {
       if (product.measure && to == 0) product.inverse_norm[first_row + row] = inverse_norm;
-    } else {
-      sum *= inverse_norm;
+      inverse_norm = 1.0f;
     }
-    if (product.bias != nullptr) sum += LoadOnce<float>(product.bias + to);
-    if (product.residual != nullptr) sum += product.residual[at];
-    product.y[at] = sum;
+    float4 result = {sum.x * inverse_norm, sum.y * inverse_norm, sum.z * inverse_norm, sum.w * inverse_norm};
+    if (product.bias != nullptr) Add(result, LoadFour(product.bias + to, left, product.is_aligned));
+    if (product.residual != nullptr) Add(result, LoadFour(product.residual + at, left, product.is_aligned));
+    StoreFour(product.y + at, result, left, product.is_aligned);
   };
-  // Calls take(row, column, to) for each number of the tile; `to` is the column among all outputs.
+  // Calls take(row, column, to) for every four numbers of the tile; `to` is the first's column among all outputs.
   const auto each = [&](const auto& take) {
-    for (int i = thread; i < block_rows * kTile; i += kWarpSize * kWarps) {
-      const int to = tile * kTile + i % kTile;
-      if (to < outputs) take(i / kTile, i % kTile, to);
+    constexpr int kFours = kTile / 4;
+    for (int i = thread; i < block_rows * kFours; i += kWarpSize * kWarps) {
+      const int column = i % kFours * 4, to = tile * kTile + column;
+      if (to < outputs) take(i / kFours, column, to);
     }
   };
   const bool is_given = !product.measure && product.inverse_norm != nullptr;
@@ -341,8 +354,11 @@ __global__ void __launch_bounds__(kWarpSize* kWarps, BlocksAtOnce(kRowTiles)) HL
     });
     return;
   }
+  const auto partials = [&](int of_split, int row, int to) {
+    return product.partials + static_cast<int64_t>(of_split * rows + first_row + row) * product.partial_stride + to;
+  };
   each([&](int row, int column, int to) {
-    product.partials[static_cast<int64_t>(split * rows + first_row + row) * outputs + to] = sum_of_warps(row, column);
+    *reinterpret_cast<float4*>(partials(split, row, to)) = sum_of_warps(row, column);
   });
   if (product.measure && thread < block_rows) split_squares[split * rows + thread] = squares_of_warps(thread);
   if (!IsLastBlock(product.counters + group * static_cast<int>(gridDim.y) + tile, splits, &memory.arrived, thread == 0))
@@ -351,9 +367,9 @@ __global__ void __launch_bounds__(kWarpSize* kWarps, BlocksAtOnce(kRowTiles)) HL
   each([&](int row, int, int to) {
     float inverse_norm = 1.0f;
     if (is_given) inverse_norm = LoadFresh(product.inverse_norm + first_row + row);
-    const float* const partials = product.partials + static_cast<int64_t>(first_row + row) * outputs + to;
-    const float sum = SumOfSplits(partials, static_cast<int64_t>(rows) * outputs, splits);
-    if (product.measure) inverse_norm = InverseNorm(product, SumOfSplits(split_squares + row, rows, splits));
+    const int64_t stride = static_cast<int64_t>(rows) * product.partial_stride;
+    const auto sum = SumOfSplits<float4>(partials(0, row, to), stride, splits);
+    if (product.measure) inverse_norm = InverseNorm(product, SumOfSplits<float>(split_squares + row, rows, splits));
     finish(row, to, sum, inverse_norm);
   });
 }
@@ -363,14 +379,30 @@ __global__ void __launch_bounds__(kWarpSize* kWarps, BlocksAtOnce(kRowTiles)) HL
 int64_t TileOutputs(Storage storage) { return IsInteger(storage) ? 128 : 64; }
 int64_t Tiles(const Matrix& matrix) { return CeilDivide(matrix.outputs, TileOutputs(matrix.storage)); }
 
-Cut CutOf(const Matrix& matrix, int64_t adapter_channels) {
+// For a launch that starts while `beside` blocks of another still run.
+Cut CutOf(const Matrix& matrix, int64_t adapter_channels = 0, int64_t beside = 0) {
   Cut cut;
   cut.weight_units = static_cast<int>(CeilDivide(matrix.channels, kUnit));
   cut.adapter_units = static_cast<int>(CeilDivide(adapter_channels, kUnit));
+  const int64_t tiles = Tiles(matrix), alone = kTargetBlocks / tiles, together = (kTargetBlocks - beside) / tiles;
+  // Two splits where these fit alone: with one, half of the machine would have nothing to do.
+  const int64_t splits = std::max(together, std::min<int64_t>(alone, 2));
   const int64_t most = std::min<int64_t>(CeilDivide(cut.weight_units, kWarps), kMostSplits);
-  cut.splits = static_cast<int>(std::clamp<int64_t>(kTargetBlocks / Tiles(matrix), 1, most));
+  cut.splits = static_cast<int>(std::clamp<int64_t>(splits, 1, most));
   return cut;
 }
+
+// The second launch's. Blocks that found no room beside the first's would begin when those have ended. Only integers
+// leave them room: floats wait for bytes, of which more blocks have more on their way.
+Cut SecondCut(const HLoraLinearArguments& given) {
+  int64_t beside = 0;
+  if (given.experts > 0 && IsInteger(given.weight.storage)) {
+    beside = Tiles(given.adapter_in) * CutOf(given.adapter_in).splits;
+  }
+  return CutOf(given.weight, given.adapter_out.channels, beside);
+}
+
+int64_t PartialStride(const Matrix& matrix) { return CeilDivide(matrix.outputs, 4) * 4; }
 
 Weights WeightsOf(const Matrix& matrix) {
   const int64_t load_bytes = matrix.storage == Storage::kInt4 ? 8 : 16;
@@ -412,13 +444,13 @@ Places PlacesOf(const HLoraLinearArguments& given) {
   places.second_counters = place(kMostCounters);
   places.inverse_norm = place(rows);
   if (given.experts > 0) {
-    const Cut cut = CutOf(given.adapter_in, 0);
+    const Cut cut = CutOf(given.adapter_in);
     places.low = place(rows * (rank + given.experts));
-    places.first_partials = place(cut.partials() * rows * given.adapter_in.outputs);
+    places.first_partials = place(cut.partials() * rows * PartialStride(given.adapter_in));
     places.first_squares = place(cut.partials() * rows * Tiles(given.adapter_in));
   }
-  const Cut cut = CutOf(given.weight, rank);
-  places.second_partials = place(cut.partials() * rows * given.weight.outputs);
+  const Cut cut = SecondCut(given);
+  places.second_partials = place(cut.partials() * rows * PartialStride(given.weight));
   places.second_squares = place(cut.partials() * rows * Tiles(given.weight));
   places.end = end;
   return places;
@@ -521,8 +553,10 @@ Status HLoraLinear(const HLoraLinearArguments& given, Stream stream) {
     Product first = product;
     first.is_first = true;
     first.weight = WeightsOf(given.adapter_in);
-    first.cut = CutOf(given.adapter_in, 0);
+    first.cut = CutOf(given.adapter_in);
     first.y = memory + places.low;
+    first.is_aligned = given.adapter_in.outputs % 4 == 0;
+    first.partial_stride = static_cast<int>(PartialStride(given.adapter_in));
     first.partials = memory + places.first_partials;
     first.squares = memory + places.first_squares;
     first.counters = counters(places.first_counters);
@@ -543,10 +577,15 @@ Status HLoraLinear(const HLoraLinearArguments& given, Stream stream) {
     gating.four_share = gating.expert_of == nullptr && gating.columns % 4 == 0;
   }
   product.weight = WeightsOf(given.weight);
-  product.cut = CutOf(given.weight, rank);
+  product.cut = SecondCut(given);
   product.bias = given.bias;
   product.residual = given.residual;
   product.y = given.y;
+  product.is_aligned = given.weight.outputs % 4 == 0;
+  for (const void* const array : {static_cast<const float*>(given.y), given.bias, given.residual}) {
+    product.is_aligned = product.is_aligned && reinterpret_cast<uintptr_t>(array) % 16 == 0;
+  }
+  product.partial_stride = static_cast<int>(PartialStride(given.weight));
   product.partials = memory + places.second_partials;
   product.squares = memory + places.second_squares;
   product.counters = counters(places.second_counters);

@@ -29,7 +29,18 @@ __device__ inline float4 LoadFour(const float* at, int left, bool is_aligned) {
   return GatherFour(left, [&](int i) { return LoadFresh(at + i); });
 }
 
-__device__ inline float SiluGate(float gate, float up) { return gate / (1.0f + expf(-gate)) * up; }
+__device__ inline void StoreFour(float* at, const float4& four, int left, bool is_aligned) {
+  if (is_aligned) {
+    *reinterpret_cast<float4*>(at) = four;
+    return;
+  }
+  at[0] = four.x;
+  if (left > 1) at[1] = four.y;
+  if (left > 2) at[2] = four.z;
+  if (left > 3) at[3] = four.w;
+}
+
+__device__ inline float SiluGate(float gate, float up) { return FastDivide(gate, 1.0f + FastExp(-gate)) * up; }
 
 // x (rows, channels), or for pairs silu(x[:, :channels]) * x[:, channels:].
 struct PlainInput {
@@ -109,8 +120,8 @@ struct GatedInput : Gating {
       const float* const routes = gates->routes[i / experts];
       float largest = routes[0], sum = 0.0f;
       for (int expert = 1; expert < experts; ++expert) largest = fmaxf(largest, routes[expert]);
-      for (int expert = 0; expert < experts; ++expert) sum += expf(routes[expert] - largest);
-      gates->shares[i / experts][i % experts] = expf(routes[i % experts] - largest) / sum;
+      for (int expert = 0; expert < experts; ++expert) sum += FastExp(routes[expert] - largest);
+      gates->shares[i / experts][i % experts] = FastDivide(FastExp(routes[i % experts] - largest), sum);
     }
     SyncThreads();
   }
