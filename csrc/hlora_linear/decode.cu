@@ -449,7 +449,8 @@ Places PlacesOf(const HLoraLinearArguments& given) {
     places.first_partials = place(cut.partials() * rows * PartialStride(given.adapter_in));
     places.first_squares = place(cut.partials() * rows * Tiles(given.adapter_in));
   }
-  const Cut cut = SecondCut(given);
+  // By as many splits as the base alone may have, so that one workspace serves a linear with its adapters and without.
+  const Cut cut = CutOf(given.weight);
   places.second_partials = place(cut.partials() * rows * PartialStride(given.weight));
   places.second_squares = place(cut.partials() * rows * Tiles(given.weight));
   places.end = end;

@@ -9,8 +9,9 @@ from formats import store_matrix
 # Relative to the largest result. x is the sum of two numbers of 16 bits, so float32's sums are what differs; with
 # bfloat16 those two hold 16 bits of x.
 TOLERANCE = {"float16": 3e-6, "bfloat16": 2e-5, "int8": 3e-6, "int4": 3e-6}
-# channels, outputs, rank, experts, block size, stride less outputs; and rows. Odd sizes, tails of every tile, ranks
-# below a block, int4 rows that start inside a byte, rows as lanes load them and rows that they must gather.
+# channels, outputs, rank, experts, block size, stride less outputs; and rows. Odd sizes, tails of every tile, channels
+# divided among blocks, ranks below a block, int4 rows that start inside a byte, rows as lanes load them and rows that
+# they must gather.
 SIZES = [
     ((31, 33, 8, 4, 32, 0), 11),
     ((7, 1, 2, 1, 32, 0), 3),
@@ -18,6 +19,7 @@ SIZES = [
     ((128, 128, 16, 4, 64, 0), 8),
     ((259, 160, 64, 4, 128, 0), 1),
     ((200, 72, 36, 4, 32, 56), 19),
+    ((520, 131, 20, 4, 64, 0), 6),
     ((160, 96, 256, 4, 128, 32), 2),
 ]
 COUNTERS = 2 * 1024
@@ -165,6 +167,18 @@ def test_a_row_depends_on_no_other_row(device, storage):
     for piece in (3, 17):
         parts = [run(device, x[at : at + piece], stored, 4, **more) for at in range(0, 32, piece)]
         np.testing.assert_array_equal(np.concatenate(parts), together)
+
+
+def test_a_workspace_for_adapters_serves_the_base_alone(device):
+    """At M3's size, where adapters leave fewer blocks for the base."""
+    shapes = {"weight": (8192, 3072), "adapter_in": (8192, 260), "adapter_out": (256, 3072)}
+    stored = {}
+    for name, (channels, outputs) in shapes.items():
+        values = device.put(np.zeros((channels, outputs // 2), np.uint8))
+        scales = device.put(np.zeros((-(-channels // 128), outputs), np.float32))
+        stored[name] = device.kernels.Matrix(values, "int4", (channels, outputs), scales, 128, outputs)
+    needed = device.kernels.hlora_linear_workspace_bytes
+    assert needed(32, weight=stored["weight"], experts=0) <= needed(32, experts=4, **stored)
 
 
 def test_what_is_not_finite_stays_not_finite(device):
