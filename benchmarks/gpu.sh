@@ -151,6 +151,8 @@ fi
 
 # The processor's times, last, for it has other chances.
 if [[ $rehearse == no && $bundles == yes && ${PROCESSOR:-yes} == yes ]]; then
+  step cpu-linears 60 "${here[@]}" benchmarks.linears --threads 2 --rows 256 --layers 2 --instructions \
+    $(PYTHONPATH=$site "$python" -c "from healthgpt_edge import _kernels; print(*{*_kernels.targets()} - {'portable'})")
   step cpu-threads 120 "${here[@]}" benchmarks.threads "$work/m3-int4" --context 128 --repeat 2 \
     --out "$results/$name-cpu-threads.json"
   step cpu-times 200 "${here[@]}" benchmarks.gpu.processor "$work/m3-int4" --repeat 2 --out "$results/$name-cpu.json"

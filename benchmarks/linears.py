@@ -1,9 +1,10 @@
 """The cost of H-LoRA beside the base linears of a decoded token: the kernel with and without adapters, in turn.
 
-    python -m benchmarks.linears --threads N [--repeat 5] [--layers 8]
+    python -m benchmarks.linears --threads N [--repeat 5] [--layers 8] [--rows 1] [--instructions avx512 avx2 ...]
 
 Times all four linears of several decoder layers at M3's sizes, int4 in blocks of 128, random and distinct, together
-much larger than the cache. Every call starts its own threads, with adapters and without.
+much larger than the cache. Every call starts its own threads, with adapters and without. --rows 256 is a pass of a
+prompt; --instructions takes these sets of the processor's in turn, instead of the one that the kernels use by default.
 """
 
 from __future__ import annotations
@@ -33,10 +34,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--rows", type=int, default=1)
+    parser.add_argument("--instructions", nargs="+", choices=_kernels.targets(), default=[None])
     arguments = parser.parse_args()
     system, random = SYSTEMS["m3"], np.random.default_rng(0)
     shapes = [(inputs, outputs) for _ in range(arguments.layers) for outputs, inputs in system.linears.values()]
-    rows = {inputs: random.standard_normal((1, inputs), np.float32) for inputs, _ in shapes}
+    rows = {inputs: random.standard_normal((arguments.rows, inputs), np.float32) for inputs, _ in shapes}
     weights = [random_matrix(random, *shape) for shape in shapes]
     adapters = {
         task: [
@@ -46,24 +49,37 @@ def main() -> None:
         for task, rank in system.ranks.items()
     }
 
-    def token(task: str) -> None:
+    def every_linear(task: str, instructions: str | None) -> None:
         for index, ((inputs, _), weight) in enumerate(zip(shapes, weights, strict=True)):
             pair = adapters[task][index] if task in adapters else (None, None)
             experts = system.experts if task in adapters else 0
-            result = _kernels.hlora_linear(rows[inputs], weight, None, *pair, experts, None, arguments.threads)
+            result = _kernels.hlora_linear(rows[inputs], weight, None, *pair, experts, instructions, arguments.threads)
             assert np.isfinite(result).all()
 
-    samples: dict[str, list[float]] = {task: [] for task in ("base", *adapters)}
+    tasks = "base", *adapters
+    samples: dict[tuple[str | None, str], list[float]] = {
+        (instructions, task): [] for instructions in arguments.instructions for task in tasks
+    }
     for number in range(arguments.repeat + 1):
-        for task, times in samples.items():
+        for (instructions, task), times in samples.items():
             begin = time.perf_counter()
-            token(task)
+            every_linear(task, instructions)
             if number:  # the first round warms up
                 times.append((time.perf_counter() - begin) * 1e3)
     report = {
         "version": "healthgpt_edge._kernels",
-        "note": f"the linears of {arguments.layers} distinct decoder layers, one token, with and without adapters",
-        "rows": [{"row": "linears", "task": task, "samples_ms": times} for task, times in samples.items()],
+        "note": f"the linears of {arguments.layers} distinct decoder layers, rows: {arguments.rows}, with and without "
+        "adapters",
+        "operations_of_base": 2 * arguments.rows * sum(inputs * outputs for inputs, outputs in shapes),
+        "rows": [
+            {
+                "row": "linears",
+                "task": task,
+                "instructions": instructions or _kernels.instruction_set(),
+                "samples_ms": times,
+            }
+            for (instructions, task), times in samples.items()
+        ],
     }
     print(json.dumps(report))
 
