@@ -18,7 +18,7 @@ struct HLoraLinearArguments {
   Matrix adapter_in;            // (C, R + E): A, then the router; stored as weight is
   Matrix adapter_out;           // (R, O): B with the H-LoRA scaling folded in; stored as weight is
   float* y = nullptr;           // (S, O), must not overlap x
-  void* workspace = nullptr;    // of HLoraLinearWorkspaceBytes, set to zero before its first use
+  void* workspace = nullptr;    // of HLoraLinearWorkspaceBytes, at a multiple of 16, set to zero before its first use
   int64_t workspace_bytes = 0;  // linears that follow each other in a stream can share one workspace
   // For several plugins that share one router. Their experts may have different ranks, and each can be switched off.
   const int32_t* expert_of = nullptr;  // (R), the expert that a column of A belongs to; null for equal shares of R

@@ -533,6 +533,9 @@ Status HLoraLinear(const HLoraLinearArguments& given, Stream stream) {
   if (given.workspace == nullptr || given.workspace_bytes < HLoraLinearWorkspaceBytes(given)) {
     return "[hlora_linear] the workspace is too small";
   }
+  if (reinterpret_cast<uintptr_t>(given.workspace) % 16 != 0) {
+    return "[hlora_linear] the workspace must lie at a multiple of 16 bytes";
+  }
   const Places places = PlacesOf(given);
   float* const memory = static_cast<float*>(given.workspace);
   const auto counters = [&](int64_t place) { return static_cast<int*>(given.workspace) + place; };

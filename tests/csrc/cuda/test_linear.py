@@ -205,6 +205,7 @@ def test_wrong_operands_are_named(device):
         ({"route_bias": np.zeros(5, np.float32)}, r"route_bias must be \[4\], got \[5\]"),
         ({"experts": 2}, r"adapter_in must be \(C, R \+ E\)"),
         ({"workspace": device.workspace(64, 16)}, "the workspace is too small"),
+        ({"workspace": device.workspace(1 << 20, 16)[4:]}, "the workspace must lie at a multiple of 16 bytes"),
         (
             {"adapter_out": store_matrix(device, np.ones((8, 72), np.float32), "bfloat16", 0)[0]},
             "adapters must be stored as the weight is",
