@@ -80,31 +80,65 @@ class Tiles {
     int64_t row = 0;
     if constexpr (Target::kHasTiles) {
       if (channels_ == 0) return 0;
-      const int64_t size = matrix.block_size;
+      const int64_t size = matrix.block_size, stride = part.stride;
       const uint8_t* weights = static_cast<const uint8_t*>(part.unpacked);
+      // A group's products are scaled while the next ones are made.
+      int32_t products[2][kTileRows * kTileOutputs];
+      Group waiting = {};
+      int turn = 0;
       for (; row + kTileRows <= part.rows; row += kTileRows) {
         const int64_t first = block * input.rows + part.row + row;
         for (int64_t column = 0; column < kTile; column += kTileOutputs) {
-          int32_t products[kTileRows * kTileOutputs];
           // The whole block: past the matrix' last channel x is zero, whatever the weights are.
           Target::MultiplyTiles(input.bytes + first * size, size, weights + 4 * column, 4 * kTile, size, channels_,
-                                products);
-          for (int64_t r = 0; r < kTileRows; ++r) {
-            const Ints start = Target::RepeatInt(-offset * input.sums[first + r]);
-            const Floats x_scale = Target::Repeat(input.scales[first + r]);
-            for (int64_t i = 0; i < kTileOutputs; i += Target::kLanes) {
-              const Ints product = Target::AddInts(start, Target::LoadInts(products + r * kTileOutputs + i));
-              sums.Add((row + r) * part.stride + tile * kTile + column + i, Target::ToFloats(product),
-                       Target::Multiply(x_scale, Target::Load(scales + column + i)));
-            }
-          }
+                                products[turn]);
+          if (waiting.products != nullptr) AddScaled<offset>(waiting, stride);
+          const Sums place = sums.At(row * stride + tile * kTile + column);
+          waiting = {products[turn], input.sums + first, input.scales + first, scales + column, place};
+          turn = 1 - turn;
         }
       }
+      if (waiting.products != nullptr) AddScaled<offset>(waiting, stride);
     }
     return row;
   }
 
  private:
+  // The products (kTileRows, kTileOutputs) of a group of rows, with what they are scaled by and added to.
+  struct Group {
+    const int32_t* products;
+    const int32_t* x_sums;
+    const float* x_scales;
+    const float* scales;
+    Sums sums;
+  };
+
+  template <int offset>
+  static void AddScaled(const Group& group, int64_t stride) {
+    constexpr int kCount = static_cast<int>(kTileOutputs / Target::kLanes);
+    const int32_t *products = group.products, *x_sums = group.x_sums;
+    const float* x_scales = group.x_scales;
+    Floats scales[kCount];
+    Unroll<kCount>([&](auto i) SIMD_INLINE_LAMBDA { scales[i] = Target::Load(group.scales + i * Target::kLanes); });
+    const auto add = [&](const Sums sums) SIMD_INLINE_LAMBDA {
+      for (int64_t r = 0; r < kTileRows; ++r) {
+        const Ints start = Target::RepeatInt(-offset * x_sums[r]);
+        const Floats x_scale = Target::Repeat(x_scales[r]);
+        Unroll<kCount>([&](auto i) SIMD_INLINE_LAMBDA {
+          const int64_t column = i * Target::kLanes;
+          const Ints product = Target::AddInts(start, Target::LoadInts(products + r * kTileOutputs + column));
+          sums.Add(r * stride + column, Target::ToFloats(product), Target::Multiply(x_scale, scales[i]));
+        });
+      }
+    };
+    // A loop for each kind of sums: in one for all, half of the instructions would ask which it is.
+    const Sums sums = group.sums;
+    if (sums.from == nullptr && sums.before == nullptr) return add({nullptr, nullptr, sums.to});
+    if (sums.from == nullptr) return add({nullptr, sums.before, sums.to});
+    if (sums.before == nullptr) return add({sums.from, nullptr, sums.to});
+    add(sums);
+  }
+
   int channels_ = 0;  // at once; 0 if tiles are not used
 };
 
