@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from .checks import is_real, is_whole
+from .checks import as_float, is_whole
 from .drafting import Drafter
 from .errors import GenerationError, OptionError
 from .executors import Choice, Context, RunAhead
@@ -32,14 +32,18 @@ class Sampling:
     top_k: int = 0
 
     def __post_init__(self) -> None:
-        if not (is_real(self.temperature) and 0 <= self.temperature < float("inf")):
+        temperature, top_p = as_float(self.temperature), as_float(self.top_p)
+        if not 0 <= temperature < float("inf"):
             raise OptionError(f"temperature must be 0 or a positive number, found {self.temperature!r:.40}")
-        if not (is_real(self.top_p) and 0 < self.top_p <= 1):
+        if not 0 < top_p <= 1:
             raise OptionError(f"top_p must be above 0 and at most 1, found {self.top_p!r:.40}")
         if not (is_whole(self.seed) and self.seed >= 0):
             raise OptionError(f"seed must be 0 or above, found {self.seed!r:.40}")
         if not (is_whole(self.top_k) and self.top_k >= 0):
             raise OptionError(f"top_k must be 0 or above, found {self.top_k!r:.40}")
+        # numpy takes a fraction, or an integer of more than 64 bits, for an object, which it cannot reckon with.
+        object.__setattr__(self, "temperature", temperature)
+        object.__setattr__(self, "top_p", top_p)
 
 
 class Grammar(Protocol):

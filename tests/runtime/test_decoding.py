@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -61,6 +62,13 @@ def draw(scores: list[float], count: int, sampling: Sampling, first: int = 0) ->
 # --- what sampling may be asked for ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("temperature", [Fraction(5, 2), np.float32(2.5)])
+def test_any_real_number_is_as_good_as_its_float(temperature):
+    given, plain = (draw([0.0, 1.0, 2.0], 50, Sampling(one, Fraction(9, 10))) for one in (temperature, 2.5))
+    assert np.array_equal(given, plain)
+    assert np.ptp(draw([0.0, 0.0], 50, Sampling(2**70))) == 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -72,6 +80,7 @@ def draw(scores: list[float], count: int, sampling: Sampling, first: int = 0) ->
         ({"top_p": float("nan")}, "top_p must be above 0 and at most 1, found nan"),
         ({"seed": -1}, "seed must be 0 or above, found -1"),
         ({"temperature": "1"}, "temperature must be 0 or a positive number, found '1'"),
+        ({"temperature": 10**400}, "temperature must be 0 or a positive number, found 1" + 39 * "0"),
         ({"top_p": None}, "top_p must be above 0 and at most 1, found None"),
         ({"seed": 1.5}, "seed must be 0 or above, found 1.5"),
         ({"top_k": -1}, "top_k must be 0 or above, found -1"),
