@@ -27,6 +27,8 @@ from .onnx_memory import Buffer, Caches, KernelMemory, Memory
 onnxruntime.disable_telemetry_events()
 
 _RESIDENT = ("vision", "language", "codes")
+# How long a thread that has nothing to do may wait for the next pass without giving its core away.
+_SPIN_MICROSECONDS = 1000
 _PACKAGE = Path(__file__).parents[1]
 
 
@@ -126,6 +128,12 @@ class OnnxExecutor:
         threads = self._threads or cores()
         options.intra_op_num_threads = threads
         options.add_session_config_entry("healthgpt.threads", str(threads))  # our kernels cannot ask it
+        # Every graph has threads of its own. Left to themselves they would spin for tens of milliseconds after a run,
+        # on the cores that the next graph needs.
+        if role == "language":
+            options.add_session_config_entry("session.intra_op.spin_duration_us", str(_SPIN_MICROSECONDS))
+        else:
+            options.add_session_config_entry("session.force_spinning_stop", "1")
         if self.bundle.manifest.precision == "fp32" and role != "codes":
             # Packing would copy every matrix out of the mapped file, once per task. (The VQGAN is small and all
             # convolutions, which gain more from it.)

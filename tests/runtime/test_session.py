@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -410,6 +411,15 @@ def test_the_number_of_threads_changes_no_token(golden_bundle):
         for threads in (1, 2, None)
     ]
     assert ids == [COM.record["output_ids"]] * 3
+
+
+def test_threads_that_wait_leave_the_cores_to_others(golden_bundle):
+    """Each graph has threads of its own, and the next one's need what they would take by spinning."""
+    session = load(golden_bundle("m3"), threads=4)
+    session.generate(GEN.image, GEN.question)
+    begin = time.process_time()
+    time.sleep(0.2)
+    assert time.process_time() - begin < 0.02
 
 
 def test_a_session_may_be_asked_from_several_threads(session):
