@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .checks import is_whole
-from .errors import OptionError
+from .errors import Cancelled, OptionError
 from .executors import Group
 from .inference import Request
 from .manifest import COMPREHENSION, GENERATION
@@ -57,6 +57,8 @@ class Together:
 
     A prompt is read by itself, in pieces between which the others go on. What no group of the executor takes is done by
     itself, too, and so is a request while it is the only one.
+
+    Where an interrupt breaks a pass off, those that were in it end with Cancelled, and the others can be gone on with.
     """
 
     def __init__(self, session: Session, limit: int) -> None:
@@ -68,10 +70,12 @@ class Together:
         self._waiting: deque[tuple[Hashable, Steps[Any]]] = deque()
         self._alone: _Begun | None = None  # one whose prompt is read, or that no group takes
         self._grouped: dict[Group, list[_Begun]] = defaultdict(list)
+        self._in_pass: dict[Steps[Any], Hashable] = {}  # names of those that are being taken on
+        self._done: deque[Done] = deque()  # which nobody has been told yet
 
     def __len__(self) -> int:
-        """How many requests are not done."""
-        return len(self._waiting) + self._begun
+        """How many requests are not done, or done and not told yet."""
+        return len(self._waiting) + self._begun + len(self._done)
 
     @property
     def _begun(self) -> int:
@@ -80,7 +84,9 @@ class Together:
     def __iter__(self) -> Iterator[Done]:
         """Do all that was added; each as soon as it is done."""
         while self:
-            yield from self.step()
+            self._make_passes()
+            if self._done:
+                yield self._done.popleft()
 
     def answer(self, name: Hashable, image: Any, question: str, **options: Any) -> None:
         """Add a question; `options` are those of Session.answer."""
@@ -132,58 +138,85 @@ class Together:
 
         These are one of the request that is alone, and one of each group. What is done now.
         """
-        done: list[Done] = []
-        while self._waiting and self._alone is None and self._begun < self.limit:
-            name, steps = self._waiting.popleft()
-            done += self._go_on(name, steps, partial(next, steps))
-        if done:
-            return done
-        if self._alone:
-            done += self._go_on_alone(*self._alone)
-        grouped, self._grouped = self._grouped, defaultdict(list)
-        for group, some in grouped.items():
-            tokens = {one.step.sequence: one.step.token_ids for one in some}
-            whole = {one.step.sequence for one in some if one.step.full_vocabulary}
-            begin = time.perf_counter()
-            try:
-                logits = group.forward(tokens, whole)
-            except Exception as error:  # whatever it is, it is what became of each of them
-                for one in some:
-                    one.steps.close()
-                    done.append(Done(one.name, error=error))
-            else:
-                seconds = time.perf_counter() - begin
-                for one in some:
-                    going_on = self._grouped.get(group)
-                    lead = len(going_on[0].step.token_ids) if going_on else None
-                    passed = Passed(logits[one.step.sequence], seconds, len(some), lead)
-                    done += self._go_on(one.name, one.steps, partial(one.steps.send, passed))
+        self._make_passes()
+        done = list(self._done)
+        self._done.clear()
         return done
 
-    def _go_on_alone(self, name: Hashable, steps: Steps[Any], step: Step) -> list[Done]:
-        self._alone = None
-        return self._go_on(name, steps, lambda: steps.send(step.alone()))
+    def _make_passes(self) -> None:
+        """As `step` says, unless something is done already."""
+        try:
+            self._begin()
+            if not self._done:
+                self._pass_alone()
+                for group in list(self._grouped):
+                    self._pass_group(group)
+        except BaseException as error:  # caches may hold half a pass, so none that was in it can go on
+            broken_off = Cancelled(f"the request was broken off by {type(error).__name__}")
+            for steps, name in self._in_pass.items():
+                steps.close()
+                self._done.append(Done(name, error=broken_off))
+            self._in_pass.clear()
+            raise
 
-    def _go_on(self, name: Hashable, steps: Steps[Any], go_on: Callable[[], Step]) -> list[Done]:
+    def _begin(self) -> None:
+        while self._waiting and not self._done and self._alone is None and self._begun < self.limit:
+            name, steps = self._waiting.popleft()
+            self._in_pass[steps] = name
+            self._go_on(name, steps, partial(next, steps))
+
+    def _pass_alone(self) -> None:
+        if self._alone is None:
+            return
+        (name, steps, step), self._alone = self._alone, None
+        self._in_pass[steps] = name
+        self._go_on(name, steps, lambda: steps.send(step.alone()))
+
+    def _pass_group(self, group: Group) -> None:
+        some = self._grouped.pop(group)
+        self._in_pass.update((one.steps, one.name) for one in some)
+        tokens = {one.step.sequence: one.step.token_ids for one in some}
+        whole = {one.step.sequence for one in some if one.step.full_vocabulary}
+        begin = time.perf_counter()
+        try:
+            logits = group.forward(tokens, whole)
+        except Exception as error:  # whatever it is, it is what became of each of them
+            for one in some:
+                one.steps.close()
+                self._end(one.steps, Done(one.name, error=error))
+            return
+        seconds = time.perf_counter() - begin
+        for one in some:
+            going_on = self._grouped.get(group)
+            lead = len(going_on[0].step.token_ids) if going_on else None
+            passed = Passed(logits[one.step.sequence], seconds, len(some), lead)
+            self._go_on(one.name, one.steps, partial(one.steps.send, passed))
+
+    def _go_on(self, name: Hashable, steps: Steps[Any], go_on: Callable[[], Step]) -> None:
         """Take a request, by `go_on`, to the next pass that it waits for."""
         try:
             step = go_on()
         except StopIteration as end:
-            return [Done(name, end.value)]
+            self._end(steps, Done(name, end.value))
         except Exception as error:
             steps.close()
             _clear_frames(error)
-            return [Done(name, error=error)]
-        begun = _Begun(name, steps, step)
-        if step.group:
-            self._grouped[step.group].append(begun)
+            self._end(steps, Done(name, error=error))
         else:
-            self._alone = begun
-        return []
+            del self._in_pass[steps]
+            begun = _Begun(name, steps, step)
+            if step.group:
+                self._grouped[step.group].append(begun)
+            else:
+                self._alone = begun
+
+    def _end(self, steps: Steps[Any], done: Done) -> None:
+        del self._in_pass[steps]
+        self._done.append(done)
 
     def _is_alone(self) -> bool:
         """Whether there is no other request. For one that is being taken on, which is nowhere then."""
-        return len(self) == 0
+        return not self._waiting and self._begun == 0
 
     def _group(self, task: str) -> Group | None:
         if task not in self._groups:

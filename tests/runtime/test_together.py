@@ -310,6 +310,42 @@ def test_a_pass_that_fails_is_what_became_of_all_that_were_in_it(session, monkey
     assert done(together)[COM.name].result.token_ids == COM.record["output_ids"]
 
 
+@pytest.mark.parametrize("place", ["pass", "listener"])
+def test_an_interrupt_ends_those_in_the_pass_and_nobody_else(session, passes, monkeypatch, place):
+    """One has its prompt read alone meanwhile, and one waits for a place."""
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    together = session.together(2)
+    for case in (COM, TEXT):
+        ask(together, case, **({"on_text": interrupted} if place == "listener" and case is COM else {}))
+    ask(together, SQUARE)
+    with monkeypatch.context() as patch:
+        if place == "pass":
+            patch.setattr(OnnxGroup, "forward", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            list(together)
+    found = done(together)
+    broken_off = [name for name, one in found.items() if one.error]
+    assert COM.name in broken_off and SQUARE.name not in broken_off and len(found) == 3
+    for name in broken_off:
+        assert isinstance(found[name].error, Cancelled)
+        assert str(found[name].error) == "the request was broken off by KeyboardInterrupt"
+    assert found[SQUARE.name].result.token_ids == SQUARE.record["output_ids"]
+
+
+def test_what_is_done_is_told_after_a_break(session):
+    """Two are done by one pass; whoever leaves the loop at the first finds the second when he comes back."""
+    together = session.together()
+    for name in range(2):  # the second begins a pass later
+        together.answer(name, None, "What?", max_new_tokens=5 - name, draft="none")
+    told = []
+    while together:
+        told.append([next(iter(together)).name, len(together)])
+    assert told == [[0, 1], [1, 0]]
+
+
 def test_what_is_broken_off_takes_no_memory(session, passes):
     """Nor waits for the collector, which may not come for long: each request has caches."""
     together = session.together(2)
