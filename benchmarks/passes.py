@@ -1,16 +1,19 @@
-"""Options and output file shared by the benchmarks of single passes (rows, together)."""
+"""What benchmarks of one bundle share: options, the file of results, and errors in one line."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import platform
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import onnxruntime
 
-from healthgpt_edge import machine
+from healthgpt_edge import HealthGPTError, machine
+from healthgpt_edge.errors import in_one_line
 from healthgpt_edge.manifest import GENERATION
 
 from .commit import commit
@@ -41,3 +44,12 @@ def save(arguments: argparse.Namespace, name: str, passes: list[dict[str, Any]])
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def run(main: Callable[[], None]) -> None:
+    """What is wrong with the bundle or an option ends `main` as it ends a command: by one line and exit code 2."""
+    try:
+        main()
+    except (HealthGPTError, OSError) as error:
+        print(f"error: {in_one_line(error)}", file=sys.stderr)
+        sys.exit(2)

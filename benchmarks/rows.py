@@ -18,7 +18,7 @@ import numpy as np
 from healthgpt_edge import Session, load
 from healthgpt_edge.bench import summary
 
-from .passes import options, save
+from .passes import options, run, save
 
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 EXPONENTS = (0.5, 0.6, 0.7)
@@ -65,4 +65,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -24,7 +24,7 @@ from healthgpt_edge.bench import summary
 from healthgpt_edge.executors import Group
 from healthgpt_edge.session import Session
 
-from .passes import options, save
+from .passes import options, run, save
 
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16)
 
@@ -90,4 +90,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

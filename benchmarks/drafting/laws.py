@@ -28,6 +28,7 @@ from healthgpt_edge.executors.onnx_context import MOST_STEP_ROWS
 from healthgpt_edge.manifest import GENERATION
 
 from ..commit import commit
+from ..passes import run
 from .ids import differing_ids
 from .jobs import Job, jobs
 
@@ -195,4 +196,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
