@@ -118,8 +118,10 @@ def check_cases(
             if case.task == GENERATION and case.expected is not None:
                 read_image(case.expected)
             for session in sessions:
-                if case.task not in session.bundle.manifest.tasks:
-                    raise RequestError(f"the bundle has no {case.task} plugin")
+                plugins = sorted(session.bundle.manifest.tasks)
+                if case.task not in plugins:
+                    bundle = session.bundle.path.resolve().name
+                    raise RequestError(f"the bundle {bundle!r} has no {case.task} plugin, only {', '.join(plugins)}")
                 session.prompt(case.task, case.words, has_image=case.image is not None)
         except HealthGPTError as error:
             raise RequestError(f"case {case.name}: {in_one_line(error)}") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -189,8 +190,10 @@ def test_a_file_that_is_not_there(golden_bundle, tmp_path: Path) -> None:
 
 def test_a_bundle_that_cannot_do_a_case(golden_bundle) -> None:
     case = Case(1, "generate", "generation", "Draw.", expected=np.zeros((8, 8), np.uint8))
-    with pytest.raises(RequestError, match="case 1: the bundle has no generation plugin"):
-        check_cases([case], [load(golden_bundle("qwen"), threads=1)])
+    sessions = [load(golden_bundle(system), threads=1) for system in ("m3", "qwen")]
+    message = f"case 1: the bundle '{sessions[1].bundle.path.name}' has no generation plugin, only comprehension"
+    with pytest.raises(RequestError, match=f"^{re.escape(message)}$"):
+        check_cases([case], sessions)
 
 
 def test_the_cases_are_not_overwritten(golden_bundle, tmp_path: Path) -> None:
