@@ -14,7 +14,8 @@ _SCALE_BYTES = 4
 
 def token_bytes(manifest: Manifest, task: str, context: int) -> int:
     """Bytes read for one token after `context` others: every matrix once, and the caches so far."""
-    linears = sum(matrix_bytes(manifest, manifest.precision, *shape) for shape in _matrices(manifest, task))
+    before, after = _matrices_around_attention(manifest, task)
+    linears = sum(matrix_bytes(manifest, manifest.precision, *shape) for shape in before + after)
     # The head keeps 8 bits in an int4 bundle.
     head_precision = "int8" if manifest.precision == "int4" else manifest.precision
     head = matrix_bytes(manifest, head_precision, *_head(manifest, task))
@@ -32,11 +33,14 @@ def cache_bytes(manifest: Manifest) -> int:
 def prefill_operations(manifest: Manifest, task: str, tokens: int) -> int:
     """Operations to prefill `tokens`, a multiplication and an addition counted as two; logits of the last one only."""
     language = manifest.language
-    linears = sum(inputs * outputs for inputs, outputs in _matrices(manifest, task))
+    before, after = (
+        sum(inputs * outputs for inputs, outputs in matrices) for matrices in _matrices_around_attention(manifest, task)
+    )
     seen = tokens * (tokens + 1) // 2  # by causal attention
     attention = 2 * language.heads * language.head_dim * seen  # scores, then the sum of values
     inputs, outputs = _head(manifest, task)
-    return 2 * (language.layers * (linears * tokens + attention) + inputs * outputs)
+    others = (language.layers - 1) * tokens + 1  # the last layer goes on with the last token alone
+    return 2 * (language.layers * (before * tokens + attention) + others * after + inputs * outputs)
 
 
 def matrix_bytes(manifest: Manifest, precision: str, inputs: int, outputs: int) -> int:
@@ -46,19 +50,23 @@ def matrix_bytes(manifest: Manifest, precision: str, inputs: int, outputs: int) 
     return values + blocks * outputs * _SCALE_BYTES
 
 
-def _matrices(manifest: Manifest, task: str) -> list[tuple[int, int]]:
-    """(inputs, outputs) of all matrices of one layer: each linear, its A with the router, its B."""
+def _matrices_around_attention(manifest: Manifest, task: str) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """(inputs, outputs) of one layer's matrices before attention and behind it: each linear, its A with the router, its
+    B."""
     language, plugin = manifest.language, manifest.tasks[task]
     hidden, intermediate = language.hidden, language.intermediate
     query, key = language.heads * language.head_dim, language.kv_heads * language.head_dim
     if language.architecture == "phi3":  # q, k, v are one linear, gate and up another
-        linears = [(hidden, query + 2 * key), (query, hidden), (hidden, 2 * intermediate), (intermediate, hidden)]
+        before, up = [(hidden, query + 2 * key)], [(hidden, 2 * intermediate)]
     else:
-        linears = [(hidden, query), (hidden, key), (hidden, key), (query, hidden)]
-        linears += [(hidden, intermediate), (hidden, intermediate), (intermediate, hidden)]
-    adapters_in = [(inputs, plugin.rank + plugin.experts) for inputs, _ in linears]
-    adapters_out = [(plugin.rank, outputs) for _, outputs in linears]
-    return linears + adapters_in + adapters_out
+        before, up = [(hidden, query), (hidden, key), (hidden, key)], [(hidden, intermediate)] * 2
+    after = [(query, hidden), *up, (intermediate, hidden)]
+
+    def with_adapters(linears: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        adapters_in = [(inputs, plugin.rank + plugin.experts) for inputs, _ in linears]
+        return linears + adapters_in + [(plugin.rank, outputs) for _, outputs in linears]
+
+    return with_adapters(before), with_adapters(after)
 
 
 def _head(manifest: Manifest, task: str) -> tuple[int, int]:

@@ -8,7 +8,8 @@ where the tasks differ,
   too, which at int4 is 3% (generation) to 11% (comprehension) of M3's token. A second engine would double the memory of
   the base, and adapters as inputs would have to be float16, 40% more bytes for each token of a picture;
 * where the embeddings differ, rows are gathered from each, and one is selected;
-* the heads stay separate, and a task's positions (`last_positions.<task>`) are 0 while another task runs.
+* the heads stay separate, and a task's positions (`last_positions.<task>`) are 0 while another task runs. So positions
+  are cut where the heads begin, and not, as in the graphs, within the last layer, of which there is one for all tasks.
 
 The input `task` int64 [1] says which task runs; a bundle of one task keeps its graph, without it.
 """
@@ -54,8 +55,29 @@ def merge(
     """
     merged = _Merged(folder, stacked, padding or Padding())
     for task, model in models.items():
+        _cut_at_the_head(model.graph)
         merged.add(task, model.graph)
     return merged.model(next(iter(models.values())))
+
+
+def _cut_at_the_head(graph: GraphProto) -> None:
+    """Let the last layer compute all positions, and cut what the head gets, in place."""
+    starts = {node.output[0] for node in graph.node if node.op_type == "Sub" and "last_positions" in node.input}
+    cuts = [node for node in graph.node if node.op_type == "Slice" and input_at(node, 1) in starts]
+    norms = [node for node in graph.node if node.op_type == "RMSNormalization"]
+    if not cuts or not norms:
+        return
+    whole = {cut.output[0]: cut.input[0] for cut in cuts}
+    for node in graph.node:
+        node.input[:] = [whole.get(name, name) for name in node.input]
+    cut, head = NodeProto(), norms[-1]
+    cut.CopyFrom(cuts[0])
+    cut.name = cut.output[0] = "head/Slice"
+    cut.input[0], head.input[0] = head.input[0], cut.output[0]
+    kept = [node for node in graph.node if node not in cuts]
+    place = kept.index(head)
+    del graph.node[:]
+    graph.node.extend([*kept[:place], cut, *kept[place:]])
 
 
 class _Plugin:

@@ -70,15 +70,15 @@ class LanguageGraph:
             hidden = self._embed(token_ids, image_features)
         with graph.scope("positions"):
             cosine, sine, visible = self._positions(token_ids, past_length, pasts[0][0])
+            # An explicit start, because a slice from -0 would be all positions.
+            first_wanted = graph.op("Sub", graph.op("Shape", token_ids, start=1, end=2), last_positions)
         for layer, past in enumerate(pasts):
             with graph.scope(f"layers.{layer}"):
-                hidden = self._layer(layer, hidden, (cosine, sine, past_length, visible), past)
+                first = first_wanted if layer == len(pasts) - 1 else None
+                hidden = self._layer(layer, hidden, (cosine, sine, past_length, visible), past, first)
             on_layer()
         with graph.scope("head"):
-            # An explicit start, because a slice from -0 would be all positions.
-            start = graph.op("Sub", graph.op("Shape", hidden, start=1, end=2), last_positions)
-            end, axis = graph.constant([np.iinfo(np.int64).max], np.int64), graph.constant([1], np.int64)
-            hidden = self._norm(graph.op("Slice", hidden, start, end, axis))
+            hidden = self._norm(hidden)
             first_row = first_logit_row(self.checkpoint, self.task)
             logits = self.head(hidden, first_row, self.config.vocab)
         graph.output(logits, "logits", FLOAT, ["B", "n", config.vocab - first_row])
@@ -139,7 +139,10 @@ class LanguageGraph:
     def _cache_shape(self, kind: str) -> list[int | str]:
         return ["B", self.config.kv_heads, "M", 1 if kind.endswith("_scale") else self.config.head_dim]
 
-    def _layer(self, layer: int, hidden: str, shared: tuple[str, str, str, str], past: list[str]) -> str:
+    def _layer(
+        self, layer: int, hidden: str, shared: tuple[str, str, str, str], past: list[str], first: str | None
+    ) -> str:
+        """The hidden states after a layer, from position `first` on: of those before, others need keys and values."""
         graph, config = self.graph, self.config
         # The node itself writes the graph's outputs: a copy in between would touch the whole cache for every token.
         kinds = caches(self.storage.cache)
@@ -160,6 +163,8 @@ class LanguageGraph:
                 normed = self._norm(hidden)
                 rows = [self._linear(layer, f"self_attn.{p}_proj", normed) for p in "qkv"]
                 attended, *_ = graph.call(self.attention_function, *rows, *shared, *past, last=presents, **sizes)
+            if first:
+                attended, hidden = (self._from(first, rows) for rows in (attended, hidden))
             hidden = self._linear(layer, "self_attn.o_proj", attended, hidden, around=self.residual_function)
         for present, (kind, data_type) in zip(presents, kinds.items(), strict=True):
             graph.output(present, present, data_type, self._cache_shape(kind))
@@ -171,6 +176,11 @@ class LanguageGraph:
             gate, up = (self._linear(layer, f"mlp.{p}_proj", normed) for p in ("gate", "up"))
             activated = graph.op("Mul", graph.op("Mul", gate, graph.op("Sigmoid", gate)), up)
             return self._linear(layer, "mlp.down_proj", activated, hidden, around=self.residual_function)
+
+    def _from(self, first: str, rows: str) -> str:
+        """Rows [B, S, C] from position `first` on."""
+        end, axis = self.graph.constant([np.iinfo(np.int64).max], np.int64), self.graph.constant([1], np.int64)
+        return str(self.graph.op("Slice", rows, first, end, axis))
 
     def _norm(self, hidden: str) -> str:
         """RMS normalisation without its weight, which is folded into the matrices that follow."""

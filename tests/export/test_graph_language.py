@@ -133,6 +133,19 @@ def test_prefill_in_pieces(graphs, system, task, pieces):
         assert (cache_rows[:, :, total:] == 1e3).all()
 
 
+def test_the_last_layer_goes_on_with_the_last_positions_alone(graphs, tmp_path):
+    """Of the others it needs keys and values. What both of the last layers give is made an output."""
+    _, token_ids, features = prompt("m3", "comprehension")
+    shutil.copytree(graphs("m3"), tmp_path / "graphs")
+    model = onnx.load(path := tmp_path / "graphs" / "comprehension.language.onnx", load_external_data=False)
+    results = [node.output[0] for node in model.graph.node if "mlp.down_proj" in node.name][-2:]
+    model.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in results)
+    path.write_bytes(model.SerializeToString())
+    run = LanguageRun(tmp_path / "graphs", "comprehension")
+    outputs = run.outputs(run.sequences(), token_ids, features, n=3)
+    assert [outputs[name].shape[1] for name in results] == [token_ids.shape[1], 3]
+
+
 @pytest.mark.parametrize("n", [1, 2, 7, 47])
 def test_logits_of_the_last_positions(graphs, n):
     _, token_ids, features = prompt("m3", "generation")

@@ -98,6 +98,11 @@ def test_costs_are_those_of_the_written_matrices(bundle):
         assert 2 * costs.token_bytes(half, "comprehension", 0) == costs.token_bytes(manifest, "comprehension", 0)
     one = costs.prefill_operations(manifest, "comprehension", 1)
     assert one == 2 * (language.layers * (values + 2 * width) + width * language.vocab)
+    # The last layer makes keys and values of the others, attends to them and goes on with the last one alone.
+    inputs, outputs = linears[0]
+    attending = inputs * outputs + inputs * (task.rank + task.experts) + task.rank * outputs
+    others = costs.prefill_operations(manifest, "comprehension", 3) - one
+    assert others == 2 * (2 * ((language.layers - 1) * values + attending) + 5 * language.layers * 2 * width)
 
 
 def test_the_report_has_every_row_and_its_ceiling(bundle, monkeypatch):
