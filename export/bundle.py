@@ -13,7 +13,7 @@ from typing import Any
 import onnx
 
 from healthgpt_edge import manifest as schema
-from healthgpt_edge.bundle import MANIFEST
+from healthgpt_edge.bundle import MANIFEST, is_in_bundle
 from healthgpt_edge.errors import BundleError
 from healthgpt_edge.files import flush_folder
 from healthgpt_edge.machine import version
@@ -72,6 +72,8 @@ def _new_directory(out: Path) -> Iterator[Path]:
             raise BundleError(f"{out.name!r} exists already; a bundle is written to a new directory")
         if not out.parent.is_dir():
             raise BundleError(f"the folder to hold {out.name!r} does not exist")
+        if is_in_bundle(out):
+            raise BundleError(f"{out.name!r} must not lie in another bundle, whose files are all listed")
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     except OSError as error:
         raise BundleError(f"cannot write beside {out.name[:100]!r}: {error.strerror}") from error

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from .errors import BundleError
 from .machine import cores
-from .manifest import MAX_MANIFEST_BYTES, Manifest
+from .manifest import FORMAT, MAX_MANIFEST_BYTES, Manifest
 from .threads import require_threads
 
 MANIFEST = "bundle.json"
@@ -138,6 +138,22 @@ class Bundle:
             if (size := path.stat().st_size) != entry.size:
                 raise BundleError(f"file {name} must be {entry.size} bytes, found {size}")
             path.open("rb").close()  # whoever maps it later may have no words for why it cannot
+
+
+def is_in_bundle(path: Path) -> bool:
+    """Whether `path` lies in the folder of a bundle, which one more file would spoil."""
+    folder = path.parent.resolve()
+    return any(_may_be_bundle(one) for one in (folder, *folder.parents))
+
+
+def _may_be_bundle(folder: Path) -> bool:
+    if not _is_regular(folder / MANIFEST):
+        return False
+    try:
+        with (folder / MANIFEST).open("rb") as file:
+            return FORMAT.encode() in file.read(MAX_MANIFEST_BYTES)
+    except OSError:
+        return False
 
 
 def _read_manifest(root: Path) -> Manifest:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .bundle import is_in_bundle
 from .decoding import Sampling
 from .drafting import PICTURE_DRAFTS, TEXT_DRAFTS, check_draft
 from .errors import OptionError
@@ -78,6 +79,8 @@ def check_target(target: Path, option: str) -> None:
     if target.exists() and not target.is_file():
         found = "a folder" if target.is_dir() else "a device or pipe"
         raise OptionError(f"{option} must be a file, {target.name!r} is {found}")
+    if is_in_bundle(target):
+        raise OptionError(f"{option} must not lie in a bundle, whose files are all listed: got {target.name!r} there")
 
 
 def refuse_the_image(target: Path, source: str | os.PathLike[str] | bytes | None, option: str, dashes: str) -> None:

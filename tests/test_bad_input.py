@@ -373,6 +373,10 @@ EXPORTS = {
     "export: no base": Bad(export(base=None), "Missing option '--base'"),
     "export: no out": Bad(export(out=None), "Missing option '--out'"),
     "export: out exists": Bad(export(out=make("out")), "'out' exists already; a bundle is written to a new directory"),
+    "export: out in a bundle": Bad(
+        export(out=lambda place: place.bundle() / "out"),
+        "'out' must not lie in another bundle, whose files are all listed",
+    ),
     "export: out is a file": Bad(export(out=make("out", Path.touch)), "'out' exists already"),
     "export: out is a link to nothing": Bad(
         export(out=make("out", lambda path: path.symlink_to("nowhere"))), "'out' exists already"
@@ -733,6 +737,17 @@ REQUESTS = {
     "out: the preview in place of the picture": Bad(
         generate("--image", picture_file(partial(encoded, "PNG"), "out.partial.png"), "--progress"),
         "the file of --progress must not be the file of --image, got 'out.partial.png' for both",
+    ),
+    "out: in the bundle": Bad(
+        lambda place: ["generate", bundle := place.bundle(), "--instruction", QUESTION, "--out", bundle / "out.png"],
+        "--out must not lie in a bundle, whose files are all listed: got 'out.png' there",
+    ),
+    "keep: in the bundle": Bad(
+        lambda place: [
+            *("answer", bundle := place.bundle(), "--image", PICTURE, "--question", QUESTION),
+            *("--keep", bundle / "weights" / "kept"),
+        ],
+        "--keep must not lie in a bundle",
     ),
     "out: missing folder": Bad(generate(out="a/out.png"), "the folder to hold 'out.png' does not exist"),
     "out: a folder": Bad(generate(lambda place: (make("out.png")(place), "--json")[1]), "'out.png' is a folder"),
