@@ -142,7 +142,7 @@ class LanguageGraph:
     def _layer(
         self, layer: int, hidden: str, shared: tuple[str, str, str, str], past: list[str], first: str | None
     ) -> str:
-        """The hidden states after a layer, from position `first` on: of those before, others need keys and values."""
+        """Hidden states after a layer, from position `first` on: of those before it, keys and values are enough."""
         graph, config = self.graph, self.config
         # The node itself writes the graph's outputs: a copy in between would touch the whole cache for every token.
         kinds = caches(self.storage.cache)

@@ -120,7 +120,7 @@ def check_cases(
             for session in sessions:
                 plugins = sorted(session.bundle.manifest.tasks)
                 if case.task not in plugins:
-                    bundle = session.bundle.path.resolve().name
+                    bundle = session.bundle.path.name
                     raise RequestError(f"the bundle {bundle!r} has no {case.task} plugin, only {', '.join(plugins)}")
                 session.prompt(case.task, case.words, has_image=case.image is not None)
         except HealthGPTError as error:
