@@ -113,11 +113,10 @@ def check_together(session: Session, new_tokens: int) -> None:
 
 def time_passes(bundle: Path, context_tokens: int, sizes: list[int], passes: int) -> dict[str, Any]:
     """Passes of several rows, and over several sequences, with both tasks loaded, and what these take of the GPU."""
-    task, free = "generation", torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
+    task, free = "generation", free_bytes()
     session = load(bundle, device="cuda", verify=False)
-    used = free - torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
+    found: dict[str, Any] = {"gpu_bytes_after_load": free - free_bytes(), "together": []}
     group = session.group(task, max(sizes))
-    found: dict[str, Any] = {"gpu_bytes_after_load": used, "together": []}
     if group:  # else requests are done one by one
         rows = ROWS_OF_EACH if passes > 1 else (1,)
         samples_ms = together.time_passes(session, task, group, context_tokens, sizes, passes, rows)
@@ -125,7 +124,12 @@ def time_passes(bundle: Path, context_tokens: int, sizes: list[int], passes: int
     if passes > 1:  # a rehearsal takes too long with many rows
         found["by_rows"] = by_rows.report(by_rows.time_rows(session, task, context_tokens, passes))
         found["encoder_ms"] = time_encoder(session, passes)
+    found["gpu_bytes_after_passes"] = free - free_bytes()
     return found
+
+
+def free_bytes() -> int:
+    return int(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else 0
 
 
 def time_encoder(session: Session, count: int) -> float:

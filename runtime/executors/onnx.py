@@ -134,6 +134,9 @@ class OnnxExecutor:
             options.add_session_config_entry("session.intra_op.spin_duration_us", str(_SPIN_MICROSECONDS))
         else:
             options.add_session_config_entry("session.force_spinning_stop", "1")
+        if self._device.is_gpu:
+            # The arena doubles with what it holds. Weights beside it leave it as small as passes need.
+            options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
         if self.bundle.manifest.precision == "fp32" and role != "codes":
             # Packing would copy every matrix out of the mapped file, once per task. (The VQGAN is small and all
             # convolutions, which gain more from it.)
