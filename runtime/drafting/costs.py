@@ -45,11 +45,8 @@ class RowCosts:
         return max(self._known.copy(), default=0)  # requests on other threads add to it
 
     def record(self, rows: int, seconds: float) -> None:
-        """Note the time of a pass. The first of its size does not count: it still allocates and unpacks."""
-        if rows not in self._samples:
-            self._samples[rows] = deque(maxlen=MOST_TIMES)
-            return
-        self._samples[rows].append(max(seconds, _LEAST_SECONDS))
+        """Note the time of a pass."""
+        self._samples.setdefault(rows, deque(maxlen=MOST_TIMES)).append(max(seconds, _LEAST_SECONDS))
         if len(self._samples[rows]) >= _FEWEST and (least := min(self._samples[rows])) != self._known.get(rows):
             self._known[rows] = least
             self._line = None

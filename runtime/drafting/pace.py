@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect
+from collections import Counter
 from collections.abc import Sequence
 
 from .costs import MOST_TIMES, RowCosts
@@ -14,9 +15,9 @@ _SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, MAX_ROWS)
 # Before anything is measured the expected exponent stands for passes of this size, and counts as so many of them:
 # Jacobi takes several to settle the first codes, and those behind them settle meanwhile.
 _FIRST_ROWS, _FIRST_PASSES = 8, 10
-# Plain passes at the start of a request, to know what they cost now. The first is not typical: the prefill left nothing
-# in the processor's caches.
-_PLAIN_PASSES = 2
+# Plain passes at the start of a request, to know what they cost now, which the last of them shows: the prefill left
+# nothing in the processor's caches for the others.
+_PLAIN_PASSES = 3
 # How many drafts the model is assumed to agree with, of how many, before any pass has shown it.
 _FIRST_AGREED = 4, 8
 # The least weight that the newest pass has in the running averages.
@@ -53,7 +54,8 @@ class Pace:
         self._costs, self._first, self._expected = costs, exponent, expected
         self._done, self._lost = 0, lost  # tokens so far, and seconds that drafts cost (below 0: gained)
         self._plain_left, self._wait = _PLAIN_PASSES, _FIRST_WAIT
-        self._warm = False
+        self._made: Counter[int] = Counter()  # passes of this request by their size
+        self._measured_again = 0  # the size of the next pass, where that is to measure what it costs
         self._expect(exponent)
 
     def _expect(self, exponent: float) -> None:
@@ -71,6 +73,9 @@ class Pace:
     def rows(self) -> int:
         """Rows of the next pass: at most twice as many as the largest size of known cost."""
         known = self._costs.most
+        again, self._measured_again = self._measured_again, 0
+        if again and self._affords(again):
+            return again
         if self._plain_left or not known:
             self._plain_left = max(self._plain_left - 1, 0)
             return 1
@@ -89,8 +94,11 @@ class Pace:
             return min(rows, _FIRST_ROWS) if first else rows
         self._plain_left, self._wait = self._wait, 2 * self._wait
         self._expect(self._first)
-        # If only the cost of rows speaks against drafts, a pass measures it anew: it may be out of date.
-        return min(_FIRST_ROWS, most) if first else 1
+        # If only the cost of rows speaks against drafts, it is measured anew, for it may be out of date: by two passes,
+        # because the first of a size does not count.
+        if first:
+            self._measured_again = min(_FIRST_ROWS, most)
+        return self._measured_again or 1
 
     def follow(self, rows: int) -> int:
         """Rows of the next pass where another sequence has so many: as many, or 1 where that is too much."""
@@ -116,13 +124,16 @@ class Pace:
 
         The model chose `agreed` of its drafts: the accepted ones, and some behind a wrong one.
         """
-        if self._warm and rows in _SIZES:  # other sizes only end a grid: too rare to be timed well
+        # The first of a size binds its memory, which takes as long as a phantom's pass.
+        is_usual = self._made[rows] >= (1 if rows > 1 else _PLAIN_PASSES - 1)
+        if is_usual and rows in _SIZES:  # other sizes only end a grid
             self._costs.record(rows, seconds)
-        self._warm = True
+        self._made[rows] += 1
         self._done += tokens
         if rows > 1:
             # What such passes cost at their best, not what this one took: other processes are no loss by drafts.
-            lost = (self._costs.known(rows) or seconds) - tokens * self._costs.plain
+            cost = self._costs.known(rows) if is_usual else None
+            lost = (cost or seconds) - tokens * self._costs.plain
             self._lost = max(self._lost + lost, -self._allowance())
             self._passes += 1
             newest = max(_NEWEST, 1 / self._passes)
@@ -134,8 +145,8 @@ class Pace:
 
     def learn_plain(self, seconds: Sequence[float]) -> None:
         """Note the `seconds` of passes of one row, each of which gave one token."""
-        told = seconds[-1 - MOST_TIMES :]  # the first of a session does not count, and of the others only the last ones
+        told = seconds[-MOST_TIMES:]  # no others count
         self._done += len(seconds) - len(told)
-        self._warm |= len(seconds) > len(told)
+        self._made[1] += len(seconds) - len(told)
         for one in told:
             self.learn(1, 1, 0, one)

@@ -447,7 +447,6 @@ def test_jacobi_alone_finds_what_depends_on_the_place():
 def timed(fixed: float, each: float, *, noise: float = 0.0) -> RowCosts:
     rng, costs = np.random.default_rng(0), RowCosts()
     for rows in (1, 4, 8, 16, 32, 64):
-        costs.record(rows, 100.0)  # cold
         for _ in range(5):
             costs.record(rows, (fixed + each * rows) * (1 + (noise * rng.exponential() if rng.random() < 0.2 else 0)))
     return costs
@@ -467,10 +466,10 @@ def test_costs_that_fall_with_the_rows_are_flat():
     assert each == 0 and 2 <= fixed <= 3
 
 
-def test_a_size_counts_after_three_passes_and_a_cold_one():
+def test_a_size_counts_after_three_passes():
     costs = RowCosts()
     assert (costs.most, costs.line(), costs.plain) == (0, (1.0, 0.0), 1.0)
-    for most in (0, 0, 0, 4):
+    for most in (0, 0, 4):
         costs.record(4, 2.0)
         assert costs.most == most
     assert (costs.line(), costs.plain) == ((2.0, 0.0), 2.0)
@@ -499,15 +498,27 @@ def test_passes_over_more_sequences_have_costs_of_their_own():
     pace.among(3)
     assert pace.follow(2) == 1  # of which nothing is known
     pace.among(4)
-    for _ in range(2):  # the first does not count
-        pace.learn(1, 1, 0, 0.5)
+    for seconds in (0.3, 0.4, 0.5):  # the first two do not count
+        pace.learn(1, 1, 0, seconds)
     assert (costs.known(1), four.known(1)) == (1.02, 0.5)
+
+
+def test_the_first_pass_of_a_size_does_not_count():
+    """In each request it binds its memory."""
+    costs = timed(1.0, 0.1)
+    for _ in range(10):
+        Pace(costs, 0.6, 1024).learn(8, 1, 0, 0.5)
+    assert costs.known(8) == pytest.approx(1.8)
+    pace = Pace(costs, 0.6, 1024)
+    for seconds in (0.5, 0.7):
+        pace.learn(8, 1, 0, seconds)
+    assert costs.known(8) == 0.7
 
 
 def started(costs: RowCosts, exponent: float) -> Pace:
     """A pace behind the plain passes of a request's start and a first one with drafts, which was as expected."""
     pace = Pace(costs, exponent, 1024)
-    assert [pace.rows(), pace.rows()] == [1, 1]
+    assert [pace.rows() for _ in range(3)] == [1, 1, 1]
     pace.learn(8, round(8**exponent), 7, sum(costs.line()))
     return pace
 
@@ -516,9 +527,9 @@ def test_rows_follow_their_cost_and_their_gain():
     assert started(timed(1.0, 0.0), 0.5).rows() == MAX_ROWS
     # (1 + 0.05 r) / sqrt(r) is least at 20, and at 32 not 5% more.
     assert started(timed(1.0, 0.05), 0.5).rows() == 32
-    # Not worth it: once, to see what it costs, then no more for a while.
+    # Not worth it: twice, to see what it costs, then no more for a while.
     pace = Pace(timed(0.0, 1.0), 0.9, 1024)
-    assert [pace.rows() for _ in range(132)] == [1, 1, 8, *[1] * 128, 8]
+    assert [pace.rows() for _ in range(135)] == [1, 1, 1, 8, 8, *[1] * 128, 8, 8]
     dear, cheap = started(timed(1.0, 0.1), 0.6).rows(), started(timed(1.0, 0.02), 0.6).rows()
     assert 1 < dear < cheap
 
@@ -555,11 +566,11 @@ def test_few_drafts_that_the_model_agrees_with_are_enough_to_stop():
     for agreed in (0, 5):
         pace = Pace(timed(1.0, 0.15), 0.6, 1024)
         rows[agreed] = []
-        for _ in range(8):
+        for _ in range(9):
             rows[agreed].append(pace.rows())
             count = rows[agreed][-1]
             pace.learn(count, 1, min(agreed, count - 1), 1.0 + 0.15 * count)
-    assert rows[0] == [1, 1, 8, 16, 12, 1, 1, 1] and rows[5][:3] == [1, 1, 8] and min(rows[5][2:]) > 1
+    assert rows[0] == [1, 1, 1, 8, 16, 12, 1, 1, 1] and rows[5][:4] == [1, 1, 1, 8] and min(rows[5][3:]) > 1
 
 
 def test_what_was_lost_before_the_first_pass_counts():
