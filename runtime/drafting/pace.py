@@ -112,6 +112,8 @@ class Pace:
 
     def plain_passes(self) -> int:
         """How many passes, from the next on, are plain whatever is learnt meanwhile; do not ask `rows` for them."""
+        if self._measured_again:
+            return 0
         passes, self._plain_left = self._plain_left, 0
         return passes
 

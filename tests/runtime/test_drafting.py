@@ -530,6 +530,8 @@ def test_rows_follow_their_cost_and_their_gain():
     # Not worth it: twice, to see what it costs, then no more for a while.
     pace = Pace(timed(0.0, 1.0), 0.9, 1024)
     assert [pace.rows() for _ in range(135)] == [1, 1, 1, 8, 8, *[1] * 128, 8, 8]
+    pace = Pace(timed(0.0, 1.0), 0.9, 1024)
+    assert [(pace.rows(), pace.plain_passes()) for _ in range(3)] == [(1, 2), (8, 0), (8, 128)]
     dear, cheap = started(timed(1.0, 0.1), 0.6).rows(), started(timed(1.0, 0.02), 0.6).rows()
     assert 1 < dear < cheap
 
