@@ -12,6 +12,7 @@ import weakref
 from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Iterator
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -70,7 +71,7 @@ class Together:
         self._waiting: deque[tuple[Hashable, Steps[Any]]] = deque()
         self._alone: _Begun | None = None  # one whose prompt is read, or that no group takes
         self._grouped: dict[Group, list[_Begun]] = defaultdict(list)
-        self._in_pass: dict[Steps[Any], Hashable] = {}  # names of those that are being taken on
+        self._names: dict[Steps[Any], Hashable] = {}  # of all that are not done
         self._done: deque[Done] = deque()  # which nobody has been told yet
 
     def __len__(self) -> int:
@@ -131,6 +132,7 @@ class Together:
 
     def add(self, name: Hashable, steps: Steps[Any]) -> None:
         """Add a request, which begins when there is a place for it."""
+        self._names[steps] = name
         self._waiting.append((name, steps))
 
     def step(self) -> list[Done]:
@@ -153,28 +155,30 @@ class Together:
                     self._pass_group(group)
         except BaseException as error:  # caches may hold half a pass, so none that was in it can go on
             broken_off = Cancelled(f"the request was broken off by {type(error).__name__}")
-            for steps, name in self._in_pass.items():
+            wait = self._that_wait()
+            for steps, name in [one for one in self._names.items() if one[0] not in wait]:
                 steps.close()
-                self._done.append(Done(name, error=broken_off))
-            self._in_pass.clear()
+                self._end(steps, Done(name, error=broken_off))
             raise
+
+    def _that_wait(self) -> set[Steps[Any]]:
+        """The requests that wait to begin or for a pass."""
+        begun = [*([self._alone] if self._alone else []), *chain.from_iterable(self._grouped.values())]
+        return {steps for _, steps in self._waiting} | {one.steps for one in begun}
 
     def _begin(self) -> None:
         while self._waiting and not self._done and self._alone is None and self._begun < self.limit:
             name, steps = self._waiting.popleft()
-            self._in_pass[steps] = name
             self._go_on(name, steps, partial(next, steps))
 
     def _pass_alone(self) -> None:
         if self._alone is None:
             return
         (name, steps, step), self._alone = self._alone, None
-        self._in_pass[steps] = name
         self._go_on(name, steps, lambda: steps.send(step.alone()))
 
     def _pass_group(self, group: Group) -> None:
         some = self._grouped.pop(group)
-        self._in_pass.update((one.steps, one.name) for one in some)
         tokens = {one.step.sequence: one.step.token_ids for one in some}
         whole = {one.step.sequence for one in some if one.step.full_vocabulary}
         begin = time.perf_counter()
@@ -203,7 +207,6 @@ class Together:
             _clear_frames(error)
             self._end(steps, Done(name, error=error))
         else:
-            del self._in_pass[steps]
             begun = _Begun(name, steps, step)
             if step.group:
                 self._grouped[step.group].append(begun)
@@ -211,7 +214,7 @@ class Together:
                 self._alone = begun
 
     def _end(self, steps: Steps[Any], done: Done) -> None:
-        del self._in_pass[steps]
+        del self._names[steps]
         self._done.append(done)
 
     def _is_alone(self) -> bool:
