@@ -41,7 +41,6 @@ class Done(NamedTuple):
 class _Begun(NamedTuple):
     """A request, and the pass that it waits for."""
 
-    name: Hashable
     steps: Steps[Any]
     step: Step
 
@@ -68,15 +67,15 @@ class Together:
         self.limit = limit
         self._session = session
         self._groups: dict[str, Group | None] = {}  # by task
-        self._waiting: deque[tuple[Hashable, Steps[Any]]] = deque()
+        self._names: dict[Steps[Any], Hashable] = {}  # of all that are not done
+        self._waiting: deque[Steps[Any]] = deque()
         self._alone: _Begun | None = None  # one whose prompt is read, or that no group takes
         self._grouped: dict[Group, list[_Begun]] = defaultdict(list)
-        self._names: dict[Steps[Any], Hashable] = {}  # of all that are not done
         self._done: deque[Done] = deque()  # which nobody has been told yet
 
     def __len__(self) -> int:
         """How many requests are not done, or done and not told yet."""
-        return len(self._waiting) + self._begun + len(self._done)
+        return len(self._names) + len(self._done)
 
     @property
     def _begun(self) -> int:
@@ -133,7 +132,7 @@ class Together:
     def add(self, name: Hashable, steps: Steps[Any]) -> None:
         """Add a request, which begins when there is a place for it."""
         self._names[steps] = name
-        self._waiting.append((name, steps))
+        self._waiting.append(steps)
 
     def step(self) -> list[Done]:
         """Begin a request if there is a place for one; if nothing is done by that, make the next passes.
@@ -156,26 +155,26 @@ class Together:
         except BaseException as error:  # caches may hold half a pass, so none that was in it can go on
             broken_off = Cancelled(f"the request was broken off by {type(error).__name__}")
             wait = self._that_wait()
-            for steps, name in [one for one in self._names.items() if one[0] not in wait]:
+            for steps in [steps for steps in self._names if steps not in wait]:
                 steps.close()
-                self._end(steps, Done(name, error=broken_off))
+                self._end(steps, error=broken_off)
             raise
 
     def _that_wait(self) -> set[Steps[Any]]:
         """The requests that wait to begin or for a pass."""
         begun = [*([self._alone] if self._alone else []), *chain.from_iterable(self._grouped.values())]
-        return {steps for _, steps in self._waiting} | {one.steps for one in begun}
+        return {*self._waiting, *(one.steps for one in begun)}
 
     def _begin(self) -> None:
         while self._waiting and not self._done and self._alone is None and self._begun < self.limit:
-            name, steps = self._waiting.popleft()
-            self._go_on(name, steps, partial(next, steps))
+            steps = self._waiting.popleft()
+            self._go_on(steps, partial(next, steps))
 
     def _pass_alone(self) -> None:
         if self._alone is None:
             return
-        (name, steps, step), self._alone = self._alone, None
-        self._go_on(name, steps, lambda: steps.send(step.alone()))
+        (steps, step), self._alone = self._alone, None
+        self._go_on(steps, lambda: steps.send(step.alone()))
 
     def _pass_group(self, group: Group) -> None:
         some = self._grouped.pop(group)
@@ -187,35 +186,34 @@ class Together:
         except Exception as error:  # whatever it is, it is what became of each of them
             for one in some:
                 one.steps.close()
-                self._end(one.steps, Done(one.name, error=error))
+                self._end(one.steps, error=error)
             return
         seconds = time.perf_counter() - begin
         for one in some:
             going_on = self._grouped.get(group)
             lead = len(going_on[0].step.token_ids) if going_on else None
             passed = Passed(logits[one.step.sequence], seconds, len(some), lead)
-            self._go_on(one.name, one.steps, partial(one.steps.send, passed))
+            self._go_on(one.steps, partial(one.steps.send, passed))
 
-    def _go_on(self, name: Hashable, steps: Steps[Any], go_on: Callable[[], Step]) -> None:
+    def _go_on(self, steps: Steps[Any], go_on: Callable[[], Step]) -> None:
         """Take a request, by `go_on`, to the next pass that it waits for."""
         try:
             step = go_on()
         except StopIteration as end:
-            self._end(steps, Done(name, end.value))
+            self._end(steps, end.value)
         except Exception as error:
             steps.close()
             _clear_frames(error)
-            self._end(steps, Done(name, error=error))
+            self._end(steps, error=error)
         else:
-            begun = _Begun(name, steps, step)
+            begun = _Begun(steps, step)
             if step.group:
                 self._grouped[step.group].append(begun)
             else:
                 self._alone = begun
 
-    def _end(self, steps: Steps[Any], done: Done) -> None:
-        del self._names[steps]
-        self._done.append(done)
+    def _end(self, steps: Steps[Any], result: Any = None, error: Exception | None = None) -> None:
+        self._done.append(Done(self._names.pop(steps), result, error))
 
     def _is_alone(self) -> bool:
         """Whether there is no other request. For one that is being taken on, which is nowhere then."""
