@@ -61,12 +61,12 @@ def merge(
 
 
 def _cut_at_the_head(graph: GraphProto) -> None:
-    """Let the last layer compute all positions, and cut what the head gets, in place."""
+    """Let the last layer compute all positions, and cut what the head gets, in place. Raises ExecutorError."""
     starts = {node.output[0] for node in graph.node if node.op_type == "Sub" and "last_positions" in node.input}
     cuts = [node for node in graph.node if node.op_type == "Slice" and input_at(node, 1) in starts]
     norms = [node for node in graph.node if node.op_type == "RMSNormalization"]
     if not cuts or not norms:
-        return
+        raise ExecutorError("the language graph must cut last_positions and norm them, found no cut or no norm")
     whole = {cut.output[0]: cut.input[0] for cut in cuts}
     for node in graph.node:
         node.input[:] = [whole.get(name, name) for name in node.input]

@@ -427,6 +427,17 @@ def test_a_linear_without_its_matrices_is_refused(plain, tmp_path, inputs):
         model_of(bundle, LANGUAGE, tmp_path)
 
 
+def test_a_language_graph_that_cuts_no_positions_is_refused(plain, tmp_path):
+    file = "generation.language.onnx"
+    model = onnx.load(plain / file, load_external_data=False)
+    cut = next(node for node in model.graph.node if "last_positions" in node.input)
+    cut.op_type = "Add"
+    bundle = edited(plain, tmp_path, file, model.SerializeToString())
+    message = "the language graph must cut last_positions and norm them, found no cut or no norm"
+    with pytest.raises(ExecutorError, match=f"^{message}$"):
+        model_of(bundle, LANGUAGE, tmp_path)
+
+
 # --- one graph for both tasks ---------------------------------------------------------------------------------------
 
 
