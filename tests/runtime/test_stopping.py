@@ -29,9 +29,13 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @pytest.fixture(autouse=True)
 def handlers():
-    """Those of the tests, back after each: what is stopped ends, and goes on ignoring signals."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    yield before
+    """Those of a command in a terminal; behind `&` or `nohup` the tests themselves ignore some.
+
+    The tests' own are back after each: what is stopped ends, and goes on ignoring signals.
+    """
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield usual
     for number, handler in before.items():
         signal.signal(number, handler)
 
