@@ -65,11 +65,11 @@ def structured_report(exchanges: Sequence[tuple[str, str]], study: Study) -> byt
     (series,) = same_study.ReferencedSeriesSequence
     (reference,) = series.ReferencedSOPSequence
     reference.ReferencedSOPClassUID = study.dataset.SOPClassUID
-    document.SpecificCharacterSet = "ISO_IR 192"
-    for element in document:
-        if element.VR == "PN" and element.value:  # still encoded in the source's character set
+    for element in document:  # which decodes what is copied, by the source's character set
+        if element.VR == "PN" and element.value:  # keeps its bytes all the same
             name = PersonName(str(element.value), ["utf8"])
             document[element.tag] = DataElement(element.tag, "PN", name, validation_mode=0)
+    document.SpecificCharacterSet = "ISO_IR 192"
     return to_file(document)
 
 

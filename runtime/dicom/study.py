@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from pydicom import dcmwrite, uid
+from pydicom.datadict import dictionary_VR
+from pydicom.dataelem import DataElement, RawDataElement
 from pydicom.dataset import Dataset
+from pydicom.filewriter import correct_ambiguous_vr
 
 from ..errors import ImageError
 from .file import frame_count, frame_index, open_dicom
@@ -64,6 +67,9 @@ class Study:
 
         Not by highdicom's arguments: they refuse non-standard names and dates that occur in practice.
         """
+        # What is copied is written as it stands: read and written again, letters that its character set lacks would
+        # become question marks.
+        document.set_original_encoding(False, True, self.dataset.original_character_set)
         self._copy(_SHARED, document)
 
     def describe(self, picture: Dataset) -> None:
@@ -77,10 +83,18 @@ class Study:
     def _copy(self, keywords: tuple[str, ...], document: Dataset) -> None:
         for keyword in keywords:
             if keyword in self.dataset:
-                # Of its own: what a document changes of it, others would find changed.
-                element = document[keyword] = copy.deepcopy(self.dataset[keyword])
-                for item in element.value if element.VR == "SQ" else ():
-                    item.decode()  # else its bytes would go into a document of another character set
+                document[keyword] = self._copied(keyword)
+
+    def _copied(self, keyword: str) -> DataElement | RawDataElement:
+        element, vr = self.dataset.get_item(keyword), dictionary_VR(keyword)
+        if isinstance(element, RawDataElement) and vr != "SQ":
+            value = element.value or b""
+            return element._replace(VR=vr, value=value + b" " * (len(value) % 2))
+        # Of its own: what a document changes of it, others would find changed.
+        copied = copy.deepcopy(self.dataset[keyword])
+        for item in copied.value if vr == "SQ" else ():
+            item.decode()  # else its bytes would go into a document of another character set
+        return copied
 
 
 def parse_study(file: BinaryIO, frame: int | None) -> Study:
@@ -99,5 +113,6 @@ def parse_study(file: BinaryIO, frame: int | None) -> Study:
 def to_file(document: Dataset) -> bytes:
     """The DICOM file of `document`."""
     buffer = io.BytesIO()
+    correct_ambiguous_vr(document, True)
     dcmwrite(buffer, document, enforce_file_format=True)
     return buffer.getvalue()

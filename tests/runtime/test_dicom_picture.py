@@ -206,6 +206,22 @@ def test_names_and_dates_that_a_site_lives_with_stay(tmp_path, attributes):
         assert {keyword: made[keyword].value for keyword in attributes} == attributes
 
 
+@pytest.mark.parametrize(
+    ("charset", "name"),
+    [
+        ("ISO_IR 13", "山田^表ソ".encode("shift_jis")),  # as many write in Japan; the set has no kanji
+        ("ISO_IR 192", b"M\xfcller^J "),  # not UTF-8
+        ("ISO_IR 192", b"  Doe^Jane="),
+    ],
+)
+def test_a_name_stays_to_the_byte_whatever_its_character_set_lacks(tmp_path, charset, name):
+    placeholder = "x" * len(name)
+    for_both = {"PatientName": placeholder, "StudyDescription": placeholder, "SpecificCharacterSet": charset}
+    source = dicom(GREY, **identified(**for_both)).replace(placeholder.encode(), name)
+    written(tmp_path, source)
+    assert (tmp_path / "out.dcm").read_bytes().count(name) == 2
+
+
 @pytest.mark.parametrize("missing", ["StudyInstanceUID", "SeriesInstanceUID", "SOPClassUID", "SOPInstanceUID"])
 def test_a_source_that_names_no_study_is_refused(missing):
     several = [generate_uid(), generate_uid()]
