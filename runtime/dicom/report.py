@@ -19,8 +19,8 @@ from highdicom.sr import (
 from pydicom import uid
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
+from pydicom.multival import MultiValue
 from pydicom.sr.codedict import codes
-from pydicom.valuerep import PersonName
 
 from ..machine import version
 from ..text import without_controls
@@ -35,6 +35,7 @@ _ANSWER = CodedConcept("answer", "99HGPT", "Answer of the model")
 _SOURCE = CodedConcept("picture", "99HGPT", "Picture that the questions are about")
 _NOTE = "Written by a generative model, for research. Nobody has reviewed it."
 _NO_WORDS = "(no words)"
+_ESCAPE_OF_IR_58 = "\x1b$)A"  # of a Chinese character set; pydicom 3.0 takes it for text
 _ALLOWED_CONTROLS = "\t\n\f\r"  # PS3.5, 6.1.3
 
 
@@ -66,9 +67,10 @@ def structured_report(exchanges: Sequence[tuple[str, str]], study: Study) -> byt
     (reference,) = series.ReferencedSOPSequence
     reference.ReferencedSOPClassUID = study.dataset.SOPClassUID
     for element in document:  # which decodes what is copied, by the source's character set
-        if element.VR == "PN" and element.value:  # keeps its bytes all the same
-            name = PersonName(str(element.value), ["utf8"])
-            document[element.tag] = DataElement(element.tag, "PN", name, validation_mode=0)
+        if element.VR in ("LO", "PN", "SH") and element.value:  # a name keeps its bytes all the same
+            values = element.value if isinstance(element.value, MultiValue) else [element.value]
+            text = "\\".join(map(str, values)).replace(_ESCAPE_OF_IR_58, "")
+            document[element.tag] = DataElement(element.tag, element.VR, text, validation_mode=0)
     document.SpecificCharacterSet = "ISO_IR 192"
     return to_file(document)
 

@@ -119,6 +119,21 @@ def test_names_of_other_character_sets_are_written_as_utf8(tmp_path, name, chars
     assert name.encode() in (tmp_path / "report.dcm").read_bytes()
 
 
+def test_a_name_with_escape_sequences_is_written_without_them(tmp_path):
+    """The example of PS3.5, K.2: pydicom leaves these in what it decodes."""
+    name = b"Zhang^XiaoDong=\x1b$)A\xd5\xc5^\x1b$)A\xd0\xa1\xb6\xab="
+    placeholder = "x" * len(name)
+    both = {"PatientName": placeholder, "StudyDescription": placeholder}
+    source = dicom(GREY, **identified(SpecificCharacterSet=["", "ISO 2022 IR 58"], **both))
+    report = written(tmp_path, source.replace(placeholder.encode(), name))
+    assert {str(report[keyword].value) for keyword in both} == {"Zhang^XiaoDong=张^小东", "Zhang^XiaoDong=张^小东="}
+
+
+def test_a_name_with_a_backslash_stays_two(tmp_path):
+    source = dicom(GREY, **identified(PatientName="Doe^JanexRoe")).replace(b"JanexRoe", b"Jane\\Roe")
+    assert list(written(tmp_path, source).PatientName) == ["Doe^Jane", "Roe"]
+
+
 def test_how_it_was_deidentified_is_said_in_utf8(tmp_path):
     code = sequence(CodeValue="113100", CodingSchemeDesignator="DCM", CodeMeaning="Größe")
     removed = {"PatientIdentityRemoved": "YES", "DeidentificationMethodCodeSequence": code}
