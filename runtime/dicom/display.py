@@ -169,9 +169,12 @@ def _modality(holder: Dataset, meaning: Indices) -> Values:
 
 
 def _first_window(holder: Dataset) -> tuple[float, float] | None:
-    centres, widths = _numbers(holder, "WindowCenter"), _numbers(holder, "WindowWidth")
-    if len(centres) != len(widths):
-        raise ImageError(f"expected a width for each window centre, found {len(widths)} for {len(centres)}")
+    try:
+        centres, widths = _numbers(holder, "WindowCenter"), _numbers(holder, "WindowWidth")
+        if len(centres) != len(widths):
+            raise ImageError(f"expected a width for each window centre, found {len(widths)} for {len(centres)}")
+    except ImageError as error:
+        raise ImageError(f"{error}; {_GIVE_WINDOW}") from None
     return (centres[0], widths[0]) if centres else None
 
 
@@ -179,9 +182,11 @@ def _numbers(holder: Dataset, keyword: str) -> list[float]:
     value = holder.get(keyword)
     if value is None or value == "":
         return []
-    # pydicom gives text where it cannot read a number; float() then raises.
     several = hasattr(value, "__iter__") and not isinstance(value, str)
-    numbers = [float(number) for number in (value if several else [value])]
+    try:
+        numbers = [float(number) for number in (value if several else [value])]
+    except ValueError:  # pydicom gives text where it cannot read a number
+        raise ImageError(f"expected {keyword} to be numbers, found something else") from None
     if not np.isfinite(numbers).all():
         raise ImageError(f"expected {keyword} to be finite, found NaN or infinity")
     return numbers

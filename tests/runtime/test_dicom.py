@@ -103,10 +103,21 @@ def test_fractional_widths_are_fine_where_the_function_allows_them():
     assert levels(exact).tolist() == [[0, 0, 128, 255, 255]]
 
 
-@pytest.mark.parametrize("width", ["0     ", "nan   ", "inf   ", "-400  "])
-def test_an_unusable_window_in_the_file_is_refused_unless_replaced(width):
+@pytest.mark.parametrize(
+    ("width", "message"),
+    [
+        ("0     ", "the file's window width must be at least 1"),
+        ("-400  ", "the file's window width must be at least 1"),
+        ("nan   ", "expected WindowWidth to be finite, found NaN or infinity"),
+        ("inf   ", "expected WindowWidth to be finite, found NaN or infinity"),
+        ("400,5 ", "expected WindowWidth to be numbers, found something else"),
+        (r"\400  ", "expected WindowWidth to be numbers, found something else"),
+        (r"4\4   ", "expected a width for each window centre, found 2 for 1"),
+    ],
+)
+def test_an_unusable_window_in_the_file_is_refused_unless_replaced(width, message):
     data = dicom(RAMP, WindowCenter=40, WindowWidth="123456").replace(b"123456", width.encode())
-    with pytest.raises(ImageError, match=r"window width must be at least 1|expected WindowWidth to be finite"):
+    with pytest.raises(ImageError, match=rf"^picture: {message}; give --window CENTRE,WIDTH, or window in Python"):
         read_image(data)
     assert levels(data, window=(40, 400)).ravel().tolist() == linear(RAMP, 40, 400)
 
