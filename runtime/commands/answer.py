@@ -116,14 +116,15 @@ def answer(
         results.append(result_fields(result))
         if not as_json:
             print()
-    if keep and not all(result["reused_tokens"] for result in results):
-        if session.prefixes.kept():
-            session.save_pictures(keep)
-        else:
-            note(f"nothing was kept: what was read of the picture takes more than {_ONE_PICTURE_BYTES >> 20} MiB")
     written = {}
     if out and study:
         write_report(out, [(one, str(result["text"])) for one, result in zip(question, results, strict=True)], study)
         written["report"] = typed(str(out))
     if as_json:
         print_json((results[0] if len(results) == 1 else {"answers": results}) | written)
+    # Last, for it is by far the largest: on a full disk it costs nobody the answers.
+    if keep and not all(result["reused_tokens"] for result in results):
+        if session.prefixes.kept():
+            session.save_pictures(keep)
+        else:
+            note(f"nothing was kept: what was read of the picture takes more than {_ONE_PICTURE_BYTES >> 20} MiB")

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from command import run
+from dicom_samples import real_file
 from golden_cases import Case
 
 from healthgpt_edge import load
@@ -126,6 +127,18 @@ def test_a_command_says_that_a_picture_is_too_large_to_keep(golden_bundle, tmp_p
     outcome = run("answer", golden_bundle("m3"), *words, "--keep", tmp_path / "kept")
     assert outcome.code == 0 and outcome.errors.startswith("note: nothing was kept: what was read of the picture takes")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_kept_costs_no_answer(golden_bundle, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise KeptError("'kept' cannot be written: No space left on device")
+
+    monkeypatch.setattr("healthgpt_edge.session.write_kept", full)
+    study = real_file("CT_small.dcm")
+    words = ("--image", study, "--question", QUESTION, "--max-new-tokens", 1, "--threads", 1, "--json")
+    outcome = run("answer", golden_bundle("m3"), *words, "--keep", tmp_path / "kept", "--out", tmp_path / "report.dcm")
+    assert (outcome.code, outcome.errors) == (2, "error: 'kept' cannot be written: No space left on device\n")
+    assert outcome.json["report"] == str(tmp_path / "report.dcm") and (tmp_path / "report.dcm").is_file()
 
 
 def test_a_session_without_the_task_takes_nothing(golden_bundle, kept, tmp_path):
