@@ -3,7 +3,13 @@
 Every message names what was expected and what was found, and never holds pixels, prompts or DICOM values.
 """
 
+import errno
 from pathlib import Path
+
+# What is wrong with the machine, whichever file the OSError is about.
+_OF_THE_MACHINE = frozenset(
+    (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+)
 
 
 class HealthGPTError(Exception):
@@ -16,9 +22,17 @@ class HealthGPTError(Exception):
 
 
 class ImageError(HealthGPTError):
-    """A picture cannot be read, is too large, or is of a kind that is not supported."""
+    """A picture cannot be read or written, is too large, or is of a kind that is not supported.
+
+    Where the `cause` is want of memory, or of files or room on the disk, its kind is "machine".
+    """
 
     kind = "picture"
+
+    def __init__(self, message: str, cause: Exception | None = None) -> None:
+        super().__init__(message)
+        if isinstance(cause, MemoryError) or getattr(cause, "errno", None) in _OF_THE_MACHINE:
+            self.kind = "machine"
 
 
 class OptionError(HealthGPTError):

@@ -156,7 +156,7 @@ def _write(target: Path, content: bytes) -> None:
             file.write(content)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not a usable path"
-        raise ImageError(f"{_printable(str(target))}: cannot be written: {reason}") from None
+        raise ImageError(f"{_printable(str(target))}: cannot be written: {reason}", error) from None
 
 
 def png_bytes(pixels: Pixels) -> bytes:
@@ -194,7 +194,7 @@ def _opened(source: Any, wanted: str) -> Iterator[tuple[BinaryIO, str]]:
             yield _sized(file, name, status.st_size)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not a usable path"
-        raise ImageError(f"{name}: cannot be opened: {reason}") from None
+        raise ImageError(f"{name}: cannot be opened: {reason}", error) from None
 
 
 def _sized(file: BinaryIO, name: str, size_bytes: int) -> tuple[BinaryIO, str]:

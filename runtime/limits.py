@@ -61,11 +61,11 @@ def guarded(name: str, kind: str, writing: bool = False) -> Iterator[None]:
             yield
         except ImageError as error:
             raise ImageError(f"{name}: {error}") from None
-        except MemoryError:  # says nothing of the file
-            raise ImageError(f"{name}: there is not enough memory to {do} it") from None
+        except MemoryError as error:  # says nothing of the file
+            raise ImageError(f"{name}: there is not enough memory to {do} it", error) from None
         except OSError as error:
             reason = error.strerror or "damaged or cut short"
-            raise ImageError(f"{name}: cannot be {done} as {kind}: {reason}") from None
+            raise ImageError(f"{name}: cannot be {done} as {kind}: {reason}", error) from None
         except Exception as error:
             # The text of a library's exception may hold DICOM values; its class does not.
             raise ImageError(

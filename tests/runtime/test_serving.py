@@ -471,6 +471,27 @@ def test_errors_have_a_kind_for_programs(session, monkeypatch, error, kind):
     assert (said["event"], said["kind"]) == ("error", kind)
 
 
+@pytest.mark.parametrize(
+    ("place", "error", "kind", "message"),
+    [
+        ("files.os.fsync", OSError(28, "No space left on device"), "machine", "cannot be written: No space left"),
+        ("files.os.fsync", OSError(1, "Operation not permitted"), "picture", "cannot be written: Operation not"),
+        ("images.stat.S_ISREG", OSError(24, "Too many open files"), "machine", "cannot be opened: Too many open files"),
+        ("images._to_rgb", OSError(5, "Input/output error"), "machine", "cannot be read as PNG: Input/output error"),
+        ("images._to_rgb", OSError("truncated"), "picture", "cannot be read as PNG: damaged or cut short"),
+        ("images._to_rgb", MemoryError(), "machine", "there is not enough memory to read it"),
+    ],
+)
+def test_what_the_machine_lacks_is_not_the_pictures_fault(session, tmp_path, monkeypatch, place, error, kind, message):
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(f"healthgpt_edge.{place}", fail)
+    request = {"task": "generate", "instruction": "x", "image": str(GEN.image), "out": f"{tmp_path}/out.png"}
+    (said,) = events(session, request)
+    assert said["kind"] == kind and message in said["error"]
+
+
 def test_too_little_memory_is_an_error_of_that_request(session, monkeypatch):
     def exhausted(*_: object, **__: object) -> None:
         raise MemoryError
