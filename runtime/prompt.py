@@ -212,8 +212,6 @@ class Tokenizer:
         parts: list[str | int] = []
         begin, strip_left = 0, False
         for match in self._added_starts.finditer(text):
-            if match.start() < begin:
-                continue
             candidates = (text[match.start() : match.start() + length] for length in self._added_lengths)
             content = next((candidate for candidate in candidates if candidate in self._added_ids), None)
             if content is None:
@@ -243,7 +241,7 @@ class Tokenizer:
 def _added_token(entry: dict[str, Any]) -> tokenizers.AddedToken:
     if not entry["content"]:
         raise ValueError("an added token must have text")
-    flags = {name: entry[name] for name in ("special", "lstrip", "rstrip", "single_word", "normalized")}
+    flags = {name: entry[name] for name in ("special", "lstrip", "rstrip")}
     return tokenizers.AddedToken(entry["content"], **flags)
 
 

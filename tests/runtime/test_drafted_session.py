@@ -385,6 +385,15 @@ def test_what_does_not_fit_by_itself_drops_no_other():
     assert [name for name, _ in prefixes.kept()] == names[:2]
 
 
+def test_what_two_requests_have_read_is_kept_as_the_later_one_leaves_it():
+    """Each began before the other was done, so neither found anything."""
+    prefixes = Prefixes(10)
+    first, second = (Prefix("comprehension", f"{number:064x}", "0" * 64, 3) for number in range(2))
+    for name in (first, second, first):
+        prefixes.keep(name, SimpleNamespace(length=9, memory_bytes=4))
+    assert [name for name, _ in prefixes.kept()] == [second, first]
+
+
 def test_what_is_kept_is_in_one_request_at_a_time():
     prefixes, prefix = Prefixes(1), Prefix("comprehension", "0" * 64, "0" * 64, 3)
     context = SimpleNamespace(length=9, memory_bytes=1)
