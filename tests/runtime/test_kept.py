@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import stat
 import weakref
 from collections.abc import Callable
@@ -111,6 +112,19 @@ def test_of_more_pictures_than_a_file_may_hold_the_last_are_written(session, kep
     write_kept(tmp_path / "many", manifest, executor, pictures)
     found = read_kept(tmp_path / "many", manifest, executor, LIMIT_BYTES)
     assert [prefix.pixels[0] for prefix, _ in found] == ["2", "3"]
+
+
+def test_caches_that_are_not_those_of_the_prefix_are_not_written(session, kept, tmp_path):
+    """Otherwise the file could not be read again."""
+    manifest, executor = session.bundle.manifest, session.executor.name
+    (tmp_path / "kept").write_bytes(kept)
+    ((prefix, caches),) = read_kept(tmp_path / "kept", manifest, executor, LIMIT_BYTES)
+    name, cache = next(iter(caches.items()))
+    for wrong in (cache[..., :-1], cache.astype(np.float64)):
+        expected = re.escape(f"cache {name} must be float32 {cache.shape}, found {wrong.dtype} {wrong.shape}")
+        with pytest.raises(KeptError, match=expected):
+            write_kept(tmp_path / "other", manifest, executor, [(prefix, {**caches, name: wrong})])
+    assert list(tmp_path.iterdir()) == [tmp_path / "kept"]
 
 
 def test_where_nothing_is_kept_nothing_is_written(golden_bundle, tmp_path):
