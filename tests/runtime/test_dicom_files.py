@@ -299,6 +299,14 @@ LIES = {
     ),
     "jpeg cut in its header": (encapsulated(JPEG[:100]), "damaged or cut short before its first scan"),
     "jpeg without a frame": (encapsulated(b"\xff\xd8\xff\xd9"), "damaged or cut short before its first scan"),
+    "jpeg that ends before its scan": (
+        encapsulated(JPEG[:2] + b"\xff\xd9\x00\x02" + JPEG[2:]),
+        "damaged or cut short before its first scan",
+    ),
+    "jpeg with a scan header of no length": (
+        encapsulated(JPEG.replace(b"\xff\xda\x00\x0c", b"\xff\xda\x00\x01")),
+        "damaged or cut short before its first scan",
+    ),
     "jpeg-ls of more rows": (
         encapsulated(frame_header(JPEG_LS, b"\xff\xf7", rows=9999), syntax=uid.JPEGLSNearLossless),
         WRONG_SIZE + "9999, 100 and 3",
@@ -329,6 +337,10 @@ LIES = {
     ),
     "jpeg 2000 cut in its header": (
         encapsulated(JPEG_2000[:44], syntax=uid.JPEG2000Lossless),
+        "the JPEG 2000 codestream is cut short",
+    ),
+    "jpeg 2000 cut before its components": (
+        encapsulated(JPEG_2000[:40], syntax=uid.JPEG2000Lossless),
         "the JPEG 2000 codestream is cut short",
     ),
     "rle of two segments": (
@@ -392,6 +404,25 @@ def test_the_samples_themselves_are_sound():
     }.items():
         assert read_image(encapsulated(codestream, syntax=syntax)).size == (100, 100)
     assert levels(file_bytes(data_set(GREY), uid.DeflatedExplicitVRLittleEndian)).shape == (3, 4)
+
+
+def test_a_jpeg_may_have_fill_bytes_before_its_markers():
+    """ISO 10918-1 B.1.1.2."""
+    filled = JPEG[:2] + b"\xff\xff" + JPEG[2:]
+    assert np.array_equal(read_image(encapsulated(filled)), read_image(encapsulated(JPEG)))
+
+
+def test_an_rle_segment_may_hold_bytes_that_mean_nothing_and_chroma_is_whole():
+    """The control byte 128 (PS3.5 G.3.2); and RLE under YBR_FULL_422 has three samples for each pixel (A.4.2)."""
+    # One row of two pixels, by segment: 76 and 76 by a run, 84 and 84 as they are, 255 and 255 in two parts: red.
+    segments = [b"\x80\xff\x4c", b"\x80\x80\x01\x54\x54", b"\x00\xff\x80\x00\xff"]
+    padded = [segment + b"\0" * (len(segment) % 2) for segment in segments]
+    starts = [64 + sum(map(len, padded[:index])) for index in range(3)]
+    frame = struct.pack("<16I", 3, *starts, *[0] * 12) + b"".join(padded)
+    for photometric in ("YBR_FULL", "YBR_FULL_422"):
+        options = {"rows": 1, "columns": 2, "PhotometricInterpretation": photometric}
+        shown = np.asarray(read_image(encapsulated(frame, syntax=uid.RLELossless, **options))).astype(int)
+        assert np.abs(shown - [[[255, 0, 0], [255, 0, 0]]]).max() <= 2
 
 
 @pytest.mark.parametrize(
