@@ -38,11 +38,11 @@ def grayscale(
     """
     codes, meaning = _codes(stored)
     padding = _padding(dataset, meaning)
-    values = _modality(_group(dataset, frame, "PixelValueTransformationSequence"), meaning)
+    values = _modality(functional_group(dataset, frame, "PixelValueTransformationSequence"), meaning)
     if not np.isfinite(values).all():
         raise ImageError("the rescaled values are not finite")
 
-    display = _group(dataset, frame, "FrameVOILUTSequence")
+    display = functional_group(dataset, frame, "FrameVOILUTSequence")
     if window is not None:
         levels = linear_window(values, *check_window(window))
     elif (first := _first_window(display)) is not None:
@@ -126,7 +126,7 @@ def _stretch(values: Values, shown: Values) -> Values:
     return np.asarray(np.clip((values - low) / (high - low) * 255, 0, 255))
 
 
-def _group(dataset: Dataset, frame: int, keyword: str) -> Dataset:
+def functional_group(dataset: Dataset, frame: int, keyword: str) -> Dataset:
     """The item that holds a functional group: this frame's, the shared one, or else the top level."""
     frames = dataset.get("PerFrameFunctionalGroupsSequence") or []
     if frames and frame >= len(frames):

@@ -43,7 +43,7 @@ def secondary_capture(pixels: NDArray[np.uint8], study: Study) -> bytes:
     )
     study.identify(image)
     study.describe(image)
-    image.PatientOrientation = _orientation(study.dataset)
+    image.PatientOrientation = _orientation(study)
     image.DerivationDescription = "Made by a generative model from the source image, not acquired from the patient."
     source = Dataset()
     source.ReferencedSOPClassUID = study.dataset.SOPClassUID
@@ -54,13 +54,14 @@ def secondary_capture(pixels: NDArray[np.uint8], study: Study) -> bytes:
     return to_file(image)
 
 
-def _orientation(dataset: Dataset) -> list[str]:
+def _orientation(study: Study) -> list[str]:
     """The directions of the source's rows and columns, as letters; empty if the source does not say."""
-    named = dataset.get("PatientOrientation")
+    named = study.dataset.get("PatientOrientation")
     if isinstance(named, MultiValue) and len(named) == 2:
         return list(named)
     try:
-        cosines = np.array(dataset.get("ImageOrientationPatient") or [], np.float64)
+        plane = study.frames_group("PlaneOrientationSequence")
+        cosines = np.array(plane.get("ImageOrientationPatient") or [], np.float64)
     except ValueError:  # it says something else than numbers
         return []
     if cosines.shape != (6,) or not np.isfinite(cosines).all():

@@ -14,6 +14,7 @@ from pydicom.dataset import Dataset
 from pydicom.filewriter import correct_ambiguous_vr
 
 from ..errors import ImageError
+from .display import functional_group
 from .file import frame_count, frame_index, open_dicom
 
 # What all objects of a study share (PS3.3 C.7.1.1, C.7.2.1), copied unchanged.
@@ -62,6 +63,10 @@ class Study:
         """The frame as DICOM counts, from 1; None if the source has only one."""
         return self.frame + 1 if frame_count(self.dataset) > 1 else None
 
+    def frames_group(self, keyword: str) -> Dataset:
+        """The item that holds a functional group of the frame; the source itself where there is none."""
+        return functional_group(self.dataset, self.frame, keyword)
+
     def identify(self, document: Dataset) -> None:
         """Give `document` the patient and the study.
 
@@ -75,7 +80,9 @@ class Study:
     def describe(self, picture: Dataset) -> None:
         """Give `picture` what also holds for it: lossy compression, burned-in text, part of the body."""
         self._copy(_INHERITED, picture)
-        if not any(keyword in self.dataset for keyword in _PART):
+        if side := self.frames_group("FrameAnatomySequence").get("FrameLaterality"):
+            picture.ImageLaterality = side
+        elif not any(keyword in self.dataset for keyword in _PART):
             picture.Laterality = ""  # present but empty: unknown (C.7.3.1)
         if self.dataset.get(_COMPRESSION) == _WITH_LOSS:
             picture.LossyImageCompression = _WITH_LOSS

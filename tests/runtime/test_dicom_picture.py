@@ -7,7 +7,7 @@ import numpy as np
 import pydicom
 import pytest
 from command import run
-from dicom_samples import SECRET, dicom, identified, real_file
+from dicom_samples import SECRET, dicom, identified, item, real_file
 from pydicom.uid import (
     JPEGBaseline8Bit,
     JPEGExtended12Bit,
@@ -150,6 +150,21 @@ def test_each_picture_is_a_series_of_its_own(tmp_path):
 def test_the_orientation_is_that_of_the_source(tmp_path, attributes, expected):
     made = written(tmp_path, dicom(GREY, **identified(**attributes)))
     assert list(made.PatientOrientation or []) == expected
+
+
+def test_of_several_frames_it_is_that_of_the_frame(tmp_path):
+    """Enhanced CT and MR say so, and which side it is, for each frame."""
+    frames = [
+        item(
+            PlaneOrientationSequence=item(ImageOrientationPatient=cosines),
+            FrameAnatomySequence=item(FrameLaterality=side),
+        )[0]
+        for cosines, side in (([1, 0, 0, 0, 1, 0], "L"), ([0, 1, 0, 0, 0, -1], "R"))
+    ]
+    several = dicom(np.zeros((2, 4, 6), np.uint8), **identified(PerFrameFunctionalGroupsSequence=frames))
+    for frame, expected in enumerate(((["L", "P"], "L", None), (["P", "F"], "R", None))):
+        made = written(tmp_path, several, frame=frame)
+        assert (list(made.PatientOrientation), made.ImageLaterality, made.get("Laterality")) == expected
 
 
 def test_an_orientation_that_is_no_numbers_is_none(tmp_path):
