@@ -115,6 +115,15 @@ def compress(path: Path) -> None:
             archive.writestr(name, data)
 
 
+def damage_pickle(path: Path) -> None:
+    """Cut the pickle of a torch file short; the archive around it is sound."""
+    with zipfile.ZipFile(path) as archive:
+        entries = [(info.filename, archive.read(info)) for info in archive.infolist()]
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in entries:
+            archive.writestr(name, data[: len(data) // 2] if name.endswith("data.pkl") else data)
+
+
 # --- sound releases -------------------------------------------------------------------------------------------------
 
 
@@ -144,6 +153,11 @@ def test_phi4_and_qwen_are_told_apart_by_their_files():
         assert qwen.language.vocab == qwen.language.base_vocab == 384
         assert qwen.generation.repetition_penalty == 1.05
         assert qwen.base_tensor("layers.0.self_attn.q_proj.bias").shape == (64,)
+
+
+def test_another_template_of_the_architecture_may_be_asked_for():
+    with Checkpoint.open(**arguments("m3"), template="phi4") as checkpoint:
+        assert checkpoint.template == "phi4"
 
 
 def test_tensors_come_in_the_files_precision():
@@ -438,6 +452,12 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         ),
         f"{BASE}/added_tokens.json: token 411: expected '<|new|>', found '<|other|>'",
     ),
+    "added token without a text": (
+        lambda root: edit_json(
+            root / BASE / "tokenizer_config.json", setting("added_tokens_decoder/411", {"special": True})
+        ),
+        "tokenizer_config.json: added_tokens_decoder.411: expected an added token with its content, found None",
+    ),
     "added token with an id of many digits": (
         lambda root: edit_json(
             root / BASE / "tokenizer_config.json", setting("added_tokens_decoder/" + "9" * 5000, {"content": "<|new|>"})
@@ -462,6 +482,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "clip of other patches": (
         lambda root: edit_json(root / VISION / "config.json", setting("vision_config/patch_size", 28)),
         "embeddings.patch_embedding.weight: expected shape [32, 3, 28, 28], found [32, 3, 14, 14]",
+    ),
+    "clip heads that do not divide": (
+        lambda root: edit_json(root / VISION / "config.json", setting("vision_config/num_attention_heads", 7)),
+        f"{VISION}/config.json: vision_config.num_attention_heads: expected a divisor of 32, found 7",
     ),
     "clip with another activation": (
         lambda root: edit_json(root / VISION / "config.json", setting("vision_config/hidden_act", "gelu")),
@@ -510,6 +534,11 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         ),
         f"{GEN}: expected no tensor {PREFIX}layers.3.mlp.down_proj.lora_A.weight, found float32 [16, 128] "
         "(the base has 3 layers)",
+    ),
+    "adapter of another architecture": (
+        lambda root: edit_torch(root / GEN, setting(f"{PREFIX}layers.1.mlp.up_proj.lora_A.weight", torch.ones(16, 64))),
+        f"{GEN}: expected no tensor {PREFIX}layers.1.mlp.up_proj.lora_A.weight, found float32 [16, 64] "
+        "(the base is phi3)",
     ),
     "adapter mis-shaped": (
         lambda root: edit_torch(root / COM, setting(f"{DOWN}.lora_A.weight", torch.ones(8, 127))),
@@ -604,6 +633,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "plugin in the legacy format": (
         lambda root: torch.save({"a": torch.ones(2)}, root / COM, _use_new_zipfile_serialization=False),
         f"{COM}: expected a torch file as torch 1.6 and later save it, found another format",
+    ),
+    "plugin with a damaged pickle": (
+        lambda root: damage_pickle(root / COM),
+        f"{COM}: expected a torch file, found ",
     ),
     "plugin compressed": (
         lambda root: compress(root / COM),
@@ -851,6 +884,12 @@ def test_base_and_clip_swapped():
     files = arguments("m3")
     with pytest.raises(CheckpointError, match=f"{VISION}/config.json: model_type: expected 'phi3' or 'qwen2'"):
         Checkpoint.open(**(files | {"base": files["vision"], "vision": files["base"]}))
+
+
+def test_a_pickle_that_is_too_large_is_not_read(monkeypatch):
+    monkeypatch.setattr("healthgpt_edge.export.checkpoint.pickles.MAX_PICKLE_BYTES", 100)
+    with pytest.raises(CheckpointError, match=r"expected \S+/data\.pkl of at most 100 bytes, found \d{3,}$"):
+        Checkpoint.open(**arguments("m3"))
 
 
 def test_qwen_draws_no_pictures():
