@@ -231,6 +231,10 @@ MANIFEST_FAULTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         setting("tasks/generation/first_logit", 413),
         "first_logit of generation must be between 0 and 412, found 413",
     ),
+    "logits behind the newline": (
+        setting("codes/newline", 410),
+        "first_logit of generation must be between 0 and 410, found 412",
+    ),
     "words left out": (
         setting("tasks/comprehension/first_logit", 1),
         "first_logit of comprehension must be between 0 and 0, found 1",
@@ -259,6 +263,15 @@ def test_a_wrong_manifest_is_refused(manifest_data, name):
     data = copy.deepcopy(manifest_data)
     change(data)
     assert message in refusal(lambda: Manifest.from_json(json.dumps(data).encode()))
+
+
+def test_one_is_size_enough(manifest_data):
+    """A plain LoRA has one expert, and an attention of one key head is sound."""
+    data = copy.deepcopy(manifest_data)
+    for path in ("tasks/generation/experts", "tasks/generation/rank", "language/kv_heads", "block_size"):
+        setting(path, 1)(data)
+    seal(data)
+    assert Manifest.from_json(json.dumps(data).encode()).tasks["generation"].experts == 1
 
 
 @pytest.mark.parametrize(
