@@ -33,10 +33,10 @@ def note_uncertified(result: Answer | Picture) -> None:
 
 
 def progress_bar(*, of_bytes: bool = False) -> Progress:
-    """Progress on a terminal; nothing elsewhere."""
+    """Progress on a terminal that can redraw a line; nothing elsewhere."""
     count = DownloadColumn() if of_bytes else MofNCompleteColumn()
     columns = (TextColumn("{task.description}"), BarColumn(), count, TimeElapsedColumn())
-    return Progress(*columns, console=_notes, transient=True, disable=not _notes.is_terminal)
+    return Progress(*columns, console=_notes, transient=True, disable=not _notes.is_interactive)
 
 
 @contextmanager

@@ -11,12 +11,12 @@ from command import run, run_closed
 from golden_cases import Case
 
 
-def on_a_terminal(*words):
-    """What a terminal gets of `healthgpt-edge WORDS`, its line ends as they were written."""
+def on_a_terminal(*words, kind="xterm"):
+    """What a terminal of a kind gets of `healthgpt-edge WORDS`, its line ends as they were written."""
     ours, theirs = pty.openpty()
     try:
         command = [sys.executable, "-m", "healthgpt_edge.cli", *map(str, words)]
-        child = subprocess.Popen(command, stdout=theirs, stderr=theirs)
+        child = subprocess.Popen(command, stdout=theirs, stderr=theirs, env=os.environ | {"TERM": kind})
         os.close(theirs)
         said = b""
         while piece := _read(ours):
@@ -53,6 +53,11 @@ def test_progress_ends_where_the_codes_do(golden_bundle, tmp_path):
     words = ["generate", golden_bundle("m3"), "--instruction", "Draw.", "--out", tmp_path / "made.png"]
     shown = on_a_terminal(*words, "--threads", "1")
     assert "1024/1024" in shown and "1025/" not in shown
+
+
+def test_a_terminal_that_cannot_redraw_a_line_gets_no_progress(golden_bundle):
+    words = ["verify", golden_bundle("m3")]
+    assert on_a_terminal(*words, kind="dumb") == run(*words).output
 
 
 @pytest.mark.parametrize("words", [["inspect"], ["verify", "--json"], ["answer", "--question", "Why?"]])
