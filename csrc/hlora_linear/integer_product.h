@@ -270,7 +270,7 @@ void AddBlockInPlace(const Matrix& matrix, const Input& input, int64_t block, co
   const int64_t next_stride = in_order ? width : stride, next_tile = in_order ? 8 * width : width;
   for (int64_t channel = 0; channel < channels; channel += 8) {
     const uint8_t* from = values + channel * stride;
-    const uint8_t* next = from + (in_order ? kBytesAhead : kChannelsAhead * stride);
+    const uint8_t* next = from + (in_order ? kBytesAhead : kChannelsAhead * stride + kBytesFurther);
     int64_t tile = 0;
     if constexpr (storage == Storage::kInt4 && Simd::kInRegisters && Simd::kRegisters < 32) {
       if (channel + 8 <= channels) {

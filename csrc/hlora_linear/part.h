@@ -24,8 +24,10 @@ constexpr int64_t kFloatRowsAtOnce = 6;  // with fewer vectors per row (SumsPerR
 constexpr int64_t kRowsBySplit = Simd::kRegisters >= 32 ? 12 : 8;
 constexpr int64_t kFloatBlock = 64;  // channels of a tile of floats
 // How far ahead weights are prefetched: with few rows by channels or, if a row of the file has fewer than kWideBytes,
-// by bytes; with more rows by tiles.
+// by bytes; with more rows by tiles. Channels a multiple of 4 KiB apart share one set of the L1 cache, all of whose
+// ways are taken by those that are being read: so they are prefetched kBytesFurther on in their rows.
 constexpr int64_t kChannelsAhead = 8;
+constexpr int64_t kBytesFurther = 1 << 10;
 constexpr int64_t kBytesAhead = 24 << 10;
 constexpr int64_t kWideBytes = 2048;
 constexpr int64_t kTilesAhead = 4;
