@@ -27,7 +27,7 @@ constexpr int64_t kFloatBlock = 64;  // channels of a tile of floats
 // by bytes; with more rows by tiles. Channels a multiple of 4 KiB apart share one set of the L1 cache, all of whose
 // ways are taken by those that are being read: so they are prefetched kBytesFurther on in their rows.
 constexpr int64_t kChannelsAhead = 8;
-constexpr int64_t kBytesFurther = 1 << 10;
+constexpr int64_t kBytesFurther = 256;
 constexpr int64_t kBytesAhead = 24 << 10;
 constexpr int64_t kWideBytes = 2048;
 constexpr int64_t kTilesAhead = 4;
