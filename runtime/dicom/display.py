@@ -69,15 +69,20 @@ def grayscale(
 def palette(stored: NDArray[Any], dataset: Dataset) -> Levels:
     """Colours [H, W, 3] of a PALETTE COLOR frame. Of 16-bit entries, which are widened 8-bit ones, the upper byte."""
     codes, meaning = _codes(stored)
-    channels = []
+    tables = []
     for colour in ("Red", "Green", "Blue"):
         descriptor = dataset.get(f"{colour}PaletteColorLookupTableDescriptor")
         data = dataset.get(f"{colour}PaletteColorLookupTableData")
         segments = dataset.get(f"Segmented{colour}PaletteColorLookupTableData")
         if data is None and isinstance(segments, bytes):
             data = _expand_segments(descriptor, segments, dataset)
-        first_value, entries, bits = _table(descriptor, data, dataset)
-        channels.append(to_levels(_look_up(meaning, first_value, entries >> (bits - 8)))[codes])
+        tables.append(_table(descriptor, data, dataset))
+    # Some declare 16 bits and were not widened: every upper byte is 0.
+    is_narrow = all(entries.max() <= 0xFF for _, entries, _ in tables)
+    channels = [
+        to_levels(_look_up(meaning, first_value, entries if is_narrow else entries >> (bits - 8)))[codes]
+        for first_value, entries, bits in tables
+    ]
     picture: Levels = np.stack(channels, axis=-1)
     return picture
 

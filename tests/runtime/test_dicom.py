@@ -356,6 +356,12 @@ def test_palettes_of_8_and_16_bits(bits):
     assert np.array_equal(np.asarray(read_image(file_bytes(made)))[0], expected)
 
 
+def test_a_palette_that_was_not_widened_is_not_black():
+    """It declares 16 bits; the entries have 8."""
+    made = palette_file(np.arange(4, dtype=np.uint8)[None], COLOURS.reshape(-1, 3).astype(int))
+    assert np.array_equal(np.asarray(read_image(file_bytes(made)))[0], COLOURS.reshape(-1, 3))
+
+
 def test_a_palette_without_its_table_is_refused():
     made = palette_file(np.zeros((2, 2), np.uint8), COLOURS.reshape(-1, 3))
     del made.GreenPaletteColorLookupTableData
