@@ -33,7 +33,8 @@ UNDEFINED_LENGTH = 0xFFFFFFFF
 
 # Elements of group 0008 with which a file can begin that has neither preamble nor file meta group.
 _FIRST_ELEMENTS = frozenset({0x0000, 0x0001, 0x0005, 0x0008, 0x0012, 0x0014, 0x0016, 0x0018})
-_LONG_LENGTH = frozenset({b"OB", b"OW", b"SQ", b"UN", b"UT"})
+# What has its length in 4 bytes, behind 2 that mean nothing (PS3.5 7.1.2); of all others it is in 2 bytes.
+_LONG_LENGTH = (b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV")
 _PIXEL_DATA = 0x7FE00010
 _PIXEL_TAGS = frozenset({_PIXEL_DATA, 0x7FE00008, 0x7FE00009})
 _ITEM_TAGS = (b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00")  # little and big endian

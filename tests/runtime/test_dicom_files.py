@@ -439,6 +439,18 @@ def test_a_missing_decoder_is_named(codestream, syntax, package, monkeypatch):
         read_image(encapsulated(codestream, syntax=syntax))
 
 
+@pytest.mark.parametrize(
+    "representation", ["OB", "OD", "OF", "OL", "OV", "OW", "SQ", "SV", "UC", "UN", "UR", "UT", "UV"]
+)
+def test_a_file_meta_group_may_hold_elements_of_any_length(representation):
+    """As (0002,0026), the address of a DICOMweb source, which is a UR."""
+    begin = meta_end(PLAIN)
+    value = b"http://source.example "
+    element = b"\x02\x00\x26\x00" + representation.encode() + b"\0\0" + struct.pack("<I", len(value)) + value
+    size = struct.pack("<I", begin - 144 + len(element))
+    assert np.array_equal(levels(PLAIN[:140] + size + PLAIN[144:begin] + element + PLAIN[begin:]), levels(PLAIN))
+
+
 def test_a_deflated_bomb_is_refused_at_once(tmp_path):
     """800 MB of zeros as pixel data, in 800 KB."""
     body = PLAIN[meta_end(PLAIN) : -36]
