@@ -337,6 +337,8 @@ def test_16_bit_colour_is_scaled_by_the_bits_stored():
     values[COLOURS == 0] = 0
     shown = np.asarray(read_image(dicom(values, BitsStored=12))).astype(int)
     assert np.abs(shown - COLOURS).max() <= 1
+    # The bits above may hold anything (an overlay once stood there).
+    assert np.array_equal(read_image(dicom(values | 0xF000, BitsStored=12)), shown)
 
 
 def palette_file(indices, entries, bits=16, first=0):

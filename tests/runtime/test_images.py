@@ -217,7 +217,8 @@ REFUSED = {
     "array of one axis": (np.zeros(4, np.uint8), "array: expected uint8 [H, W] or [H, W, 3]"),
     "float picture": (Image.new("F", (2, 2)), "picture: expected 8 bits a channel or 16-bit grey, found mode F"),
     "lab picture": (Image.new("LAB", (2, 2)), "picture: expected 8 bits a channel or 16-bit grey, found mode LAB"),
-    "picture of 32 bits": (Image.new("I", (2, 2), 70000), "picture: expected grey values of 16 bits"),
+    "picture of 17 bits": (Image.new("I", (2, 2), 1 << 16), "picture: expected grey values of 16 bits"),
+    "picture below black": (Image.new("I", (2, 2), -1), "picture: expected grey values of 16 bits"),
     "picture of no width": (Image.new("RGB", (0, 3)), "picture: expected at least one pixel, found 0 x 3"),
 }
 
