@@ -12,7 +12,7 @@ import tracemalloc
 import weakref
 from dataclasses import replace
 from itertools import count
-from threading import Event
+from threading import Event, Timer
 from typing import Any
 
 import numpy as np
@@ -437,6 +437,17 @@ def test_a_line_that_does_not_end_is_not_kept(monkeypatch):
     tracemalloc.stop()
     assert str(found.error) == "a line must have at most 1048576 bytes, found more; give the path of the picture"
     assert not found.content and peak_bytes < 4 << 20
+
+
+def test_a_pipe_that_does_not_block_is_waited_for():
+    """As a peer's may be that reads and writes its own end so."""
+    pipe, peer = os.pipe()
+    os.set_blocking(pipe, False)
+    later = Timer(0.2, os.write, (peer, b"x\n"))
+    later.start()
+    found = Channel(pipe, -1, lambda one: None).receive()
+    later.join()
+    assert found and found.content == b"x\n"
 
 
 def test_a_line_in_small_pieces_takes_no_more_memory():

@@ -14,6 +14,7 @@ from pydicom.uid import CTImageStorage, EnhancedSRStorage
 
 from healthgpt_edge import read_study, write_image, write_report
 from healthgpt_edge.errors import ImageError
+from healthgpt_edge.machine import version
 
 GREY = np.zeros((4, 6), np.uint8)
 EXCHANGES = [("Is there a fracture?", "Ja – größer als 3 mm. 骨折"), ("Where?", "")]
@@ -47,6 +48,9 @@ def test_it_holds_each_question_with_its_answer(tmp_path):
         ("Question", "Where?"),
         ("Answer of the model", "(no words)"),
     ]
+    # Each item is read by itself, not as a part of running text (PS3.3 C.17.3).
+    containers = [report, *(item for _, item in items(report, "CONTAINER"))]
+    assert [item.ContinuityOfContent for item in containers] == ["SEPARATE"] * 3
 
 
 def test_pairs_that_are_walked_only_once_are_all_written(tmp_path):
@@ -72,6 +76,9 @@ def test_it_says_who_wrote_it_and_that_nobody_reviewed_it(tmp_path):
     assert report.CompletionFlag == "COMPLETE"
     ((_, observer),) = items(report, "CODE")
     assert observer.ConceptCodeSequence[0].CodeMeaning == "Device"
+    texts = dict(items(report, "TEXT"))
+    device = [texts[f"Device Observer {part}"].TextValue for part in ("Name", "Manufacturer", "Model Name")]
+    assert device == ["HealthGPT", "healthgpt-edge", version("healthgpt-edge")]
     notes = [item.TextValue for name, item in items(report, "TEXT") if name == "Comment"]
     assert len(notes) == 1 and "generative model" in notes[0] and "Nobody has reviewed it" in notes[0]
 

@@ -387,6 +387,10 @@ REFUSED = {
     ),
     "base64: empty": ({**ASK, "image_base64": ""}, "picture: expected a picture, found an empty file"),
     "base64: other characters": ({**ASK, "image_base64": "AB-_"}, "image_base64 must be base64 without line breaks"),
+    "base64: a line break": (
+        {**ASK, "image_base64": "AAAA\nAAAA"},
+        "image_base64 must be base64 without line breaks",
+    ),
     "base64: beyond ASCII": ({**ASK, "image_base64": "ÄÄÄÄ"}, "image_base64 must be base64 without line breaks"),
     "base64: cut short": ({**ASK, "image_base64": "AAA"}, "image_base64 must be base64 without line breaks"),
     "base64: no picture": (
