@@ -515,6 +515,15 @@ def test_the_first_pass_of_a_size_does_not_count():
     assert costs.known(8) == 0.7
 
 
+def test_a_size_that_only_the_end_of_a_grid_has_tells_no_cost():
+    costs = RowCosts()
+    pace = Pace(costs, 0.6)
+    for _ in range(5):
+        for rows in (5, 6):
+            pace.learn(rows, rows, rows - 1, 1.0)
+    assert (costs.known(5), costs.known(6)) == (None, 1.0)
+
+
 def started(costs: RowCosts, exponent: float) -> Pace:
     """A pace behind the plain passes of a request's start and a first one with drafts, which was as expected."""
     pace = Pace(costs, exponent, 1024)
