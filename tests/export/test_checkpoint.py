@@ -558,6 +558,24 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         ),
         f"{COM}: expected a rank of at most 4096 that the number of experts divides, found rank [8] and experts [3]",
     ),
+    "no experts": (
+        lambda root: edit_torch(
+            root / COM, setting(f"{PREFIX}layers.0.self_attn.qkv_proj.lora_route.weight", torch.ones(0, 64))
+        ),
+        f"{COM}: expected a rank of at most 4096 that the number of experts divides, found rank [8] and experts [0]",
+    ),
+    "absurd rank": (
+        lambda root: edit_torch(
+            root / COM, setting(f"{PREFIX}layers.0.self_attn.qkv_proj.lora_A.weight", torch.ones(4100, 64))
+        ),
+        f"{COM}: expected a rank of at most 4096 that the number of experts divides, found rank [4100] and experts [4]",
+    ),
+    "no rank": (
+        lambda root: edit_torch(
+            root / COM, setting(f"{PREFIX}layers.0.self_attn.qkv_proj.lora_A.weight", torch.ones(0, 64))
+        ),
+        f"{COM}: expected a rank of at most 4096 that the number of experts divides, found rank [0] and experts [4]",
+    ),
     "projector missing": (
         lambda root: edit_torch(root / COM, without(f"{PREFIX}mm_projector.2.bias")),
         f"{COM}: expected tensor {PREFIX}mm_projector.2.bias [64], found nothing",
