@@ -120,6 +120,6 @@ def parse_study(file: BinaryIO, frame: int | None) -> Study:
 def to_file(document: Dataset) -> bytes:
     """The DICOM file of `document`."""
     buffer = io.BytesIO()
-    correct_ambiguous_vr(document, True)
+    correct_ambiguous_vr(document, True)  # which pydicom leaves out for what is written as it was encoded
     dcmwrite(buffer, document, enforce_file_format=True)
     return buffer.getvalue()
