@@ -22,10 +22,11 @@ constexpr int64_t RowBytes(int64_t outputs) {
 }
 
 // Prefetches four channels of a tile, `stride` bytes apart.
-template <Storage storage>
+template <Storage storage, int kCache>
 SIMD_INLINE void Fetch(const uint8_t* from, int64_t stride) {
   for (int64_t i = 0; i < 4; ++i) {
-    for (int64_t line = 0; line < TileBytes<storage>(); line += 64) __builtin_prefetch(from + i * stride + line, 0, 2);
+    for (int64_t line = 0; line < TileBytes<storage>(); line += 64)
+      __builtin_prefetch(from + i * stride + line, 0, kCache);
   }
 }
 
@@ -113,6 +114,12 @@ struct Products {
                            SIMD_INLINE_LAMBDA { at[r][i] = Simd::LoadInts(from + (r * kVectors + i) * Simd::kLanes); });
     });
   }
+  SIMD_INLINE void Store(int32_t* to) const {
+    Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA {
+      Unroll<kVectors>([&](auto i)
+                           SIMD_INLINE_LAMBDA { Simd::StoreInts(to + (r * kVectors + i) * Simd::kLanes, at[r][i]); });
+    });
+  }
   // Multiplies the first `channels` channels of an unpacked tile of `size` channels. The tile's vectors for these sums
   // begin at `weights`; rows of x are `size` bytes apart.
   SIMD_INLINE void Multiply(const uint8_t* weights, const int8_t* x, int64_t size, int64_t channels,
@@ -166,7 +173,7 @@ SIMD_INLINE const float* TileScales(const Matrix& matrix, const Part& part, int6
   return padded;
 }
 
-// What eight channels of a tile prefetch: eight pieces of a tile's width.
+// What some channels of a tile prefetch: as many pieces of a tile's width.
 struct Next {
   const uint8_t* from;
   int64_t stride;
@@ -185,7 +192,7 @@ void AddPackedChannels(const uint8_t* from, int64_t stride, Next next, int64_t n
   for (int64_t tile = 0; tile < tiles; ++tile, from += width, next.from += next_tile, waiting += kRows * kTile) {
     Bytes packed[2][4];
     Unroll<2>([&](auto half) SIMD_INLINE_LAMBDA {
-      Fetch<Storage::kInt4>(next.from + 4 * half * next.stride, next.stride);
+      Fetch<Storage::kInt4, kPrefetch>(next.from + 4 * half * next.stride, next.stride);
       Unroll<4>([&](auto i) SIMD_INLINE_LAMBDA {
         packed[half][i] = Target::Shift4(Target::LoadBytes(from + (4 * half + i) * stride));
       });
@@ -220,40 +227,124 @@ SIMD_INLINE auto PackedChannelsAdder(int64_t rows) {
   return AddPackedChannels<Simd, kMost>;
 }
 
-// Adds the products of up to eight channels of a tile to the sums `waiting` (rows, kTile). The weights are
-// unpacked once for all rows.
+// Adds the products of up to kChannels channels of a tile to the sums `waiting` (kRows, kTile), which are in registers
+// meanwhile. For processors with many.
+template <Storage storage, bool kWhole, int kChannels, int kRows>
+SIMD_INLINE void AddToSums(const uint8_t* from, int64_t stride, Next next, int64_t channels, int columns,
+                           const int8_t* x, int64_t x_stride, int32_t* waiting) {
+  Products<storage, kRows> products;
+  products.Load(waiting);
+  Unroll<kChannels / 4>([&](auto quad) SIMD_INLINE_LAMBDA {
+    if (!kWhole && channels <= 4 * quad) return;  // these bytes of x would belong to the next block
+    Fetch<storage, kPrefetch>(next.from + 4 * quad * next.stride, next.stride);
+    Bytes bytes[kRows];
+    Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA { bytes[r] = Simd::Repeat4(x + r * x_stride + 4 * quad); });
+    LoadChannels<storage, kWhole>(from + 4 * quad * stride, stride, channels - 4 * quad, columns,
+                                  [&](auto i, Bytes weights) SIMD_INLINE_LAMBDA {
+                                    Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA {
+                                      Ints& sum = products.at[r][i];
+                                      sum = Dot<storage>(sum, weights, bytes[r]);
+                                    });
+                                  });
+  });
+  products.Store(waiting);
+}
+
+// Adds the products of up to eight channels of a tile to the sums `waiting` (rows, kTile). The weights are unpacked
+// once for all rows.
 template <Storage storage, bool kWhole>
-SIMD_INLINE void AddChannels(const uint8_t* from, int64_t stride, Next next, int64_t channels, int columns,
-                             int64_t rows, const int8_t* x, int64_t x_stride, int32_t* waiting) {
+SIMD_INLINE void AddUnpackedChannels(const uint8_t* from, int64_t stride, Next next, int64_t channels, int columns,
+                                     int64_t rows, const int8_t* x, int64_t x_stride, int32_t* waiting) {
   Bytes weights[2][kVectors];
   Unroll<2>([&](auto half) SIMD_INLINE_LAMBDA {
-    Fetch<storage>(next.from + 4 * half * next.stride, next.stride);
+    Fetch<storage, kPrefetch>(next.from + 4 * half * next.stride, next.stride);
     LoadChannels<storage, kWhole>(from + 4 * half * stride, stride, channels - 4 * half, columns,
                                   [&](auto i, Bytes loaded) SIMD_INLINE_LAMBDA { weights[half][i] = loaded; });
   });
   for (int64_t row = 0; row < rows; ++row) {
-    int32_t* sums = waiting + row * kTile;
-    Ints totals[kVectors];
-    Unroll<kVectors>([&](auto i) SIMD_INLINE_LAMBDA { totals[i] = Simd::LoadInts(sums + i * Simd::kLanes); });
+    Products<storage, 1> products;
+    products.Load(waiting + row * kTile);
     Unroll<2>([&](auto half) SIMD_INLINE_LAMBDA {
       if (!kWhole && channels <= 4 * half) return;  // these bytes of x would belong to the next block
       const Bytes bytes = Simd::Repeat4(x + row * x_stride + 4 * half);
-      Unroll<kVectors>([&](auto i)
-                           SIMD_INLINE_LAMBDA { totals[i] = Dot<storage>(totals[i], weights[half][i], bytes); });
+      Unroll<kVectors>([&](auto i) SIMD_INLINE_LAMBDA {
+        products.at[0][i] = Dot<storage>(products.at[0][i], weights[half][i], bytes);
+      });
     });
-    Unroll<kVectors>([&](auto i) SIMD_INLINE_LAMBDA { Simd::StoreInts(sums + i * Simd::kLanes, totals[i]); });
+    products.Store(waiting + row * kTile);
   }
 }
 
-// sums += block `block` times the part's rows, read in place: eight channels at a time over all tiles.
-template <Storage storage>
-void AddBlockInPlace(const Matrix& matrix, const Input& input, int64_t block, const Part& part, const Sums& sums_of) {
+// Adds the products of one block of a part, read in place, kChannels channels at a time over all tiles, to the sums
+// `waiting` (tiles, rows, kTile). kRows is the part's number of rows or, with few registers, 0 for any.
+template <Storage storage, int kChannels, int kRows>
+void AddBlockTo(const Matrix& matrix, const Input& input, int64_t block, const Part& part, int32_t* waiting) {
   const int64_t size = matrix.block_size, channels = Min(size, matrix.channels - block * size);
-  const int64_t stride = RowBytes<storage>(matrix.outputs), tiles = part.stride / kTile, rows = part.rows;
-  const int64_t first = block * input.rows + part.row;
-  const int8_t* x = input.bytes + first * size;
+  const int64_t stride = RowBytes<storage>(matrix.outputs), tiles = part.stride / kTile;
+  const int64_t rows = kRows > 0 ? kRows : part.rows;
+  const int8_t* x = input.bytes + (block * input.rows + part.row) * size;
   const uint8_t* values =
       static_cast<const uint8_t*>(matrix.values) + block * size * stride + RowBytes<storage>(part.column);
+  constexpr int64_t width = TileBytes<storage>();
+  const bool in_order = stride < kWideBytes && part.columns == matrix.outputs;
+  const int64_t next_stride = in_order ? width : stride, next_tile = in_order ? kChannels * width : width;
+  const int64_t tiles_on = kManyRegisters ? Min(kBytesOn / width, tiles) : tiles + kBytesOn / width;
+  for (int64_t channel = 0; channel < channels; channel += kChannels) {
+    const uint8_t* from = values + channel * stride;
+    // After a run's last tile come the first ones of the next channels.
+    const auto next_of = [&](int64_t tile) SIMD_INLINE_LAMBDA {
+      if (in_order) return from + kBytesAhead + tile * next_tile;
+      const int64_t at = tile + tiles_on;
+      return at < tiles ? from + at * width : from + kChannels * stride + (at - tiles) * width;
+    };
+    int64_t tile = 0;
+    if constexpr (storage == Storage::kInt4 && Simd::kInRegisters && !kManyRegisters) {
+      if (channel + 8 <= channels) {
+        const uint8_t* last = from + (tiles - 1) * width;
+        tile = tiles - !IsWhole<storage>(matrix, last, stride, 8, TileColumns(part, tiles - 1));
+        const auto add = PackedChannelsAdder(rows);
+        add(from, stride, {next_of(0), next_stride}, next_tile, tile, x + channel, size, waiting);
+      }
+    }
+    for (; tile < tiles; ++tile) {
+      const Next next = {next_of(tile), next_stride};
+      const int columns = TileColumns(part, tile);
+      const uint8_t* at = from + tile * width;
+      int32_t* sums = waiting + tile * rows * kTile;
+      const bool whole = channel + kChannels <= channels && IsWhole<storage>(matrix, at, stride, kChannels, columns);
+      const int64_t left = channels - channel;
+      if constexpr (kRows > 0) {
+        if (whole) {
+          AddToSums<storage, true, kChannels, kRows>(at, stride, next, kChannels, kTile, x + channel, size, sums);
+        } else {
+          AddToSums<storage, false, kChannels, kRows>(at, stride, next, left, columns, x + channel, size, sums);
+        }
+      } else if (whole) {
+        AddUnpackedChannels<storage, true>(at, stride, next, 8, kTile, rows, x + channel, size, sums);
+      } else {
+        AddUnpackedChannels<storage, false>(at, stride, next, left, columns, rows, x + channel, size, sums);
+      }
+    }
+  }
+}
+
+// AddBlockTo for so many rows, of those that read a matrix in place.
+template <Storage storage, int kChannels>
+SIMD_INLINE auto BlockAdder(int64_t rows) {
+  if constexpr (kManyRegisters) {
+    static_assert(FewRows(storage) == 3);
+    return Pick(rows, AddBlockTo<storage, kChannels, 1>, AddBlockTo<storage, kChannels, 2>,
+                AddBlockTo<storage, kChannels, 3>);
+  } else {
+    static_assert(kChannels == 8);
+    return AddBlockTo<storage, kChannels, 0>;
+  }
+}
+
+// sums += block `block` times the part's rows, read in place.
+template <Storage storage>
+void AddBlockInPlace(const Matrix& matrix, const Input& input, int64_t block, const Part& part, const Sums& sums_of) {
+  const int64_t tiles = part.stride / kTile, rows = part.rows, first = block * input.rows + part.row;
   int32_t* waiting = static_cast<int32_t*>(part.unpacked);  // (tiles, rows, kTile)
   constexpr int offset = storage == Storage::kInt4 ? Simd::kOffset4 : Simd::kOffset8;
   for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -264,34 +355,9 @@ void AddBlockInPlace(const Matrix& matrix, const Input& input, int64_t block, co
       });
     }
   }
-  // Short rows are prefetched in the order of the file, long rows one by one.
-  constexpr int64_t width = TileBytes<storage>();
-  const bool in_order = stride < kWideBytes && part.columns == matrix.outputs;
-  const int64_t next_stride = in_order ? width : stride, next_tile = in_order ? 8 * width : width;
-  for (int64_t channel = 0; channel < channels; channel += 8) {
-    const uint8_t* from = values + channel * stride;
-    const uint8_t* next = from + (in_order ? kBytesAhead : kChannelsAhead * stride + kBytesFurther);
-    int64_t tile = 0;
-    if constexpr (storage == Storage::kInt4 && Simd::kInRegisters && Simd::kRegisters < 32) {
-      if (channel + 8 <= channels) {
-        const uint8_t* last = from + (tiles - 1) * width;
-        tile = tiles - !IsWhole<storage>(matrix, last, stride, 8, TileColumns(part, tiles - 1));
-        const auto add = PackedChannelsAdder(rows);
-        add(from, stride, {next, next_stride}, next_tile, tile, x + channel, size, waiting);
-      }
-    }
-    for (; tile < tiles; ++tile) {
-      const Next fetched = {next + tile * next_tile, next_stride};
-      const int columns = TileColumns(part, tile);
-      const uint8_t* at = from + tile * width;
-      int32_t* sums = waiting + tile * rows * kTile;
-      if (channel + 8 <= channels && IsWhole<storage>(matrix, at, stride, 8, columns)) {
-        AddChannels<storage, true>(at, stride, fetched, 8, kTile, rows, x + channel, size, sums);
-      } else {
-        AddChannels<storage, false>(at, stride, fetched, channels - channel, columns, rows, x + channel, size, sums);
-      }
-    }
-  }
+  const bool wide = RowBytes<storage>(matrix.outputs) >= kWideBytes;
+  const auto add = wide ? BlockAdder<storage, kWideChannels>(rows) : BlockAdder<storage, 8>(rows);
+  add(matrix, input, block, part, waiting);
   for (int64_t tile = 0; tile < tiles; ++tile) {
     float padded[kTile];
     const float* scales = TileScales(matrix, part, block, tile, padded);
@@ -320,7 +386,7 @@ void UnpackTile(const Matrix& matrix, int64_t block, const Part& part, int64_t t
       continue;
     }
     const uint8_t* from = values + row * stride + RowBytes<storage>(column);
-    Fetch<storage>(from + ahead, stride);
+    Fetch<storage, 2>(from + ahead, stride);
     Ints weights[kVectors];
     const auto keep = [&](auto i, Bytes loaded) SIMD_INLINE_LAMBDA { weights[i] = Simd::AsInts(loaded); };
     if (channel + 4 <= channels && IsWhole<storage>(matrix, from, stride, 4, columns)) {

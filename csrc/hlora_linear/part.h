@@ -16,20 +16,24 @@ using Floats = Simd::Floats;
 constexpr int kVectors = 8;                         // of sums per row
 constexpr int64_t kTile = kVectors * Simd::kLanes;  // outputs
 constexpr bool kInPairs = Simd::kPairsPerSum4 > 1;  // see pair_product.h
+constexpr bool kManyRegisters = Simd::kRegisters >= 32;
 // Rows, and vectors of integer sums per row, that registers hold at once: 24 of 32 registers, or 12 of 16.
-constexpr int kRowsAtOnce = Simd::kRegisters >= 32 ? 3 : 6;
-constexpr int kSumsAtOnce = Simd::kRegisters >= 32 ? kVectors : 2;
+constexpr int kRowsAtOnce = kManyRegisters ? 3 : 6;
+constexpr int kSumsAtOnce = kManyRegisters ? kVectors : 2;
 constexpr int64_t kFloatRowsAtOnce = 6;  // with fewer vectors per row (SumsPerRow)
 // Up to this many rows, threads divide the channels among each other; with more rows, the outputs.
-constexpr int64_t kRowsBySplit = Simd::kRegisters >= 32 ? 12 : 8;
+constexpr int64_t kRowsBySplit = kManyRegisters ? 12 : 8;
 constexpr int64_t kFloatBlock = 64;  // channels of a tile of floats
-// How far ahead weights are prefetched: with few rows by channels or, if a row of the file has fewer than kWideBytes,
-// by bytes; with more rows by tiles. Channels a multiple of 4 KiB apart share one set of the L1 cache, all of whose
-// ways are taken by those that are being read: so they are prefetched kBytesFurther on in their rows.
-constexpr int64_t kChannelsAhead = 8;
-constexpr int64_t kBytesFurther = 256;
-constexpr int64_t kBytesAhead = 24 << 10;
+// How far ahead weights are prefetched (1 to 3 of __builtin_prefetch: into which cache). With few rows a row of the
+// file with fewer than kWideBytes is prefetched by bytes. Of wider ones, kWideChannels of which are read at once, comes
+// next what lies kBytesOn further on or, with few registers, the next channels. Channels a multiple of 4 KiB apart
+// share one set of the L1 cache, all of whose ways are then taken by those that are being read: so also the next
+// channels are prefetched kBytesOn further on. With more rows weights are prefetched by tiles.
+constexpr int kPrefetch = kManyRegisters ? 3 : 2;
 constexpr int64_t kWideBytes = 2048;
+constexpr int64_t kBytesAhead = (kManyRegisters ? 16 : 24) << 10;
+constexpr int64_t kWideChannels = kManyRegisters ? 16 : 8;
+constexpr int64_t kBytesOn = kManyRegisters ? 768 : 256;
 constexpr int64_t kTilesAhead = 4;
 constexpr int64_t kTaskBytes = 384 << 10;  // of a task's sums, so that they stay in the L2 cache
 constexpr int64_t kRowsPerTask = 384;
