@@ -136,17 +136,29 @@ struct Products {
       return;
     }
     for (int64_t channel = 0; channel < channels; channel += 4) {
-      Bytes loaded[kSums];
-      Unroll<kSums>([&](auto i) SIMD_INLINE_LAMBDA {
-        loaded[i] = Simd::LoadBytes(weights + channel * kTile + i * 4 * Simd::kLanes);
-      });
-      Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA {
-        const Bytes bytes = Simd::Repeat4(x + r * size + channel);
+      const auto load = [&](auto i)
+                            SIMD_INLINE_LAMBDA { return Simd::LoadBytes(weights + channel * kTile + i * 4 * Simd::kLanes); };
+      const auto repeat = [&](auto r) SIMD_INLINE_LAMBDA { return Simd::Repeat4(x + r * size + channel); };
+      const auto add = [&](auto r, auto i, Bytes loaded, Bytes bytes) SIMD_INLINE_LAMBDA {
+        at[r][i] = Dot<storage>(at[r][i], loaded, bytes);
+        SIMD_KEEP(at[r][i]);
+      };
+      // Registers hold the shorter side, and one vector of the other at a time.
+      if constexpr (kRows <= kSums) {
+        Bytes bytes[kRows];
+        Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA { bytes[r] = repeat(r); });
         Unroll<kSums>([&](auto i) SIMD_INLINE_LAMBDA {
-          at[r][i] = Dot<storage>(at[r][i], loaded[i], bytes);
-          SIMD_KEEP(at[r][i]);
+          const Bytes loaded = load(i);
+          Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA { add(r, i, loaded, bytes[r]); });
         });
-      });
+      } else {
+        Bytes loaded[kSums];
+        Unroll<kSums>([&](auto i) SIMD_INLINE_LAMBDA { loaded[i] = load(i); });
+        Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA {
+          const Bytes bytes = repeat(r);
+          Unroll<kSums>([&](auto i) SIMD_INLINE_LAMBDA { add(r, i, loaded[i], bytes); });
+        });
+      }
     }
   }
   SIMD_INLINE void Order() {
