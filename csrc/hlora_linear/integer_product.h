@@ -136,8 +136,9 @@ struct Products {
       return;
     }
     for (int64_t channel = 0; channel < channels; channel += 4) {
-      const auto load = [&](auto i)
-                            SIMD_INLINE_LAMBDA { return Simd::LoadBytes(weights + channel * kTile + i * 4 * Simd::kLanes); };
+      const auto load = [&](auto i) SIMD_INLINE_LAMBDA {
+        return Simd::LoadBytes(weights + channel * kTile + i * 4 * Simd::kLanes);
+      };
       const auto repeat = [&](auto r) SIMD_INLINE_LAMBDA { return Simd::Repeat4(x + r * size + channel); };
       const auto add = [&](auto r, auto i, Bytes loaded, Bytes bytes) SIMD_INLINE_LAMBDA {
         at[r][i] = Dot<storage>(at[r][i], loaded, bytes);
@@ -185,7 +186,7 @@ SIMD_INLINE const float* TileScales(const Matrix& matrix, const Part& part, int6
   return padded;
 }
 
-// What some channels of a tile prefetch: as many pieces of a tile's width.
+// What some channels of a tile prefetch: as many pieces of a tile's width, or nothing if `from` is null.
 struct Next {
   const uint8_t* from;
   int64_t stride;
@@ -248,7 +249,7 @@ SIMD_INLINE void AddToSums(const uint8_t* from, int64_t stride, Next next, int64
   products.Load(waiting);
   Unroll<kChannels / 4>([&](auto quad) SIMD_INLINE_LAMBDA {
     if (!kWhole && channels <= 4 * quad) return;  // these bytes of x would belong to the next block
-    Fetch<storage, kPrefetch>(next.from + 4 * quad * next.stride, next.stride);
+    if (next.from != nullptr) Fetch<storage, kPrefetch>(next.from + 4 * quad * next.stride, next.stride);
     Bytes bytes[kRows];
     Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA { bytes[r] = Simd::Repeat4(x + r * x_stride + 4 * quad); });
     LoadChannels<storage, kWhole>(from + 4 * quad * stride, stride, channels - 4 * quad, columns,
@@ -288,12 +289,12 @@ SIMD_INLINE void AddUnpackedChannels(const uint8_t* from, int64_t stride, Next n
 }
 
 // Adds the products of one block of a part, read in place, kChannels channels at a time over all tiles, to the sums
-// `waiting` (tiles, rows, kTile). kRows is the part's number of rows or, with few registers, 0 for any.
-template <Storage storage, int kChannels, int kRows>
+// `waiting` (tiles, rows, kTile).
+template <Storage storage, int kChannels>
 void AddBlockTo(const Matrix& matrix, const Input& input, int64_t block, const Part& part, int32_t* waiting) {
   const int64_t size = matrix.block_size, channels = Min(size, matrix.channels - block * size);
   const int64_t stride = RowBytes<storage>(matrix.outputs), tiles = part.stride / kTile;
-  const int64_t rows = kRows > 0 ? kRows : part.rows;
+  const int64_t rows = part.rows;
   const int8_t* x = input.bytes + (block * input.rows + part.row) * size;
   const uint8_t* values =
       static_cast<const uint8_t*>(matrix.values) + block * size * stride + RowBytes<storage>(part.column);
@@ -325,11 +326,25 @@ void AddBlockTo(const Matrix& matrix, const Input& input, int64_t block, const P
       int32_t* sums = waiting + tile * rows * kTile;
       const bool whole = channel + kChannels <= channels && IsWhole<storage>(matrix, at, stride, kChannels, columns);
       const int64_t left = channels - channel;
-      if constexpr (kRows > 0) {
-        if (whole) {
-          AddToSums<storage, true, kChannels, kRows>(at, stride, next, kChannels, kTile, x + channel, size, sums);
+      if constexpr (kManyRegisters) {
+        // Sums of three rows fit into the registers. Four rows are two pairs, the second of which finds the weights in
+        // the L1 cache and fetches nothing.
+        const auto add = [&](auto count, int64_t row) SIMD_INLINE_LAMBDA {
+          const Next fetched = {row == 0 ? next.from : nullptr, next.stride};
+          const int8_t* of_rows = x + channel + row * size;
+          int32_t* to = sums + row * kTile;
+          if (whole) {
+            AddToSums<storage, true, kChannels, count>(at, stride, fetched, kChannels, kTile, of_rows, size, to);
+          } else {
+            AddToSums<storage, false, kChannels, count>(at, stride, fetched, left, columns, of_rows, size, to);
+          }
+        };
+        if (rows == 1) {
+          add(Constant<1>{}, 0);
+        } else if (rows == 3) {
+          add(Constant<3>{}, 0);
         } else {
-          AddToSums<storage, false, kChannels, kRows>(at, stride, next, left, columns, x + channel, size, sums);
+          for (int64_t row = 0; row < rows; row += 2) add(Constant<2>{}, row);
         }
       } else if (whole) {
         AddUnpackedChannels<storage, true>(at, stride, next, 8, kTile, rows, x + channel, size, sums);
@@ -337,19 +352,6 @@ void AddBlockTo(const Matrix& matrix, const Input& input, int64_t block, const P
         AddUnpackedChannels<storage, false>(at, stride, next, left, columns, rows, x + channel, size, sums);
       }
     }
-  }
-}
-
-// AddBlockTo for so many rows, of those that read a matrix in place.
-template <Storage storage, int kChannels>
-SIMD_INLINE auto BlockAdder(int64_t rows) {
-  if constexpr (kManyRegisters) {
-    static_assert(FewRows(storage) == 3);
-    return Pick(rows, AddBlockTo<storage, kChannels, 1>, AddBlockTo<storage, kChannels, 2>,
-                AddBlockTo<storage, kChannels, 3>);
-  } else {
-    static_assert(kChannels == 8);
-    return AddBlockTo<storage, kChannels, 0>;
   }
 }
 
@@ -368,7 +370,7 @@ void AddBlockInPlace(const Matrix& matrix, const Input& input, int64_t block, co
     }
   }
   const bool wide = RowBytes<storage>(matrix.outputs) >= kWideBytes;
-  const auto add = wide ? BlockAdder<storage, kWideChannels>(rows) : BlockAdder<storage, 8>(rows);
+  const auto add = wide ? AddBlockTo<storage, kWideChannels> : AddBlockTo<storage, 8>;
   add(matrix, input, block, part, waiting);
   for (int64_t tile = 0; tile < tiles; ++tile) {
     float padded[kTile];

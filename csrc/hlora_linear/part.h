@@ -47,7 +47,9 @@ constexpr bool IsInteger(Storage storage) { return storage == Storage::kInt4 || 
 // Up to this many rows, a matrix is read in place, without unpacking tiles. Where pairs are added, unpacking saves less
 // and makes two tiles of an 8-bit one.
 constexpr int64_t FewRows(Storage storage) {
-  return !kInPairs || !IsInteger(storage) ? 3 : storage == Storage::kInt4 ? 8 : 16;
+  if (!IsInteger(storage)) return 3;
+  if (kInPairs) return storage == Storage::kInt4 ? 8 : 16;
+  return kManyRegisters ? 4 : 3;
 }
 int64_t BlockOf(const Matrix& matrix) { return IsInteger(matrix.storage) ? matrix.block_size : kFloatBlock; }
 int64_t BlocksOf(const Matrix& matrix) { return CeilDivide(matrix.channels, BlockOf(matrix)); }
