@@ -21,14 +21,22 @@ constexpr int64_t RowBytes(int64_t outputs) {
   return storage == Storage::kInt4 ? outputs / 2 : outputs;
 }
 
-// Prefetches four channels of a tile, `stride` bytes apart.
-template <Storage storage, int kCache>
-SIMD_INLINE void Fetch(const uint8_t* from, int64_t stride) {
-  for (int64_t i = 0; i < 4; ++i) {
-    for (int64_t line = 0; line < TileBytes<storage>(); line += 64)
-      __builtin_prefetch(from + i * stride + line, 0, kCache);
+// What some channels of a tile prefetch: as many pieces of a tile's width, `stride` bytes apart.
+struct Next {
+  const uint8_t* from;
+  int64_t stride;
+
+  // Four pieces from number `channel` on, into the L1 cache if kNear, otherwise into the L2 cache.
+  template <Storage storage, bool kNear>
+  SIMD_INLINE void Fetch(int64_t channel) const {
+    for (int64_t i = 0; i < 4; ++i) {
+      const uint8_t* piece = from + (channel + i) * stride;
+      for (int64_t line = 0; line < TileBytes<storage>(); line += 64) {
+        __builtin_prefetch(piece + line, 0, kNear ? 3 : 2);
+      }
+    }
   }
-}
+};
 
 // Loads four channels of a tile as eight vectors, each with four channels of kLanes outputs, in the order of
 // Interleave, and calls use(Constant<i>, vector i). Unless kWhole, channels from `channels` on and outputs from
@@ -186,12 +194,6 @@ SIMD_INLINE const float* TileScales(const Matrix& matrix, const Part& part, int6
   return padded;
 }
 
-// What some channels of a tile prefetch: as many pieces of a tile's width, or nothing if `from` is null.
-struct Next {
-  const uint8_t* from;
-  int64_t stride;
-};
-
 // Adds the products of eight channels of whole int4 tiles to the sums `waiting` (tiles, kRows, kTile). For processors
 // with few registers: a tile's weights stay packed in eight of them.
 template <class Target, int kRows>
@@ -205,7 +207,7 @@ void AddPackedChannels(const uint8_t* from, int64_t stride, Next next, int64_t n
   for (int64_t tile = 0; tile < tiles; ++tile, from += width, next.from += next_tile, waiting += kRows * kTile) {
     Bytes packed[2][4];
     Unroll<2>([&](auto half) SIMD_INLINE_LAMBDA {
-      Fetch<Storage::kInt4, kPrefetch>(next.from + 4 * half * next.stride, next.stride);
+      next.Fetch<Storage::kInt4, false>(4 * half);
       Unroll<4>([&](auto i) SIMD_INLINE_LAMBDA {
         packed[half][i] = Target::Shift4(Target::LoadBytes(from + (4 * half + i) * stride));
       });
@@ -242,14 +244,14 @@ SIMD_INLINE auto PackedChannelsAdder(int64_t rows) {
 
 // Adds the products of up to kChannels channels of a tile to the sums `waiting` (kRows, kTile), which are in registers
 // meanwhile. For processors with many.
-template <Storage storage, bool kWhole, int kChannels, int kRows>
+template <Storage storage, bool kNear, bool kWhole, int kChannels, int kRows>
 SIMD_INLINE void AddToSums(const uint8_t* from, int64_t stride, Next next, int64_t channels, int columns,
                            const int8_t* x, int64_t x_stride, int32_t* waiting) {
   Products<storage, kRows> products;
   products.Load(waiting);
   Unroll<kChannels / 4>([&](auto quad) SIMD_INLINE_LAMBDA {
     if (!kWhole && channels <= 4 * quad) return;  // these bytes of x would belong to the next block
-    if (next.from != nullptr) Fetch<storage, kPrefetch>(next.from + 4 * quad * next.stride, next.stride);
+    if (next.from != nullptr) next.Fetch<storage, kNear>(4 * quad);
     Bytes bytes[kRows];
     Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA { bytes[r] = Simd::Repeat4(x + r * x_stride + 4 * quad); });
     LoadChannels<storage, kWhole>(from + 4 * quad * stride, stride, channels - 4 * quad, columns,
@@ -270,7 +272,7 @@ SIMD_INLINE void AddUnpackedChannels(const uint8_t* from, int64_t stride, Next n
                                      int64_t rows, const int8_t* x, int64_t x_stride, int32_t* waiting) {
   Bytes weights[2][kVectors];
   Unroll<2>([&](auto half) SIMD_INLINE_LAMBDA {
-    Fetch<storage, kPrefetch>(next.from + 4 * half * next.stride, next.stride);
+    next.Fetch<storage, false>(4 * half);
     LoadChannels<storage, kWhole>(from + 4 * half * stride, stride, channels - 4 * half, columns,
                                   [&](auto i, Bytes loaded) SIMD_INLINE_LAMBDA { weights[half][i] = loaded; });
   });
@@ -290,7 +292,7 @@ SIMD_INLINE void AddUnpackedChannels(const uint8_t* from, int64_t stride, Next n
 
 // Adds the products of one block of a part, read in place, kChannels channels at a time over all tiles, to the sums
 // `waiting` (tiles, rows, kTile).
-template <Storage storage, int kChannels>
+template <Storage storage, int kChannels, bool kNear>
 void AddBlockTo(const Matrix& matrix, const Input& input, int64_t block, const Part& part, int32_t* waiting) {
   const int64_t size = matrix.block_size, channels = Min(size, matrix.channels - block * size);
   const int64_t stride = RowBytes<storage>(matrix.outputs), tiles = part.stride / kTile;
@@ -330,13 +332,13 @@ void AddBlockTo(const Matrix& matrix, const Input& input, int64_t block, const P
         // Sums of three rows fit into the registers. Four rows are two pairs, the second of which finds the weights in
         // the L1 cache and fetches nothing.
         const auto add = [&](auto count, int64_t row) SIMD_INLINE_LAMBDA {
-          const Next fetched = {row == 0 ? next.from : nullptr, next.stride};
+          const Next fetched = {row == 0 ? next.from : nullptr, next_stride};
           const int8_t* of_rows = x + channel + row * size;
           int32_t* to = sums + row * kTile;
           if (whole) {
-            AddToSums<storage, true, kChannels, count>(at, stride, fetched, kChannels, kTile, of_rows, size, to);
+            AddToSums<storage, kNear, true, kChannels, count>(at, stride, fetched, kChannels, kTile, of_rows, size, to);
           } else {
-            AddToSums<storage, false, kChannels, count>(at, stride, fetched, left, columns, of_rows, size, to);
+            AddToSums<storage, kNear, false, kChannels, count>(at, stride, fetched, left, columns, of_rows, size, to);
           }
         };
         if (rows == 1) {
@@ -355,6 +357,17 @@ void AddBlockTo(const Matrix& matrix, const Input& input, int64_t block, const P
   }
 }
 
+// AddBlockTo for wide or other rows, with the prefetches that suit this processor.
+template <Storage storage>
+SIMD_INLINE auto BlockAdder(bool wide) {
+  if constexpr (kManyRegisters) {
+    if (Simd::PrefetchesNear()) {
+      return wide ? AddBlockTo<storage, kWideChannels, true> : AddBlockTo<storage, 8, true>;
+    }
+  }
+  return wide ? AddBlockTo<storage, kWideChannels, false> : AddBlockTo<storage, 8, false>;
+}
+
 // sums += block `block` times the part's rows, read in place.
 template <Storage storage>
 void AddBlockInPlace(const Matrix& matrix, const Input& input, int64_t block, const Part& part, const Sums& sums_of) {
@@ -369,8 +382,7 @@ void AddBlockInPlace(const Matrix& matrix, const Input& input, int64_t block, co
       });
     }
   }
-  const bool wide = RowBytes<storage>(matrix.outputs) >= kWideBytes;
-  const auto add = wide ? AddBlockTo<storage, kWideChannels> : AddBlockTo<storage, 8>;
+  const auto add = BlockAdder<storage>(RowBytes<storage>(matrix.outputs) >= kWideBytes);
   add(matrix, input, block, part, waiting);
   for (int64_t tile = 0; tile < tiles; ++tile) {
     float padded[kTile];
@@ -400,7 +412,7 @@ void UnpackTile(const Matrix& matrix, int64_t block, const Part& part, int64_t t
       continue;
     }
     const uint8_t* from = values + row * stride + RowBytes<storage>(column);
-    Fetch<storage, 2>(from + ahead, stride);
+    Next{from + ahead, stride}.Fetch<storage, false>(0);
     Ints weights[kVectors];
     const auto keep = [&](auto i, Bytes loaded) SIMD_INLINE_LAMBDA { weights[i] = Simd::AsInts(loaded); };
     if (channel + 4 <= channels && IsWhole<storage>(matrix, from, stride, 4, columns)) {

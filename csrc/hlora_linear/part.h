@@ -24,12 +24,11 @@ constexpr int64_t kFloatRowsAtOnce = 6;  // with fewer vectors per row (SumsPerR
 // Up to this many rows, threads divide the channels among each other; with more rows, the outputs.
 constexpr int64_t kRowsBySplit = kManyRegisters ? 12 : 8;
 constexpr int64_t kFloatBlock = 64;  // channels of a tile of floats
-// How far ahead weights are prefetched (1 to 3 of __builtin_prefetch: into which cache). With few rows a row of the
-// file with fewer than kWideBytes is prefetched by bytes. Of wider ones, kWideChannels of which are read at once, comes
-// next what lies kBytesOn further on or, with few registers, the next channels. Channels a multiple of 4 KiB apart
-// share one set of the L1 cache, all of whose ways are then taken by those that are being read: so also the next
-// channels are prefetched kBytesOn further on. With more rows weights are prefetched by tiles.
-constexpr int kPrefetch = kManyRegisters ? 3 : 2;
+// How far ahead weights are prefetched. With few rows a row of the file with fewer than kWideBytes is prefetched by
+// bytes. Of wider ones, kWideChannels of which are read at once, comes next what lies kBytesOn further on or, with few
+// registers, the next channels. Channels a multiple of 4 KiB apart share one set of the L1 cache, all of whose ways are
+// then taken by those that are being read: so also the next channels are prefetched kBytesOn further on. With more rows
+// weights are prefetched by tiles.
 constexpr int64_t kWideBytes = 2048;
 constexpr int64_t kBytesAhead = (kManyRegisters ? 16 : 24) << 10;
 constexpr int64_t kWideChannels = kManyRegisters ? 16 : 8;

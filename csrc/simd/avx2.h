@@ -20,6 +20,8 @@ struct Simd {
   using Ints = __m256i;
   using Floats = __m256;
 
+  static bool PrefetchesNear() { return false; }
+
   // --- bytes and dot products ---
   // Unsigned times signed bytes is all there is. VPDPBUSD takes any weights shifted to be unsigned. VPMADDUBSW adds
   // pairs in 16 bits, where shifted 8-bit weights would not fit: those stay signed, and give their sign to x instead.

@@ -24,6 +24,9 @@ struct Simd {
   using Ints = __m512i;
   using Floats = __m512;
 
+  // On a Zen 5 the L1 cache is the better place by a tenth of a row's time, on a Xeon the L2 cache by a twentieth.
+  static bool PrefetchesNear() { return __builtin_cpu_is("amd"); }
+
   // --- bytes and dot products ---
   // VPDPBUSD multiplies unsigned by signed bytes: weights are shifted to be unsigned.
   static constexpr int kOffset4 = 8;

@@ -18,6 +18,8 @@ struct Simd {
   using Ints = int32x4_t;
   using Floats = float32x4_t;
 
+  static bool PrefetchesNear() { return false; }
+
   // --- bytes and dot products ---
   static constexpr int kOffset4 = 0;
   static constexpr int kOffset8 = 0;

@@ -27,6 +27,9 @@ struct Simd {
     float at[4];
   };
 
+  // Whether weights that few rows will read are prefetched into the L1 cache, and not only into the L2 cache.
+  static bool PrefetchesNear() { return false; }
+
   // --- bytes and dot products ---
   // Shift4 and Shift8 add these to a weight. A dot product is therefore too large by the offset times the sum of x.
   static constexpr int kOffset4 = 0;
