@@ -97,8 +97,11 @@ struct Next {
 
   Next If(bool wanted) const { return {at, wanted ? row_bytes : 0}; }
   void Fetch(int64_t row, int64_t count) const {
+    const bool near = Simd::PrefetchesNear();
     const char* from = at + row * row_bytes;
-    for (int64_t line = 0; line < count * row_bytes; line += 64) __builtin_prefetch(from + line, 0, 2);
+    for (int64_t line = 0; line < count * row_bytes; line += 64) {
+      near ? __builtin_prefetch(from + line, 0, 3) : __builtin_prefetch(from + line, 0, 2);
+    }
   }
 };
 

@@ -295,8 +295,7 @@ SIMD_INLINE void AddUnpackedChannels(const uint8_t* from, int64_t stride, Next n
 template <Storage storage, int kChannels, bool kNear>
 void AddBlockTo(const Matrix& matrix, const Input& input, int64_t block, const Part& part, int32_t* waiting) {
   const int64_t size = matrix.block_size, channels = Min(size, matrix.channels - block * size);
-  const int64_t stride = RowBytes<storage>(matrix.outputs), tiles = part.stride / kTile;
-  const int64_t rows = part.rows;
+  const int64_t stride = RowBytes<storage>(matrix.outputs), tiles = part.stride / kTile, rows = part.rows;
   const int8_t* x = input.bytes + (block * input.rows + part.row) * size;
   const uint8_t* values =
       static_cast<const uint8_t*>(matrix.values) + block * size * stride + RowBytes<storage>(part.column);
