@@ -20,8 +20,8 @@ constexpr int64_t kRowsPerTask = 64;  // they share the widening of a block
 constexpr int kQueriesAtOnce = Simd::kInRegisters ? 3 : 1;
 constexpr int kRowsAtOnce = Simd::kInRegisters ? 6 : 4;
 // Up to this many rows read the caches in place, which widens every number once per kQueriesAtOnce rows. The value 24
-// was measured with AVX2 only.
-constexpr int64_t kRowsInPlace = !Simd::kInRegisters ? 2 : Simd::kRegisters >= 32 ? kQueriesAtOnce : 24;
+// was measured with AVX2 and AVX-512.
+constexpr int64_t kRowsInPlace = Simd::kInRegisters ? 24 : 2;
 constexpr float kNone = -__builtin_inff();
 
 // Vectors of sums per row that fit into registers with `rows` rows, beside shares or values.
