@@ -27,7 +27,7 @@ struct Simd {
     float at[4];
   };
 
-  // Whether weights and caches that few rows will read are prefetched into the L1 cache, and not only into the L2 cache.
+  // Whether weights and caches that few rows will read are prefetched into the L1 cache, not only into the L2 cache.
   static bool PrefetchesNear() { return false; }
 
   // --- bytes and dot products ---
