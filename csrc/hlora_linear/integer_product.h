@@ -294,6 +294,7 @@ SIMD_INLINE void AddUnpackedChannels(const uint8_t* from, int64_t stride, Next n
 // `waiting` (tiles, rows, kTile).
 template <Storage storage, int kChannels, bool kNear>
 void AddBlockTo(const Matrix& matrix, const Input& input, int64_t block, const Part& part, int32_t* waiting) {
+  static_assert(kManyRegisters || (kChannels == 8 && !kNear));
   const int64_t size = matrix.block_size, channels = Min(size, matrix.channels - block * size);
   const int64_t stride = RowBytes<storage>(matrix.outputs), tiles = part.stride / kTile, rows = part.rows;
   const int8_t* x = input.bytes + (block * input.rows + part.row) * size;
@@ -381,8 +382,7 @@ void AddBlockInPlace(const Matrix& matrix, const Input& input, int64_t block, co
       });
     }
   }
-  const auto add = BlockAdder<storage>(RowBytes<storage>(matrix.outputs) >= kWideBytes);
-  add(matrix, input, block, part, waiting);
+  BlockAdder<storage>(RowBytes<storage>(matrix.outputs) >= kWideBytes)(matrix, input, block, part, waiting);
   for (int64_t tile = 0; tile < tiles; ++tile) {
     float padded[kTile];
     const float* scales = TileScales(matrix, part, block, tile, padded);

@@ -546,7 +546,7 @@ def test_rows_follow_their_cost_and_their_gain():
 
 
 def test_where_rows_come_in_tiles_a_full_tile_is_taken():
-    """The times of M3 in int4 on an H200 (benchmarks/results/h200/gpu-bundles-rows.json)."""
+    """The times of M3 in int4 on an H200 (benchmarks/gpu.sh at a3b322b)."""
     times = {1: 2.6, 2: 2.87, 3: 3.07, 4: 2.88, 6: 5.17, 8: 5.09, 12: 8.13, 16: 8.54, 24: 11.61, 32: 15.52, 64: 30.28}
     rows = {}
     for in_tiles in (True, False):
