@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 from golden_cases import Case
@@ -10,6 +12,7 @@ from peer import ASK, Peer
 from healthgpt_edge import load
 from healthgpt_edge.errors import Cancelled
 from healthgpt_edge.executors.onnx import DEVICES
+from healthgpt_edge.executors.onnx_context import OnnxContext
 from healthgpt_edge.executors.onnx_group import OnnxGroup
 from healthgpt_edge.inference import pieces
 
@@ -100,7 +103,14 @@ def test_others_go_on_between_two_pieces(session, monkeypatch):
     assert happened[-1] == "piece"  # then it is the only one, and goes on by itself
 
 
-def test_a_peer_is_told_how_far_it_is_and_may_cancel_it(session):
+def test_a_peer_is_told_how_far_it_is_and_may_cancel_it(session, monkeypatch):
+    forward = OnnxContext.forward
+
+    def slowly(*arguments, **options):  # or a quick machine has answered before it reads of the cancelling
+        time.sleep(0.05)
+        return forward(*arguments, **options)
+
+    monkeypatch.setattr(OnnxContext, "forward", slowly)
     asked = {**ASK, "image": str(Case("m3_com_wide").image), "stream": True}
     with Peer(session) as peer:
         peer.ask({**asked, "id": 1})
