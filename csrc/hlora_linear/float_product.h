@@ -75,6 +75,17 @@ void MultiplyFloats(const void* values, int64_t at, int64_t stride, int64_t chan
   }
 }
 
+// MultiplyFloats for `rows` rows, at most kFloatRowsAtOnce; of what is read in place and not float32, few.
+template <Storage storage>
+SIMD_INLINE auto FloatMultiplier(int64_t rows) {
+  if constexpr (storage == Storage::kFloat32) {
+    return Pick(rows, MultiplyFloats<storage, 1>, MultiplyFloats<storage, 2>, MultiplyFloats<storage, 3>,
+                MultiplyFloats<storage, 4>, MultiplyFloats<storage, 5>, MultiplyFloats<storage, 6>);
+  } else {
+    return Pick(rows, MultiplyFloats<storage, 1>, MultiplyFloats<storage, 2>, MultiplyFloats<storage, 3>);
+  }
+}
+
 // Converts channels of a tile to float32 (channels, kTile), with zeros past the last output.
 template <Storage storage>
 void Widen(const void* values, int64_t at, int64_t stride, int64_t channels, int columns, float* to) {
@@ -91,8 +102,8 @@ void Widen(const void* values, int64_t at, int64_t stride, int64_t channels, int
   }
 }
 
-// Few rows go over all tiles four channels at a time (integers: eight). More rows use tiles widened to float32, one
-// block of channels at a time.
+// Few rows go over all tiles four channels at a time (integers: eight). More rows go over them one block of channels at
+// a time; what is not float32 they use widened.
 template <Storage storage>
 void AddFloatProduct(const Matrix& matrix, const Input& input, int64_t first_block, int64_t end_block, const Part& part,
                      bool added) {
@@ -107,14 +118,14 @@ void AddFloatProduct(const Matrix& matrix, const Input& input, int64_t first_blo
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int columns = TileColumns(part, tile);
       const int64_t at = channel * matrix.outputs + part.column + tile * kTile;
-      const bool in_place = few && columns == kTile;
-      // Next come, in place, four more channels of this tile. Otherwise it is the tile to the right; after the last
+      const bool in_place = (few || storage == Storage::kFloat32) && columns == kTile;
+      // Next come, for few rows, four more channels of this tile. Otherwise it is the tile to the right; after the last
       // tile the first one of the next block, or of the next part.
       const bool below = channel + kFloatBlock < matrix.channels;
       const int64_t beside = tile + 1 < tiles ? at + kTile
                              : below          ? at + kFloatBlock * matrix.outputs - tile * kTile
                                               : part.column + part.columns;
-      const int64_t next = in_place ? at + 4 * matrix.outputs : beside;
+      const int64_t next = in_place && few ? at + 4 * matrix.outputs : beside;
       Ahead ahead = {values + next * bytes, matrix.outputs * bytes, kTile * bytes};
       float* widened = static_cast<float*>(part.unpacked);
       if (!in_place) Widen<storage>(matrix.values, at, matrix.outputs, channels, columns, widened);
@@ -123,14 +134,11 @@ void AddFloatProduct(const Matrix& matrix, const Input& input, int64_t first_blo
         const float* x = input.values + (part.row + row) * input.channels + channel;
         const int64_t place = row * part.stride + tile * kTile;
         if (in_place) {
-          const auto multiply =
-              Pick(left, MultiplyFloats<storage, 1>, MultiplyFloats<storage, 2>, MultiplyFloats<storage, 3>);
-          multiply(matrix.values, at, matrix.outputs, channels, x, input.channels, ahead, sums, place, part.stride);
+          FloatMultiplier<storage>(left)(matrix.values, at, matrix.outputs, channels, x, input.channels, ahead, sums,
+                                         place, part.stride);
         } else {
-          constexpr Storage wide = Storage::kFloat32;
-          const auto multiply = Pick(left, MultiplyFloats<wide, 1>, MultiplyFloats<wide, 2>, MultiplyFloats<wide, 3>,
-                                     MultiplyFloats<wide, 4>, MultiplyFloats<wide, 5>, MultiplyFloats<wide, 6>);
-          multiply(widened, 0, kTile, channels, x, input.channels, ahead, sums, place, part.stride);
+          FloatMultiplier<Storage::kFloat32>(left)(widened, 0, kTile, channels, x, input.channels, ahead, sums, place,
+                                                   part.stride);
         }
         ahead.from = nullptr;  // the first rows have prefetched it
       }

@@ -38,6 +38,25 @@ struct Next {
   }
 };
 
+// What is prefetched of a part's next block, by lines: row after row, because memory is slower with the order of tiles,
+// whose rows lie far apart.
+struct NextBlock {
+  const uint8_t* line;
+  int64_t of_row, of_part;  // the line's number in its row of the part, and how many there are
+  int64_t skip;             // bytes from the end of one of these rows to the next
+
+  template <int kLines>
+  SIMD_INLINE void Fetch() {
+    for (int i = 0; i < kLines; ++i) {
+      __builtin_prefetch(line, 0, 2);
+      line += 64;
+      if (++of_row < of_part) continue;
+      of_row = 0;
+      line += skip;
+    }
+  }
+};
+
 // Loads four channels of a tile as eight vectors, each with four channels of kLanes outputs, in the order of
 // Interleave, and calls use(Constant<i>, vector i). Unless kWhole, channels from `channels` on and outputs from
 // `columns` on are zero.
@@ -129,9 +148,10 @@ struct Products {
     });
   }
   // Multiplies the first `channels` channels of an unpacked tile of `size` channels. The tile's vectors for these sums
-  // begin at `weights`; rows of x are `size` bytes apart.
+  // begin at `weights`; rows of x are `size` bytes apart. Every four channels kLines more of `next` are prefetched.
+  template <int kLines>
   SIMD_INLINE void Multiply(const uint8_t* weights, const int8_t* x, int64_t size, int64_t channels,
-                            const int32_t* x_sums) {
+                            const int32_t* x_sums, NextBlock& next) {
     Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA {
       const Ints start = Simd::RepeatInt(-UnpackedOffset<storage>() * x_sums[r]);
       Unroll<kSums>([&](auto i) SIMD_INLINE_LAMBDA { at[r][i] = start; });
@@ -144,6 +164,7 @@ struct Products {
       return;
     }
     for (int64_t channel = 0; channel < channels; channel += 4) {
+      next.Fetch<kLines>();
       const auto load = [&](auto i) SIMD_INLINE_LAMBDA {
         return Simd::LoadBytes(weights + channel * kTile + i * 4 * Simd::kLanes);
       };
@@ -396,8 +417,8 @@ void AddBlockInPlace(const Matrix& matrix, const Input& input, int64_t block, co
 }
 
 // Unpacks a block of channels of one tile: each 32-bit integer has four channels of a column. Prefetches the data
-// `ahead` bytes further on.
-template <Storage storage>
+// `ahead` bytes further on, into the L1 cache if kNear.
+template <Storage storage, bool kNear>
 void UnpackTile(const Matrix& matrix, int64_t block, const Part& part, int64_t tile, int64_t ahead) {
   const int64_t size = matrix.block_size, channels = Min(size, matrix.channels - block * size);
   const int64_t column = part.column + tile * kTile, stride = RowBytes<storage>(matrix.outputs);
@@ -411,7 +432,7 @@ void UnpackTile(const Matrix& matrix, int64_t block, const Part& part, int64_t t
       continue;
     }
     const uint8_t* from = values + row * stride + RowBytes<storage>(column);
-    Next{from + ahead, stride}.Fetch<storage, false>(0);
+    Next{from + ahead, stride}.Fetch<storage, kNear>(0);
     Ints weights[kVectors];
     const auto keep = [&](auto i, Bytes loaded) SIMD_INLINE_LAMBDA { weights[i] = Simd::AsInts(loaded); };
     if (channel + 4 <= channels && IsWhole<storage>(matrix, from, stride, 4, columns)) {
@@ -431,49 +452,70 @@ void UnpackTile(const Matrix& matrix, int64_t block, const Part& part, int64_t t
 }
 
 // sums += an unpacked tile times kRows rows from part.row + row on.
-template <Storage storage, int kRows>
+template <Storage storage, int kRows, int kLines>
 void AddUnpackedTile(const Matrix& matrix, const Input& input, int64_t block, const Part& part, int64_t row,
-                     int64_t tile, const float* scales, const Sums& sums) {
+                     int64_t tile, const float* scales, const Sums& sums, NextBlock& next_block) {
   const int64_t size = matrix.block_size, channels = Min(size, matrix.channels - block * size);
   const int64_t first = block * input.rows + part.row + row;
   const int8_t* x = input.bytes + first * size;
   const uint8_t* weights = static_cast<const uint8_t*>(part.unpacked);
+  NextBlock next = next_block;
   for (int64_t column = 0; column < kTile; column += kSumsAtOnce * Simd::kLanes) {
     Products<storage, kRows, kSumsAtOnce> products;
-    products.Multiply(weights + 4 * column, x, size, channels, input.sums + first);
+    products.template Multiply<kLines>(weights + 4 * column, x, size, channels, input.sums + first, next);
     products.AddTo(sums.At(row * part.stride + tile * kTile + column), part.stride, scales + column,
                    input.scales + first);
   }
+  if (kLines > 0) next_block = next;
 }
 
 // AddUnpackedTile for `rows` rows, at most kRowsAtOnce.
 static_assert(kRowsAtOnce == 3 || kRowsAtOnce == 6);
-template <Storage storage>
+template <Storage storage, int kLines = 0>
 SIMD_INLINE auto UnpackedTileAdder(int64_t rows) {
   if constexpr (kRowsAtOnce == 3) {
-    return Pick(rows, AddUnpackedTile<storage, 1>, AddUnpackedTile<storage, 2>, AddUnpackedTile<storage, 3>);
+    return Pick(rows, AddUnpackedTile<storage, 1, kLines>, AddUnpackedTile<storage, 2, kLines>,
+                AddUnpackedTile<storage, 3, kLines>);
   } else {
-    return Pick(rows, AddUnpackedTile<storage, 1>, AddUnpackedTile<storage, 2>, AddUnpackedTile<storage, 3>,
-                AddUnpackedTile<storage, 4>, AddUnpackedTile<storage, 5>, AddUnpackedTile<storage, 6>);
+    return Pick(rows, AddUnpackedTile<storage, 1, kLines>, AddUnpackedTile<storage, 2, kLines>,
+                AddUnpackedTile<storage, 3, kLines>, AddUnpackedTile<storage, 4, kLines>,
+                AddUnpackedTile<storage, 5, kLines>, AddUnpackedTile<storage, 6, kLines>);
   }
 }
 
-// sums += block `block` times the part's rows, tile by tile.
-template <Storage storage>
+// sums += block `block` times the part's rows, tile by tile. If kByBlocks, the first rows' products prefetch the part's
+// next block, and unpacking a tile fetches the next one into the L1 cache. Otherwise unpacking prefetches a few tiles
+// further on.
+template <Storage storage, bool kByBlocks>
 void AddBlockUnpacked(const Matrix& matrix, const Input& input, int64_t block, const Part& part,
                       const Tiles<Simd>& by_tiles, const Sums& sums) {
-  const int64_t tiles = part.stride / kTile, next_block = matrix.block_size * RowBytes<storage>(matrix.outputs);
-  const int64_t tiles_ahead = Min(kTilesAhead, tiles);
+  constexpr int64_t width = TileBytes<storage>();
+  const int64_t tiles = part.stride / kTile, stride = RowBytes<storage>(matrix.outputs);
+  const int64_t block_bytes = matrix.block_size * stride, tiles_ahead = kByBlocks ? 1 : Min(kTilesAhead, tiles);
+  // After a part's last block comes the first one of the part to the right.
+  const int64_t following = block + 1 < BlocksOf(matrix) ? (block + 1) * block_bytes : tiles * width;
+  const uint8_t* from = static_cast<const uint8_t*>(matrix.values) + RowBytes<storage>(part.column) + following;
+  NextBlock next_block = {from, 0, tiles * width / 64, stride - tiles * width};
   for (int64_t tile = 0; tile < tiles; ++tile) {
-    // After the last tile comes the first tile of the next block.
+    // After the last tile comes the first one of the next block.
     const bool wraps = tile + tiles_ahead >= tiles;
-    const int64_t ahead = tiles_ahead * TileBytes<storage>() + (wraps ? next_block - tiles * TileBytes<storage>() : 0);
-    UnpackTile<storage>(matrix, block, part, tile, ahead);
+    UnpackTile<storage, kByBlocks>(matrix, block, part, tile,
+                                   tiles_ahead * width + (wraps ? block_bytes - tiles * width : 0));
     float padded[kTile];
     const float* scales = TileScales(matrix, part, block, tile, padded);
     int64_t row = by_tiles.Add<UnpackedOffset<storage>()>(matrix, input, block, part, tile, scales, sums);
+    if constexpr (kByBlocks) {
+      // As many lines as this tile has, soon enough to be done with the last rows.
+      constexpr int kLines = width / 64;
+      const bool hurries = part.rows <= 3 * kRowsAtOnce;
+      const auto add = hurries ? UnpackedTileAdder<storage, 2 * kLines> : UnpackedTileAdder<storage, kLines>;
+      const int64_t end = Min(part.rows, (hurries ? 2 : 4) * kRowsAtOnce);
+      for (; row < end; row += kRowsAtOnce) {
+        add(part.rows - row)(matrix, input, block, part, row, tile, scales, sums, next_block);
+      }
+    }
     for (; row < part.rows; row += kRowsAtOnce) {
-      UnpackedTileAdder<storage>(part.rows - row)(matrix, input, block, part, row, tile, scales, sums);
+      UnpackedTileAdder<storage>(part.rows - row)(matrix, input, block, part, row, tile, scales, sums, next_block);
     }
   }
 }
@@ -483,12 +525,17 @@ void AddIntegerProduct(const Matrix& matrix, const Input& input, int64_t first_b
                        const Part& part, bool added) {
   const bool in_place = InPlace(matrix, part.rows);
   const Tiles<Simd> tiles(matrix, in_place ? 0 : part.rows);
+  // Products by tiles have no place for prefetches, nor have tiles narrower than a line.
+  constexpr bool kByBlocks = kManyRegisters && TileBytes<storage>() % 64 == 0;
+  const bool by_blocks = kByBlocks && !tiles.used();
   for (int64_t block = first_block; block < end_block; ++block) {
     const Sums sums = SumsOf(part, block == first_block, block + 1 == end_block, added);
     if (in_place) {
       AddBlockInPlace<storage>(matrix, input, block, part, sums);
+    } else if (by_blocks) {
+      AddBlockUnpacked<storage, kByBlocks>(matrix, input, block, part, tiles, sums);
     } else {
-      AddBlockUnpacked<storage>(matrix, input, block, part, tiles, sums);
+      AddBlockUnpacked<storage, false>(matrix, input, block, part, tiles, sums);
     }
   }
 }

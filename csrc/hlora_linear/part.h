@@ -22,7 +22,7 @@ constexpr int kRowsAtOnce = kManyRegisters ? 3 : 6;
 constexpr int kSumsAtOnce = kManyRegisters ? kVectors : 2;
 constexpr int64_t kFloatRowsAtOnce = 6;  // with fewer vectors per row (SumsPerRow)
 // Up to this many rows, threads divide the channels among each other; with more rows, the outputs.
-constexpr int64_t kRowsBySplit = kManyRegisters ? 12 : 8;
+constexpr int64_t kRowsBySplit = kManyRegisters ? 4 : 8;
 constexpr int64_t kFloatBlock = 64;  // channels of a tile of floats
 // How far ahead weights are prefetched. With few rows a row of the file with fewer than kWideBytes is prefetched by
 // bytes. Of wider ones, kWideChannels of which are read at once, comes next what lies kBytesOn further on or, with few

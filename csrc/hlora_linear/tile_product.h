@@ -72,6 +72,8 @@ class Tiles {
   Tiles(const Tiles&) = delete;
   Tiles& operator=(const Tiles&) = delete;
 
+  bool used() const { return channels_ != 0; }
+
   // sums += an unpacked tile times as many of the part's rows as make whole groups of kTileRows; returns their number.
   // `offset` was added to each weight.
   template <int offset>
