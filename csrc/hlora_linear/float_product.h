@@ -103,14 +103,17 @@ void Widen(const void* values, int64_t at, int64_t stride, int64_t channels, int
 }
 
 // Few rows go over all tiles four channels at a time (integers: eight). More rows go over them one block of channels at
-// a time; what is not float32 they use widened.
+// a time, widened to float32. What is float32 is read in place: always by up to kFloatRowsInPlace rows, which read it
+// once or twice, and by more rows unless its channels are a multiple of 4 KiB apart, where they share one set of the L1
+// cache.
 template <Storage storage>
 void AddFloatProduct(const Matrix& matrix, const Input& input, int64_t first_block, int64_t end_block, const Part& part,
                      bool added) {
   constexpr int64_t bytes = storage == Storage::kFloat32 ? 4 : 2;
   const char* values = static_cast<const char*>(matrix.values);
   const int64_t end = Min(end_block * kFloatBlock, matrix.channels), tiles = part.stride / kTile;
-  const bool few = part.rows <= FewRows(storage);
+  const bool few = part.rows <= FewRows(storage), apart = matrix.outputs * bytes % 4096 != 0;
+  const bool lies_well = few || (storage == Storage::kFloat32 && (part.rows <= kFloatRowsInPlace || apart));
   const int64_t step = few ? 4 : kFloatBlock;
   for (int64_t channel = first_block * kFloatBlock; channel < end; channel += step) {
     const int64_t channels = Min(step, end - channel);
@@ -118,7 +121,7 @@ void AddFloatProduct(const Matrix& matrix, const Input& input, int64_t first_blo
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int columns = TileColumns(part, tile);
       const int64_t at = channel * matrix.outputs + part.column + tile * kTile;
-      const bool in_place = (few || storage == Storage::kFloat32) && columns == kTile;
+      const bool in_place = lies_well && columns == kTile;
       // Next come, for few rows, four more channels of this tile. Otherwise it is the tile to the right; after the last
       // tile the first one of the next block, or of the next part.
       const bool below = channel + kFloatBlock < matrix.channels;

@@ -21,6 +21,7 @@ constexpr bool kManyRegisters = Simd::kRegisters >= 32;
 constexpr int kRowsAtOnce = kManyRegisters ? 3 : 6;
 constexpr int kSumsAtOnce = kManyRegisters ? kVectors : 2;
 constexpr int64_t kFloatRowsAtOnce = 6;  // with fewer vectors per row (SumsPerRow)
+constexpr int64_t kFloatRowsInPlace = 2 * kFloatRowsAtOnce;
 // Up to this many rows, threads divide the channels among each other; with more rows, the outputs.
 constexpr int64_t kRowsBySplit = kManyRegisters ? 4 : 8;
 constexpr int64_t kFloatBlock = 64;  // channels of a tile of floats
