@@ -66,8 +66,11 @@ double ReadBandwidth(int threads, int64_t bytes) {
   const std::unique_ptr<uint64_t[]> buffer(new uint64_t[share * static_cast<size_t>(threads)]);
   const auto part = [&](int thread) { return buffer.get() + share * static_cast<size_t>(thread); };
   Team().Start(threads, [&](int thread) { std::memset(part(thread), 1, share * sizeof(uint64_t)); });
-  const CeilingLoops::Loop read = BestLoops().read;
-  return BestRate(threads, [&](int thread) { return read(part(thread), share * sizeof(uint64_t)); });
+  double best = 0;
+  for (const CeilingLoops::Loop read : BestLoops().read) {
+    best = std::max(best, BestRate(threads, [&](int thread) { return read(part(thread), share * sizeof(uint64_t)); }));
+  }
+  return best;
 }
 
 double Int8Rate(int threads) {

@@ -8,9 +8,9 @@
 
 namespace healthgpt {
 
-// Bytes per second that `threads` threads together read from a buffer of `bytes` bytes, each its own part in order. The
-// buffer must be much larger than the last-level cache; otherwise the cache is measured. Its pages are small, like
-// those of the mapped weight files.
+// Bytes per second that `threads` threads together read from a buffer of `bytes` bytes, each its own part in order, by
+// the better of a loop that only reads and one that prefetches, too. The buffer must be much larger than the last-level
+// cache; otherwise the cache is measured. Its pages are small, like those of the mapped weight files.
 double ReadBandwidth(int threads, int64_t bytes);
 
 // Operations per second (a multiplication and an addition are two) of the kernels' products of bytes with unpacked

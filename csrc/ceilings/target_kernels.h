@@ -10,7 +10,8 @@ namespace healthgpt {
 // Each does some work and returns the amount: operations, or bytes read from `memory`.
 struct CeilingLoops {
   using Loop = double (*)(const void* memory, size_t bytes);
-  Loop int8, float32, read;
+  Loop int8, float32;
+  Loop read[2];  // without prefetches and with them
 };
 
 using CeilingsKernel = CeilingLoops();
