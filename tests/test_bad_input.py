@@ -960,12 +960,15 @@ def test_a_disk_that_is_full_when_the_picture_is_written(place):
     assert list(listing(place.folder)) == ["out.png"] and old.read_bytes() == b"an older picture"
 
 
-def test_a_disk_that_is_full_when_details_are_written(place):
+@pytest.mark.parametrize("cases", [1, 200])
+def test_a_disk_that_is_full_when_details_are_written(place, cases):
+    """At the end, and when there is more than a buffer holds: the scores are shown all the same."""
     ask = {"task": "answer", "question": QUESTION, "expected": "Yes", "max_new_tokens": 2}
-    cases = place.file("cases.jsonl", json.dumps(ask).encode())
-    words = ["evaluate", place.sound(), "--cases", cases, "--details", place.folder / "details.jsonl", "--threads", 1]
-    outcome = process(words, partial(limit_file_size, 10))
-    assert_refused(outcome, "File too large: details.jsonl")
+    asked = place.file("cases.jsonl", b"\n".join([json.dumps(ask).encode()] * cases))
+    words = ["evaluate", place.sound(), "--cases", asked, "--details", place.folder / "details.jsonl", "--threads", 1]
+    outcome = process([*words, "--json"], partial(limit_file_size, 10))
+    assert outcome.code == 2 and outcome.errors == "error: File too large: details.jsonl\n"
+    assert json.loads(outcome.output)["answers"]["answer"]["total"] == cases
     assert list(listing(place.folder)) == ["cases.jsonl"]
 
 

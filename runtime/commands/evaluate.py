@@ -16,7 +16,7 @@ from .options import BundlePath, Device, ExecutorName, Json, Kernels, Threads, T
 from .output import print_json, print_table, progress_bar, progress_of
 
 if TYPE_CHECKING:
-    from ..evaluation import Outcome
+    from ..evaluation import Evaluation, Outcome
     from ..session import Session
 
 _PHANTOMS = "Held-out phantoms to {}, where there is no --cases."
@@ -90,29 +90,44 @@ def evaluate(
     else:
         with progress_of("check") as on_step:
             check_cases(asked, sessions, scored=against is None, on_step=on_step)
-    with ExitStack() as opened:
-        progress = opened.enter_context(progress_bar())
-        bar = progress.add_task("cases", total=None)
-        file = opened.enter_context(written_whole(details, PRIVATE, even_if_stopped=True)) if details else None
+    result: Evaluation | None = None
+    failure: OSError | None = None  # of --details, on a full disk: what took hours is shown nevertheless
+    try:
+        with ExitStack() as opened:
+            progress = opened.enter_context(progress_bar())
+            bar = progress.add_task("cases", total=None)
+            file = opened.enter_context(written_whole(details, PRIVATE, even_if_stopped=True)) if details else None
 
-        def write(outcome: Outcome) -> None:
-            if file:
-                file.write(json.dumps(outcome.to_json()).encode() + b"\n")
+            def write(outcome: Outcome) -> None:
+                nonlocal failure
+                if file and not failure:
+                    try:
+                        file.write(json.dumps(outcome.to_json()).encode() + b"\n")
+                    except OSError as error:
+                        failure = error
 
-        result = run(
-            session,
-            asked,
-            against=reference,
-            together=together,
-            on_step=lambda stage, done, total: progress.update(bar, description=stage, completed=done, total=total),
-            on_outcome=write,
-        )
+            result = run(
+                session,
+                asked,
+                against=reference,
+                together=together,
+                on_step=lambda stage, done, total: progress.update(bar, description=stage, completed=done, total=total),
+                on_outcome=write,
+            )
+            if failure:
+                raise failure
+    except OSError as error:
+        if result is None:
+            raise
+        failure = error
     if as_json:
         print_json(result.to_json())
     else:
         for name, means in {"answers": result.means(COMPREHENSION), "pictures": result.means(GENERATION)}.items():
             if means:
                 print_table(_table(name, means))
+    if failure:
+        raise failure
     if result.failed:
         first = result.failed[0]
         raise HealthGPTError(f"{len(result.failed)} of {len(asked)} cases failed; {first.case.name}: {first.error}")
