@@ -4,6 +4,10 @@ Thresholds leave room below what was measured on more phantoms (phantom/metrics.
 the share of the most frequent answer; the baselines are those of healthgpt_edge.phantoms.tasks.
 """
 
+import json
+import os
+import subprocess
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -53,6 +57,19 @@ def test_answers_and_pictures_are_far_above_chance(session):
     assert set(pictures) == set(ABOVE_BASELINE_DB)
     for kind, score in pictures.items():
         assert score["psnr"] >= score["baseline_psnr"] + ABOVE_BASELINE_DB[kind], (kind, score)
+
+
+def test_the_gain_of_drafts_by_the_passes_of_another_bundle(session, tmp_path):
+    """The other one is the phantom itself: of interest are the ids, and that every pass is made."""
+    words = ["--passes-of", session.bundle.path, "--context", "100", "--threads", "1", "--pictures", "1"]
+    command = [sys.executable, "-m", "benchmarks.drafting.laws", session.bundle.path, *words, "--out", "laws.json"]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": PHANTOM.parent}, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "laws.json").read_text())
+    assert (report["costs_of"]["bundle"], report["costs_of"]["context"]) == (session.bundle.path.name, 100)
+    assert len(report["tasks"]) == 6
+    for one in report["tasks"].values():
+        assert one["differing_ids"] == 0 and one["median_speedup"] > 0
 
 
 def test_drafts_give_the_same_pictures_in_fewer_passes(session):

@@ -2,18 +2,23 @@
 
     python -m benchmarks.drafting.laws BUNDLE --rows FILE [--pictures 20] [--encoder-ms 250] [--out FILE]
     python -m benchmarks.drafting.laws BUNDLE --together FILE ...
+    python -m benchmarks.drafting.laws BUNDLE --passes-of OTHER [--context 700] [--threads N] ...
 
 Acceptance is that of the trained phantom BUNDLE; a pass takes the milliseconds that FILE, of benchmarks.rows, says of
 so many rows, and the VQGAN's encoder --encoder-ms, assumed: a second at M3's size, and a phantom has a quarter of its
-codes. Nothing is timed, so the figures are the same on every machine. Ids are compared with plain decoding; one that
-differs ends the run with code 1. With --together FILE, of benchmarks.together, pictures of one task are made together,
-as many at a time as FILE knows.
+codes. Nothing is timed then, so the figures are the same on every machine. Ids are compared with plain decoding; one
+that differs ends the run with code 1.
+
+With --together FILE, of benchmarks.together, pictures of one task are made together, as many at a time as FILE knows.
+With --passes-of OTHER, such as a full-size bundle, passes are not simulated: OTHER makes each, too, with as many rows
+behind --context tokens, and the pass takes the time that took.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -22,7 +27,7 @@ from unittest.mock import patch
 
 import numpy as np
 
-from healthgpt_edge import Picture, Session, decoding, load, steps, together
+from healthgpt_edge import Picture, Session, decoding, load, machine, steps, together
 from healthgpt_edge.drafting import drafts
 from healthgpt_edge.executors.onnx_context import MOST_STEP_ROWS
 from healthgpt_edge.manifest import GENERATION
@@ -155,18 +160,45 @@ def cost_of(passes: list[dict[str, Any]]) -> Cost:
     return cost
 
 
+def passes_of(bundle: Path, context_tokens: int, threads: int) -> tuple[Cost, dict[str, Any]]:
+    """The seconds of passes that are made by another bundle, for want of costs in a file; and what they are of."""
+    session = load(bundle, tasks=(GENERATION,), threads=threads, verify=False)
+    random, vocabulary = np.random.default_rng(0), session.bundle.manifest.language.vocab
+    context = session.executor.context(GENERATION, None)
+    context.forward(random.integers(0, vocabulary, context_tokens))
+
+    def cost(sequences: int, rows: int) -> float:
+        if rows > MOST_STEP_ROWS:
+            return 0.0  # a prefill is no matter
+        context.length = context_tokens
+        token_ids = random.integers(0, vocabulary, rows)
+        begin = time.perf_counter()
+        context.forward(token_ids, last_positions=rows)
+        return time.perf_counter() - begin
+
+    made_by = {"bundle": bundle.resolve().name, "machine": machine.description()}
+    return cost, made_by | {"threads": threads, "context": context_tokens}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     costs_of = parser.add_mutually_exclusive_group(required=True)
     costs_of.add_argument("--rows", type=Path, help="costs by rows, a file of benchmarks.rows")
     costs_of.add_argument("--together", type=Path, help="costs by sequences and rows, a file of benchmarks.together")
+    costs_of.add_argument("--passes-of", type=Path, metavar="OTHER", help="make each pass by this bundle, too")
+    parser.add_argument("--context", type=int, default=700, help="tokens before each pass of --passes-of")
+    parser.add_argument("--threads", type=int, default=machine.cores(), help="of --passes-of")
     parser.add_argument("--pictures", type=int, default=20, help="of each task")
     parser.add_argument("--encoder-ms", type=float, default=250.0)
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
     arguments = parser.parse_args()
-    costs = json.loads((arguments.rows or arguments.together).read_text())
-    passes = costs["rows" if arguments.rows else "passes"]
+    if arguments.passes_of:
+        cost, costs = passes_of(arguments.passes_of, arguments.context, arguments.threads)
+    else:
+        costs = json.loads((arguments.rows or arguments.together).read_text())
+        passes = costs["rows" if arguments.rows else "passes"]
+        cost = cost_of(passes)
     session = load(arguments.bundle, tasks=(GENERATION,), threads=1, verify=False)
     session.executor.rows_in_tiles = "gpu" in costs
     report: dict[str, Any] = {
@@ -175,8 +207,8 @@ def main() -> None:
         "costs_of": {name: costs[name] for name in ("bundle", "machine", "threads", "context")},
         "encoder_ms": arguments.encoder_ms,
     }
-    with simulated(session, cost_of(passes), arguments.encoder_ms / 1e3) as clock:
-        if arguments.rows:
+    with simulated(session, cost, arguments.encoder_ms / 1e3) as clock:
+        if not arguments.together:
             found = {1: one_by_one(session, arguments.pictures, clock)}
             report["tasks"] = found[1]
         else:
