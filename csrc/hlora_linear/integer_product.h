@@ -205,6 +205,15 @@ struct Products {
   }
 };
 
+// Prefetches the scales of a tile kScalesAhead tiles further on, after the part's last one of its next block: unlike
+// weights they are read at the end of a product, where nothing hides how long memory takes.
+SIMD_INLINE void FetchScales(const Matrix& matrix, const Part& part, int64_t block, int64_t tile, int64_t tiles) {
+  const int64_t next = tile + kScalesAhead,
+                place = next < tiles ? next * kTile : matrix.outputs + (next - tiles) * kTile;
+  const float* from = matrix.scales + block * matrix.outputs + part.column + place;
+  for (int64_t i = 0; i < kTile; i += 16) __builtin_prefetch(from + i);
+}
+
 // The scales of a tile. At the matrix's end they are copied to `padded`, with zeros past the last output.
 SIMD_INLINE const float* TileScales(const Matrix& matrix, const Part& part, int64_t block, int64_t tile,
                                     float* padded) {
@@ -432,7 +441,8 @@ void UnpackTile(const Matrix& matrix, int64_t block, const Part& part, int64_t t
       continue;
     }
     const uint8_t* from = values + row * stride + RowBytes<storage>(column);
-    Next{from + ahead, stride}.Fetch<storage, kNear>(0);
+    // Half of the lines into the L1 cache: with all of them it takes up to a tenth longer, on a Zen 5.
+    if (!kNear || channel % 8 != 0) Next{from + ahead, stride}.Fetch<storage, kNear>(0);
     Ints weights[kVectors];
     const auto keep = [&](auto i, Bytes loaded) SIMD_INLINE_LAMBDA { weights[i] = Simd::AsInts(loaded); };
     if (channel + 4 <= channels && IsWhole<storage>(matrix, from, stride, 4, columns)) {
@@ -497,6 +507,7 @@ void AddBlockUnpacked(const Matrix& matrix, const Input& input, int64_t block, c
   const uint8_t* from = static_cast<const uint8_t*>(matrix.values) + RowBytes<storage>(part.column) + following;
   NextBlock next_block = {from, 0, tiles * width / 64, stride - tiles * width};
   for (int64_t tile = 0; tile < tiles; ++tile) {
+    FetchScales(matrix, part, block, tile, tiles);
     // After the last tile comes the first one of the next block.
     const bool wraps = tile + tiles_ahead >= tiles;
     UnpackTile<storage, kByBlocks>(matrix, block, part, tile,

@@ -34,7 +34,7 @@ constexpr int64_t kWideBytes = 2048;
 constexpr int64_t kBytesAhead = (kManyRegisters ? 16 : 24) << 10;
 constexpr int64_t kWideChannels = kManyRegisters ? 16 : 8;
 constexpr int64_t kBytesOn = kManyRegisters ? 384 : 256;
-constexpr int64_t kTilesAhead = 4;
+constexpr int64_t kTilesAhead = 4, kScalesAhead = 2;
 constexpr int64_t kTaskBytes = 384 << 10;  // of a task's sums, so that they stay in the L2 cache
 constexpr int64_t kRowsPerTask = 384;
 // With few rows, a run has at most kRunSums sums, which fit into the L2 cache, but always up to kRunColumns outputs.
