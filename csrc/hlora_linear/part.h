@@ -29,7 +29,7 @@ constexpr int64_t kFloatBlock = 64;  // channels of a tile of floats
 // bytes. Of wider ones, kWideChannels of which are read at once, comes next what lies kBytesOn further on or, with few
 // registers, the next channels. Channels a multiple of 4 KiB apart share one set of the L1 cache, all of whose ways are
 // then taken by those that are being read: so also the next channels are prefetched kBytesOn further on. With more rows
-// weights are prefetched by tiles.
+// scales are prefetched by tiles, and so are weights where they are not by blocks (AddBlockUnpacked).
 constexpr int64_t kWideBytes = 2048;
 constexpr int64_t kBytesAhead = (kManyRegisters ? 16 : 24) << 10;
 constexpr int64_t kWideChannels = kManyRegisters ? 16 : 8;
