@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
@@ -67,7 +67,9 @@ def check(weight: np.ndarray, data_type: int, block_size: int) -> None:
     highest = np.take_along_axis(original, np.abs(original).argmax(axis=1)[:, None], axis=1)
     step = highest / lowest
     nearest = np.divide(original, step, out=np.zeros_like(original), where=step != 0).round().clip(lowest, top) * step
-    assert (np.square(error).sum(axis=1) <= np.square(nearest - original).sum(axis=1) * SLACK + LEAST**2).all()
+    # Levels are compared in float32, by what they take of the block's squares.
+    blurred = np.finfo(np.float32).eps * np.square(original).sum(axis=1) + LEAST**2
+    assert (np.square(error).sum(axis=1) <= np.square(nearest - original).sum(axis=1) * SLACK + blurred).all()
     # Only what float32 cannot scale in full becomes zero.
     assert (peaks[scales == 0] < LEAST).all()
 
@@ -143,6 +145,7 @@ def test_extreme_values(data_type, row):
     st.sampled_from(list(LOWEST)),
     st.sampled_from(BLOCK_SIZES),
 )
+@example([2.2000001e38, 2.9588943e38, 3e38, -3e38], TensorProto.INT4, 32)  # two levels are as good, in float32
 def test_any_finite_row(row, data_type, block_size):
     check(np.array([row, row[::-1]], np.float32), data_type, block_size)
 
