@@ -64,12 +64,13 @@ def check(weight: np.ndarray, data_type: int, block_size: int) -> None:
     assert (error <= np.where(scale == 0, np.abs(original), beyond * np.abs(scale) * SLACK)).all()
     # No block is worse off than with its greatest magnitude on the lowest level.
     peaks = np.abs(original).max(axis=1)
-    highest = np.take_along_axis(original, np.abs(original).argmax(axis=1)[:, None], axis=1)
+    smallest, greatest = original.min(axis=1, keepdims=True), original.max(axis=1, keepdims=True)
+    highest = np.where(greatest > -smallest, greatest, smallest)  # of two as great, the negative one
     step = highest / lowest
     nearest = np.divide(original, step, out=np.zeros_like(original), where=step != 0).round().clip(lowest, top) * step
-    # Levels are compared in float32, by what they take of the block's squares.
-    blurred = np.finfo(np.float32).eps * np.square(original).sum(axis=1) + LEAST**2
-    assert (np.square(error).sum(axis=1) <= np.square(nearest - original).sum(axis=1) * SLACK + blurred).all()
+    # Where nearly nothing is lost, what is left depends on how the scale is rounded to float32.
+    rest = 0.1 * np.finfo(np.float32).eps * np.square(original).sum(axis=1) + LEAST**2
+    assert (np.square(error).sum(axis=1) <= np.square(nearest - original).sum(axis=1) * SLACK + rest).all()
     # Only what float32 cannot scale in full becomes zero.
     assert (peaks[scales == 0] < LEAST).all()
 
@@ -145,7 +146,8 @@ def test_extreme_values(data_type, row):
     st.sampled_from(list(LOWEST)),
     st.sampled_from(BLOCK_SIZES),
 )
-@example([2.2000001e38, 2.9588943e38, 3e38, -3e38], TensorProto.INT4, 32)  # two levels are as good, in float32
+@example([0.55, 0.74, 0.75, -0.75], TensorProto.INT4, 32)  # two as great
+@example([2.7914003e37, 2.3820053e38], TensorProto.INT8, 32)  # nearly 15 steps, and 128
 def test_any_finite_row(row, data_type, block_size):
     check(np.array([row, row[::-1]], np.float32), data_type, block_size)
 
