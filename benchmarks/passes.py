@@ -6,13 +6,15 @@ import argparse
 import json
 import platform
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime
 
-from healthgpt_edge import HealthGPTError, machine
+from healthgpt_edge import HealthGPTError, Session, machine
 from healthgpt_edge.errors import in_one_line
 from healthgpt_edge.manifest import GENERATION
 
@@ -28,6 +30,25 @@ def options(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=machine.cores())
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
     return parser
+
+
+def pass_timer(session: Session, task: str, context_tokens: int) -> Callable[[int], float]:
+    """A function that makes a pass of so many rows behind `context_tokens` others, all random, and says its seconds.
+
+    Every pass gives the logits of all its rows, and begins at the same place of one context.
+    """
+    random, vocabulary = np.random.default_rng(0), session.bundle.manifest.language.vocab
+    context = session.executor.context(task, None)
+    context.forward(random.integers(0, vocabulary, context_tokens))
+
+    def seconds(rows: int) -> float:
+        context.length = context_tokens
+        token_ids = random.integers(0, vocabulary, rows)
+        begin = time.perf_counter()
+        context.forward(token_ids, last_positions=rows)
+        return time.perf_counter() - begin
+
+    return seconds
 
 
 def save(arguments: argparse.Namespace, name: str, passes: list[dict[str, Any]]) -> None:

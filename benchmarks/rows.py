@@ -10,7 +10,6 @@ How many drafts are accepted does, so it is assumed: a power of the rows, 0.5 to
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ import numpy as np
 from healthgpt_edge import Session, load
 from healthgpt_edge.bench import summary
 
-from .passes import options, run, save
+from .passes import options, pass_timer, run, save
 
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 EXPONENTS = (0.5, 0.6, 0.7)
@@ -26,18 +25,13 @@ EXPONENTS = (0.5, 0.6, 0.7)
 
 def time_rows(session: Session, task: str, context_tokens: int, repeat: int) -> dict[int, list[float]]:
     """Milliseconds of passes by their rows; the first pass of each size is not counted."""
-    random, vocabulary = np.random.default_rng(0), session.bundle.manifest.language.vocab
-    context = session.executor.context(task, None)
-    context.forward(random.integers(0, vocabulary, context_tokens))
+    seconds = pass_timer(session, task, context_tokens)
     samples_ms: dict[int, list[float]] = {rows: [] for rows in SIZES}
     for turn in range(1 + repeat):
         for rows in SIZES:
-            context.length = context_tokens
-            token_ids = random.integers(0, vocabulary, rows)
-            begin = time.perf_counter()
-            context.forward(token_ids, last_positions=rows)
+            taken = seconds(rows)
             if turn:
-                samples_ms[rows].append((time.perf_counter() - begin) * 1e3)
+                samples_ms[rows].append(taken * 1e3)
     return samples_ms
 
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -33,7 +32,7 @@ from healthgpt_edge.executors.onnx_context import MOST_STEP_ROWS
 from healthgpt_edge.manifest import GENERATION
 
 from ..commit import commit
-from ..passes import run
+from ..passes import pass_timer, run
 from .ids import differing_ids
 from .jobs import Job, jobs
 
@@ -162,19 +161,10 @@ def cost_of(passes: list[dict[str, Any]]) -> Cost:
 
 def passes_of(bundle: Path, context_tokens: int, threads: int) -> tuple[Cost, dict[str, Any]]:
     """The seconds of passes that are made by another bundle, for want of costs in a file; and what they are of."""
-    session = load(bundle, tasks=(GENERATION,), threads=threads, verify=False)
-    random, vocabulary = np.random.default_rng(0), session.bundle.manifest.language.vocab
-    context = session.executor.context(GENERATION, None)
-    context.forward(random.integers(0, vocabulary, context_tokens))
+    seconds = pass_timer(load(bundle, tasks=(GENERATION,), threads=threads, verify=False), GENERATION, context_tokens)
 
     def cost(sequences: int, rows: int) -> float:
-        if rows > MOST_STEP_ROWS:
-            return 0.0  # a prefill is no matter
-        context.length = context_tokens
-        token_ids = random.integers(0, vocabulary, rows)
-        begin = time.perf_counter()
-        context.forward(token_ids, last_positions=rows)
-        return time.perf_counter() - begin
+        return seconds(rows) if rows <= MOST_STEP_ROWS else 0.0  # a prefill is no matter
 
     made_by = {"bundle": bundle.resolve().name, "machine": machine.description()}
     return cost, made_by | {"threads": threads, "context": context_tokens}
