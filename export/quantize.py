@@ -2,6 +2,9 @@
 
 A weight [C, O] is cut along its input axis C into blocks of `block_size`; each block of each output column has one
 float32 scale and no zero point, the form that executors recognise and keep packed (`w = scale * q`).
+
+Values and scales lie in rows, or in panels of 128 outputs, one panel after the other. Our kernels go through few rows'
+products panel by panel, and so read memory in order. Other executors recognise only rows.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ import numpy as np
 from onnx import TensorProto
 
 BLOCK_SIZES = (32, 64, 128)
+LAYOUTS = ("panels", "rows")
+PANEL = 128  # outputs; of the kernels (csrc/hlora_linear/hlora_linear.h), too
 # Types of keys and values, by their name in the manifest.
 CACHE_TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "int8": TensorProto.INT8}
 
@@ -31,7 +36,7 @@ class Storage:
 
     linear: base matrices. adapter: [A;R] and B. head: the output head. vision: tower and projector. table: the
     embedding, of which only the rows of a prompt are ever read. picture: the VQGAN's 3x3 convolutions. cache: keys and
-    values, which the runtime keeps.
+    values, which the runtime keeps. panels: whether base matrices and B lie in panels.
     """
 
     linear: int
@@ -41,10 +46,13 @@ class Storage:
     table: int
     picture: int
     cache: int
+    panels: bool = False
 
     @classmethod
-    def of(cls, precision: str, cache: str | None = None) -> Storage:
-        """The storage types of a precision, with caches of another type than its own where `cache` names one.
+    def of(cls, precision: str, cache: str | None = None, panels: bool = False) -> Storage:
+        """The storage of a precision, with caches of another type than its own where `cache` names one.
+
+        `panels`, which is for linears of whole panels, is of no effect for floats: their rows are wide enough.
 
         Adapters take the type of the base: their product is the smaller summand of every linear, so the same
         relative rounding error weighs less there, and at rank 256 an 8-bit adapter would add 22% to the bytes of
@@ -66,6 +74,7 @@ class Storage:
             "int8": cls(int8, int8, int8, int8, float16, float16, float16),
             "int4": cls(int4, int4, int8, int8, float16, float16, float16),
         }[precision]
+        storage = replace(storage, panels=panels and is_quantised(storage.linear))
         return replace(storage, cache=CACHE_TYPES[cache]) if cache else storage
 
 
@@ -148,6 +157,16 @@ def transpose(matrix: np.ndarray) -> np.ndarray:
     with ThreadPoolExecutor() as pool:
         list(pool.map(move_rows, range(0, len(matrix), _ROWS_PER_MOVE)))
     return result
+
+
+def to_panels(matrix: np.ndarray) -> np.ndarray:
+    """Values or scales [N, O] of whole panels as [O / PANEL, N, PANEL]."""
+    return np.ascontiguousarray(matrix.reshape(len(matrix), -1, PANEL).transpose(1, 0, 2))
+
+
+def to_rows(panels: np.ndarray) -> np.ndarray:
+    """What `to_panels` got."""
+    return panels.transpose(1, 0, 2).reshape(panels.shape[1], -1)
 
 
 def dequantise(values: np.ndarray, scales: np.ndarray, block_size: int) -> np.ndarray:

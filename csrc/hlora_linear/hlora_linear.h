@@ -11,10 +11,15 @@
 
 namespace healthgpt {
 
+// The outputs of a panel, a multiple of any tile of the kernels: 64 bytes of int4.
+constexpr int64_t kPanel = 128;
+
 enum class Storage { kFloat32, kFloat16, kBFloat16, kInt8, kInt4 };
 
-// A matrix (channels, outputs) in row-major order. int4 holds two neighbouring outputs per byte, the even one in the
-// low bits. An integer stands for scales(channel / block_size, output) * value; there are no zero points.
+// A matrix (channels, outputs). int4 holds two neighbouring outputs per byte, the even one in the low bits. An integer
+// stands for scales(channel / block_size, output) * value; there are no zero points. Values and scales are in row-major
+// order, or integers are in panels (outputs / panel, channels, panel), as their scales are: few rows, which go through
+// a panel from its first channel to its last, then read memory in order.
 struct Matrix {
   const void* values = nullptr;
   const float* scales = nullptr;  // (ceil(channels / block_size), outputs), null for floats
@@ -22,6 +27,7 @@ struct Matrix {
   int64_t channels = 0;  // at least 1, like outputs
   int64_t outputs = 0;
   int64_t block_size = 0;  // a multiple of 4, at most 256; 0 for floats
+  int64_t panel = 0;       // kPanel, or 0 for row-major order
 };
 
 struct HLoraLinearArguments {

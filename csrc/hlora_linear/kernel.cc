@@ -1,13 +1,14 @@
 // The kernels of HLoraLinear, compiled once per target (simd/simd.h).
 //
 // A matrix is processed in tiles of kTile outputs, eight vectors of sums per row. There are two ways:
-//   few rows    Memory is the limit. The file is read in place, eight channels at a time over all tiles of a run, and
-//               the sums of all these tiles wait in a cache.
+//   few rows    Memory is the limit. The file is read in place and in its order. Of a matrix in rows, that is eight
+//               channels at a time over all tiles of a run, and the sums of all these tiles wait in a cache. Of one in
+//               panels it is one panel after the other, whose sums stay in registers for a whole block.
 //   more rows   Arithmetic is the limit. A block of channels of one tile is unpacked once into the L1 cache, and its
 //               sums stay in registers for the whole block.
-// With few rows, threads share the splits of the channels; with more rows, whose sums would not all fit into the
-// caches, they share parts of the outputs. Both ways give the same bits: integer sums are exact, and a row's float sums
-// are always added block by block in order.
+// With few rows of a matrix in rows, threads share the splits of the channels; otherwise they share parts of the
+// outputs. All ways give the same bits: integer sums are exact, and a row's float sums are always added block by block
+// in order.
 #include "hlora_linear/float_product.h"
 #include "hlora_linear/integer_product.h"
 #include "hlora_linear/target_kernels.h"
@@ -204,7 +205,9 @@ struct Call {
     }
     const int64_t by_cache = Max(1, kTaskBytes / (8 * per_part) / kTile);
     const int64_t by_share = CeilDivide(CeilDivide(matrix.outputs, kTile), SharedParts(kParts, threads()));
-    const int64_t width = Min(by_cache, by_share) * kTile, parts = CeilDivide(matrix.outputs, width);
+    int64_t width = Min(by_cache, by_share) * kTile;
+    if (matrix.panel != 0) width = rows <= kRowsByPanel ? matrix.panel : RoundUp(width, matrix.panel);
+    const int64_t parts = CeilDivide(matrix.outputs, width);
     const int64_t unpacked =
         Max(UnpackedBytes(matrix, per_part, width), has_adapter() ? UnpackedBytes(out_of, per_part, width) : 0);
     parallel(static_cast<size_t>(row_parts * parts), [&](size_t task) {
@@ -233,7 +236,7 @@ void SIMD_KERNEL(HLoraLinear)(const HLoraLinearArguments& given, const Parallel&
   // x is quantised only once if [A;R] has the same blocks as W.
   const bool shared = adapter && IsInteger(given.weight.storage) && IsInteger(given.adapter_in.storage) &&
                       given.weight.block_size == given.adapter_in.block_size;
-  const bool few = rows <= kRowsBySplit;
+  const bool few = rows <= kRowsBySplit && given.weight.panel == 0;
   const bool of_floats = !IsInteger(given.weight.storage) || (adapter && !IsInteger(given.adapter_in.storage));
   const bool of_bytes = IsInteger(given.weight.storage) || (adapter && IsInteger(given.adapter_in.storage));
   const auto place = [&](void* start) {

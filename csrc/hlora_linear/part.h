@@ -24,16 +24,22 @@ constexpr int64_t kFloatRowsAtOnce = 6;  // with fewer vectors per row (SumsPerR
 constexpr int64_t kFloatRowsInPlace = 2 * kFloatRowsAtOnce;
 // Up to this many rows, threads divide the channels among each other; with more rows, the outputs.
 constexpr int64_t kRowsBySplit = kManyRegisters ? 4 : 8;
+// Up to kRowsByPanel rows go through a matrix in panels one panel after the other, which threads divide. With many
+// registers, up to kRowsInPanel rows read them in place.
+constexpr int64_t kRowsByPanel = 32, kRowsInPanel = 12;
+static_assert(kPanel % kTile == 0);
 constexpr int64_t kFloatBlock = 64;  // channels of a tile of floats
 // How far ahead weights are prefetched. With few rows a row of the file with fewer than kWideBytes is prefetched by
 // bytes. Of wider ones, kWideChannels of which are read at once, comes next what lies kBytesOn further on or, with few
 // registers, the next channels. Channels a multiple of 4 KiB apart share one set of the L1 cache, all of whose ways are
-// then taken by those that are being read: so also the next channels are prefetched kBytesOn further on. With more rows
-// scales are prefetched by tiles, and so are weights where they are not by blocks (AddBlockUnpacked).
+// then taken by those that are being read: so also the next channels are prefetched kBytesOn further on. A panel is
+// prefetched by kPanelBytesAhead. With more rows scales are prefetched by tiles, and so are weights where they are not
+// by blocks (AddBlockUnpacked).
 constexpr int64_t kWideBytes = 2048;
 constexpr int64_t kBytesAhead = (kManyRegisters ? 16 : 24) << 10;
 constexpr int64_t kWideChannels = kManyRegisters ? 16 : 8;
 constexpr int64_t kBytesOn = kManyRegisters ? 384 : 256;
+constexpr int64_t kPanelBytesAhead = 6 << 10;
 constexpr int64_t kTilesAhead = 4, kScalesAhead = 2;
 constexpr int64_t kTaskBytes = 384 << 10;  // of a task's sums, so that they stay in the L2 cache
 constexpr int64_t kRowsPerTask = 384;
@@ -54,6 +60,40 @@ constexpr int64_t FewRows(Storage storage) {
 int64_t BlockOf(const Matrix& matrix) { return IsInteger(matrix.storage) ? matrix.block_size : kFloatBlock; }
 int64_t BlocksOf(const Matrix& matrix) { return CeilDivide(matrix.channels, BlockOf(matrix)); }
 
+// Bytes of a row of `outputs` outputs of integers, an even number for int4.
+template <Storage storage>
+constexpr int64_t RowBytes(int64_t outputs) {
+  return storage == Storage::kInt4 ? outputs / 2 : outputs;
+}
+
+// Where the integers of a matrix lie, and their scales. A matrix in row-major order is one panel.
+template <Storage storage>
+struct Layout {
+  const uint8_t* values;
+  const float* scales;
+  int64_t width;   // outputs of a panel
+  int64_t stride;  // bytes from one channel to the next
+  int64_t channels, blocks;
+
+  explicit SIMD_INLINE Layout(const Matrix& matrix)
+      : values(static_cast<const uint8_t*>(matrix.values)),
+        scales(matrix.scales),
+        width(matrix.panel != 0 ? matrix.panel : matrix.outputs),
+        stride(RowBytes<storage>(width)),
+        channels(matrix.channels),
+        blocks(BlocksOf(matrix)) {}
+
+  int64_t panel_bytes() const { return channels * stride; }
+  SIMD_INLINE const uint8_t* At(int64_t channel, int64_t column) const {
+    const int64_t panel = column / width;
+    return values + (panel * channels + channel) * stride + RowBytes<storage>(column - panel * width);
+  }
+  SIMD_INLINE const float* ScalesAt(int64_t block, int64_t column) const {
+    const int64_t panel = column / width;
+    return scales + (panel * blocks + block) * width + column - panel * width;
+  }
+};
+
 // The rows and outputs of a task, with its memory. The outputs are a multiple of kTile except at the matrix's end.
 struct Part {
   int64_t row, rows, column, columns;
@@ -61,6 +101,19 @@ struct Part {
   float* sums;     // (rows, stride), of the current split
   float* totals;   // (rows, stride), of all splits so far; or null
   void* unpacked;  // one block of a tile's channels, or integer sums (tiles, rows, kTile)
+
+  int64_t tiles() const { return CeilDivide(columns, kTile); }
+  // `count` outputs from number `first` on, a multiple of kTile, or as many as there are.
+  Part At(int64_t first, int64_t count) const {
+    return {row,
+            rows,
+            column + first,
+            Min(count, columns - first),
+            stride,
+            sums + first,
+            totals == nullptr ? nullptr : totals + first,
+            unpacked};
+  }
 };
 
 // Where a block's sums go. They are added to `from`, the sums of the split's earlier blocks, and after the split's last
@@ -119,13 +172,14 @@ int64_t RunColumns(int64_t outputs, int64_t rows, int64_t splits, int64_t thread
 
 // Whether so few rows read the matrix in place.
 bool InPlace(const Matrix& matrix, int64_t rows) {
+  if (kManyRegisters && matrix.panel != 0) return rows <= kRowsInPanel;
   return rows <= FewRows(matrix.storage) && (matrix.storage != Storage::kInt4 || matrix.outputs % 2 == 0);
 }
 
 // Bytes that a task needs besides its sums: for integer sums in between, or for one unpacked tile.
 int64_t UnpackedBytes(const Matrix& matrix, int64_t rows, int64_t columns) {
   if (!IsInteger(matrix.storage)) return kFloatBlock * kTile * 4;
-  if (InPlace(matrix, rows)) return rows * RoundUp(columns, kTile) * 4;
+  if (InPlace(matrix, rows)) return rows * RoundUp(matrix.panel != 0 ? Min(columns, kPanel) : columns, kTile) * 4;
   return matrix.block_size * kTile * (kInPairs && matrix.storage == Storage::kInt8 ? 2 : 1);
 }
 

@@ -32,20 +32,23 @@ class ResidentMatrix {
     if (!values.given) {
       throw std::invalid_argument(std::string(kHLoraLinearInputs[index].name) + " must be a constant on a GPU");
     }
-    if (values.rank != 2 || values.elements == 0) return;  // ReadLinear says what is wrong
+    if ((values.rank != 2 && values.rank != 3) || values.elements == 0) return;  // ReadLinear says what is wrong
     const cuda::Storage storage = StorageOf(values.type);
-    const int64_t bits = cuda::StorageBits(storage), row_bits = values.shape[1] * bits;
-    stride_ = cuda::WideStride(storage, values.shape[1]);
-    if (row_bits % 8 == 0) {
-      values_ = cuda::SharedRows(values.data, values.shape[0], row_bits / 8, stride_ * bits / 8);
+    const int64_t channels = values.shape[values.rank - 2], panels = values.rank == 3 ? values.shape[0] : 1;
+    const int64_t outputs = values.elements / channels;
+    const int64_t bits = cuda::StorageBits(storage), row_bits = outputs * bits;
+    stride_ = cuda::WideStride(storage, outputs);
+    if (row_bits % (8 * panels) == 0) {
+      values_ = cuda::SharedRows({values.data, channels, row_bits / 8, panels}, stride_ * bits / 8);
     } else {  // rows begin within a byte
-      const int64_t bytes = cuda::CeilDivide(values.shape[0] * row_bits, 8);
-      stride_ = values.shape[1];
-      values_ = cuda::SharedRows(values.data, 1, bytes, bytes);
+      const int64_t bytes = cuda::CeilDivide(channels * row_bits, 8);
+      stride_ = outputs;
+      values_ = cuda::SharedRows({values.data, 1, bytes}, bytes);
     }
-    if (!scales.given || scales.elements == 0) return;
-    const int64_t bytes = scales.elements * static_cast<int64_t>(sizeof(float));
-    scales_ = cuda::SharedRows(scales.data, 1, bytes, bytes);
+    if (!scales.given || scales.rank != values.rank || scales.elements == 0) return;
+    const int64_t blocks = scales.shape[scales.rank - 2];
+    const int64_t bytes = scales.elements / blocks * static_cast<int64_t>(sizeof(float));
+    scales_ = cuda::SharedRows({scales.data, blocks, bytes, scales.rank == 3 ? scales.shape[0] : 1}, bytes);
   }
 
   // `operand` fits: it is what the constructor saw.

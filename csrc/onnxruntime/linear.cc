@@ -18,6 +18,7 @@ Matrix MatrixOf(const MatrixOperand& operand) {
   matrix.channels = operand.channels;
   matrix.outputs = operand.outputs;
   matrix.block_size = operand.block_size;
+  matrix.panel = operand.panel;
   return matrix;
 }
 

@@ -7,18 +7,22 @@ namespace {
 
 constexpr int64_t kBlockStep = 4, kLargestBlock = 256;
 
+bool IsInteger(OrtElementType type) { return type == kOrtInt8 || type == kOrtInt4; }
+
 MatrixOperand ReadMatrix(const Tensor& values, const Tensor& scales, int64_t block_size) {
-  if (values.rank != 2 || values.shape[0] < 1 || values.shape[1] < 1) {
+  const bool panels = values.rank == 3 && values.shape[2] == kPanel && IsInteger(values.type);
+  if ((!panels && values.rank != 2) || values.elements < 1) {
     throw std::invalid_argument(std::string(values.name) + " must be a matrix that is not empty, found " +
                                 values.ShapeText());
   }
   MatrixOperand matrix;
   matrix.values = values.data;
   matrix.type = values.type;
-  matrix.channels = values.shape[0];
-  matrix.outputs = values.shape[1];
+  matrix.channels = values.shape[panels ? 1 : 0];
+  matrix.outputs = panels ? values.shape[0] * kPanel : values.shape[1];
+  matrix.panel = panels ? kPanel : 0;
   if (values.type == kOrtFloat32 || values.type == kOrtFloat16 || values.type == kOrtBFloat16) return matrix;
-  if (values.type != kOrtInt8 && values.type != kOrtInt4) {
+  if (!IsInteger(values.type)) {
     throw std::invalid_argument(std::string(values.name) +
                                 " must be float32, float16, bfloat16, int8 or int4, found the ONNX type " +
                                 std::to_string(values.type));
@@ -29,10 +33,15 @@ MatrixOperand ReadMatrix(const Tensor& values, const Tensor& scales, int64_t blo
   if (!scales.given) {
     throw std::invalid_argument(std::string(values.name) + " is quantised and must come with " + scales.name);
   }
-  scales.Expect({(matrix.channels + block_size - 1) / block_size, matrix.outputs});
+  const int64_t blocks = (matrix.channels + block_size - 1) / block_size;
+  panels ? scales.Expect({values.shape[0], blocks, kPanel}) : scales.Expect({blocks, matrix.outputs});
   matrix.scales = scales.As<float>();
   matrix.block_size = block_size;
   return matrix;
+}
+
+void ExpectSize(const Tensor& tensor, const MatrixOperand& matrix, int64_t channels, int64_t outputs) {
+  if (matrix.channels != channels || matrix.outputs != outputs) tensor.Expect({channels, outputs});
 }
 
 }  // namespace
@@ -62,8 +71,8 @@ LinearOperands ReadLinear(Call& call, int64_t block_size, int64_t experts, const
       throw std::invalid_argument("the rank must be a multiple of " + std::to_string(experts) + " experts, found " +
                                   std::to_string(rank));
     }
-    adapter_in.Expect({channels, rank + experts});
-    adapter_out.Expect({rank, outputs});
+    ExpectSize(adapter_in, operands.adapter_in, channels, rank + experts);
+    ExpectSize(adapter_out, operands.adapter_out, rank, outputs);
     operands.experts = experts;
   }
   int64_t shape[Tensor::kMostDimensions];

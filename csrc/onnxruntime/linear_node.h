@@ -2,17 +2,20 @@
 // CPU and for a GPU.
 #pragma once
 
+#include "hlora_linear/hlora_linear.h"
 #include "onnxruntime/operator.h"
 
 namespace healthgpt {
 
-// A matrix (C, O) among a node's inputs. Integers have scales (ceil(C / block_size), O).
+// A matrix (C, O) among a node's inputs, or (O / panel, C, panel) if it is of integers in panels. Integers have scales
+// (ceil(C / block_size), O), or in panels.
 struct MatrixOperand {
   const void* values = nullptr;
   const float* scales = nullptr;
   OrtElementType type = kOrtUndefined;  // float32, float16, bfloat16, int8 or int4
   int64_t channels = 0, outputs = 0;
   int64_t block_size = 0;  // 0 for floats
+  int64_t panel = 0;       // kPanel, or 0 for row-major order
 };
 
 // What a node does around its linear.

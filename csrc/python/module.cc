@@ -100,23 +100,32 @@ struct StoredMatrix {
           "values must be float32, float16, uint16 with the bits of bfloat16, int8, or uint8 with two int4 each");
     }
     if (packed != shape.has_value()) throw py::value_error("shape goes with packed int4 values, and only with them");
-    const std::vector<int64_t> size =
-        packed ? *shape : std::vector<int64_t>(values.shape(), values.shape() + values.ndim());
-    if (size.size() != 2 || size[0] < 1 || size[1] < 1) {
-      throw py::value_error("a matrix must have 2 dimensions and numbers, got " + Text(size));
-    }
-    matrix.channels = size[0];
-    matrix.outputs = size[1];
-    int64_t numbers = 0;
-    if (__builtin_mul_overflow(size[0], size[1], &numbers)) throw py::value_error("shape is too large: " + Text(size));
-    if (packed) CheckShape("values", values, {numbers / 2 + numbers % 2});
     const bool integer = matrix.storage == Storage::kInt4 || matrix.storage == Storage::kInt8;
+    std::vector<int64_t> size = packed ? *shape : std::vector<int64_t>(values.shape(), values.shape() + values.ndim());
+    const bool panels = integer && size.size() == 3 && size[2] == healthgpt::kPanel;
+    if (!panels && size.size() != 2) {
+      throw py::value_error("a matrix must have 2 dimensions, or 3 if it is of integers in panels of 128, got " +
+                            Text(size));
+    }
+    int64_t numbers = 1;
+    for (const int64_t length : size) {
+      if (length < 1) throw py::value_error("a matrix must have numbers, got " + Text(size));
+      if (__builtin_mul_overflow(numbers, length, &numbers)) {
+        throw py::value_error("shape is too large: " + Text(size));
+      }
+    }
+    matrix.channels = size[panels ? 1 : 0];
+    matrix.outputs = panels ? size[0] * size[2] : size[1];
+    matrix.panel = panels ? healthgpt::kPanel : 0;
+    if (packed) CheckShape("values", values, {numbers / 2 + numbers % 2});
     if (integer != scales.has_value()) throw py::value_error("scales go with integers, and only with them");
     if (integer) {
       if (block_size < 4 || block_size > 256 || block_size % 4 != 0) {
         throw py::value_error("block_size must be a multiple of 4 up to 256, got " + std::to_string(block_size));
       }
-      CheckShape("scales", *scales, {(size[0] + block_size - 1) / block_size, size[1]});
+      int64_t& channels = size[panels ? 1 : 0];
+      channels = (channels + block_size - 1) / block_size;
+      CheckShape("scales", *scales, size);
       matrix.block_size = block_size;
       matrix.scales = scales->data();
     }

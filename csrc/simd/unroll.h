@@ -4,6 +4,8 @@
 
 #define SIMD_INLINE inline __attribute__((always_inline))
 #define SIMD_INLINE_LAMBDA __attribute__((always_inline))
+// For a loop that GCC compiles worse as part of its caller.
+#define SIMD_OUTLINE __attribute__((noinline))
 
 // SIMD_KEEP keeps a sum in one register over the iterations of a loop; GCC 12 would otherwise copy all sums through
 // memory in every iteration. SIMD_HOLD does the same and also keeps a result that is never read. Vectors that no

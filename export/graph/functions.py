@@ -20,15 +20,30 @@ HEADER = f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}, "{DOMAIN}" : 1]>'
 FUSED = ("NormHLoraLinear", "ResidualHLoraLinear", "SwigluResidualHLoraLinear", "PackedCachedAttention")
 
 
-def _stored(name: str, data_type: int) -> tuple[str, str]:
+def _stored(name: str, data_type: int, panels: bool = False) -> tuple[str, str]:
     """The statement that converts a stored tensor to float32, and the name of the result."""
     if data_type == TensorProto.FLOAT:
         return "", name
     if is_quantised(data_type):
-        statement = f"{name}_float = DequantizeLinear <axis = 0, block_size: int = @block_size> ({name}, {name}_scale)"
+        attributes = f"axis = {1 if panels else 0}, block_size: int = @block_size"
+        statement = f"{name}_float = DequantizeLinear <{attributes}> ({name}, {name}_scale)"
     else:
         statement = f"{name}_float = Cast <to = 1> ({name})"
     return statement, f"{name}_float"
+
+
+def _product(name: str, rows: str, matrix: str, panels: bool) -> str:
+    """The statements for `name` [B, S, O] = `rows` [B, S, C] times a matrix [C, O], or [O / 128, C, 128] in panels."""
+    if not panels:
+        return f"{name} = MatMul ({rows}, {matrix})"
+    return f"""
+        {name}_axis = Constant <value_ints = [1]> ()
+        {name}_rows = Unsqueeze ({rows}, {name}_axis)
+        {name}_by_panel = MatMul ({name}_rows, {matrix})
+        {name}_panels = Transpose <perm = [0, 2, 1, 3]> ({name}_by_panel)
+        {name}_shape = Constant <value_ints = [0, 0, -1]> ()
+        {name} = Reshape ({name}_panels, {name}_shape)
+    """
 
 
 def linear(data_type: int, bias: bool) -> FunctionProto:
@@ -49,17 +64,18 @@ def linear(data_type: int, bias: bool) -> FunctionProto:
     """)
 
 
-def hlora_linear(linear_type: int, adapter_type: int, bias: bool) -> FunctionProto:
+def hlora_linear(linear_type: int, adapter_type: int, bias: bool, panels: bool = False) -> FunctionProto:
     """`y = x W + b + gate(x R) * (x A) B`, the H-LoRA linear (arXiv 2502.09838, section 3.3).
 
     Inputs, in the order every kernel gets them; scales are left out for float storage, the bias where there is none:
     x [B, S, C]; weight [C, O], weight_scale [C/block, O]; bias [O]; adapter_in [C, R + E] holding A then the router,
     its scale [C/block, R + E]; adapter_out [R, O] with the H-LoRA scaling folded in, its scale [R/block, O].
+    In `panels`, weight is [O/128, C, 128], its scale [O/128, C/block, 128], and so are adapter_out and its scale.
     Attributes: experts E; block_size (ignored for float storage). The gate's softmax is in float32.
     """
-    to_weight, weight = _stored("weight", linear_type)
+    to_weight, weight = _stored("weight", linear_type, panels)
     to_in, adapter_in = _stored("adapter_in", adapter_type)
-    to_out, adapter_out = _stored("adapter_out", adapter_type)
+    to_out, adapter_out = _stored("adapter_out", adapter_type, panels)
     add_bias, base = ("biased = Add (product, bias)", "biased") if bias else ("", "product")
     return parser.parse_function(f"""
         {HEADER}
@@ -85,10 +101,10 @@ def hlora_linear(linear_type: int, adapter_type: int, bias: bool) -> FunctionPro
             merge = Constant <value_ints = [0, 0, -1]> ()
             flat = Reshape (gated, merge)
             {to_weight}
-            product = MatMul (x, {weight})
+            {_product("product", "x", weight, panels)}
             {add_bias}
             {to_out}
-            expansion = MatMul (flat, {adapter_out})
+            {_product("expansion", "flat", adapter_out, panels)}
             y = Add ({base}, expansion)
         }}
     """)

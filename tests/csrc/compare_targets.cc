@@ -103,12 +103,13 @@ constexpr double kRoundedTolerance = 5e-3;
 enum class Around { kNothing, kNorm, kSwigluResidual };
 
 void CompareLinear(Report& report, Storage storage, int64_t channels, int64_t outputs, int64_t block_size,
-                   int64_t experts, Around around) {
+                   int64_t experts, Around around, bool panels = false) {
   constexpr int64_t kRows = 40, kRank = 36;
   const bool integer = storage == Storage::kInt4 || storage == Storage::kInt8;
   const int64_t block = integer ? block_size : 0;
-  const Stored weight(storage, channels, outputs, block), into(storage, channels, kRank + experts, block);
-  const Stored out_of(storage, kRank, outputs, block);
+  Stored weight(storage, channels, outputs, block), out_of(storage, kRank, outputs, block);
+  const Stored into(storage, channels, kRank + experts, block);
+  if (panels) weight.matrix.panel = out_of.matrix.panel = healthgpt::kPanel;  // random numbers in either order
   const std::vector<float> bias = Normal(outputs), residual = Normal(kRows * outputs);
   const int64_t width = around == Around::kSwigluResidual ? 2 * channels : channels;
   std::vector<float> x = Normal(kRows * width);
@@ -139,7 +140,7 @@ void CompareLinear(Report& report, Storage storage, int64_t channels, int64_t ou
   };
   const std::string what = std::string("linear of ") + kStorages[static_cast<int>(storage)] + ", " +
                            std::to_string(channels) + " x " + std::to_string(outputs) + ", around it " +
-                           std::to_string(static_cast<int>(around));
+                           std::to_string(static_cast<int>(around)) + (panels ? ", in panels" : "");
   const std::vector<float> all = run(report.target, 0, kRows);
   report.Compare(what, all, run(Target::kPortable, 0, kRows), integer && !whole ? kRoundedTolerance : kTolerance);
   for (const int64_t rows : {1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 16, 17, 24, 39}) {
@@ -261,6 +262,8 @@ int main() {
         for (const Around around : {Around::kNothing, Around::kNorm, Around::kSwigluResidual}) {
           CompareLinear(report, storage, 259, 514, 64, experts, around);
           CompareLinear(report, storage, 31, 33, 32, experts, around);
+          if (storage != Storage::kInt8 && storage != Storage::kInt4) continue;
+          CompareLinear(report, storage, 259, 512, 64, experts, around, true);
         }
       }
     }

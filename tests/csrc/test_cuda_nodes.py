@@ -96,6 +96,24 @@ def test_hlora_linear(library, storage, rows):
     near(found, expected, tolerance(storage, 2 * rows))  # there are two sequences of them
 
 
+@pytest.mark.parametrize("storage", ["int8", "int4"])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_panels(library, storage, rows):
+    """They are put in rows when they are copied to the GPU."""
+    more: Any = {"block_size": BLOCK_SIZE, "experts": 4}
+    expected, found = (
+        run(
+            "HLoraLinear",
+            hlora_operands(storage, storage, True, rows, 384, panels),
+            {"y": FLOAT},
+            kernels=library,
+            **more,
+        )[0]
+        for panels in (False, True)
+    )
+    np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize("op", AROUND)
 @pytest.mark.parametrize("storage", ["float16", "int4"])
 @pytest.mark.parametrize("rows", [1, 20, 40])

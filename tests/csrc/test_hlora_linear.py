@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto
 
 from healthgpt_edge import _kernels
-from healthgpt_edge.export.quantize import dequantise, quantise
+from healthgpt_edge.export.quantize import PANEL, dequantise, quantise, to_panels
 
 # float32 sums of some hundred products of order one.
 TOLERANCE = 2e-5
@@ -43,17 +43,19 @@ def pack(values):
     return flat[::2] | flat[1::2] << 4
 
 
-def store(weight, storage, block_size):
-    """The stored matrix of a float32 one [C, O], and the float64 matrix that it stands for."""
+def store(weight, storage, block_size, panels=False):
+    """The stored matrix of a float32 one [C, O], in rows or in panels, and the float64 matrix that it stands for."""
     if storage in FLOATS:
         stored = weight.astype(FLOATS[storage])
         return _kernels.Matrix(stored.view(np.uint16) if storage == "bfloat16" else stored), stored.astype(np.float64)
     data_type = TensorProto.INT4 if storage == "int4" else TensorProto.INT8
     values, scales = quantise(np.ascontiguousarray(weight.T), data_type, block_size)
     exact = dequantise(values.astype(np.float64), scales, block_size)
+    if panels:
+        values, scales = to_panels(values), to_panels(scales)
     if storage == "int8":
         return _kernels.Matrix(values, scales, block_size), exact
-    return _kernels.Matrix(pack(values), scales, block_size, weight.shape), exact
+    return _kernels.Matrix(pack(values), scales, block_size, values.shape), exact
 
 
 def formula(x, weight, bias, adapter_in, adapter_out, experts):
@@ -226,6 +228,36 @@ def test_a_row_depends_neither_on_the_others_nor_on_the_threads(storage, around,
         np.testing.assert_array_equal(np.concatenate(parts), together)
 
 
+# Channels whose last four, and last block, are not whole; a block of 36 that no register's channels divide.
+PANELS = [(259, 384, 36, 4, 128), (72, 1152, 12, 3, 36), (1024, 128, 64, 4, 64), (16, 128, 8, 4, 4)]
+
+
+@each_target
+@pytest.mark.parametrize("storage", ["int8", "int4"])
+@pytest.mark.parametrize("case", PANELS, ids=str)
+@pytest.mark.parametrize("in_panels", ["both", "weight", "adapter"])
+@each_around
+def test_panels_give_the_same_bits_as_rows(in_panels, case, storage, target, around):
+    channels, outputs, rank, experts, block_size = case
+    _, weight, bias, adapter_in, adapter_out = operands(1, channels, outputs, rank, experts)
+    kept_in, _ = store(adapter_in, storage, block_size)
+    in_rows, in_place = (
+        (
+            store(weight, storage, block_size, panels and in_panels != "adapter")[0],
+            store(adapter_out, storage, block_size, panels and in_panels != "weight")[0],
+        )
+        for panels in (False, True)
+    )
+    for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 16, 32, 33, 50):
+        x, options, *_ = around_operands(around, rows, channels, outputs)
+        expected, *found = (
+            _kernels.hlora_linear(x, kept, bias, kept_in, kept_out, experts, target, threads, **options)
+            for (kept, kept_out), threads in ((in_rows, 1), (in_place, 1), (in_place, 3))
+        )
+        for one in found:
+            np.testing.assert_array_equal(one, expected, err_msg=f"{rows} rows")
+
+
 @each_target
 @pytest.mark.parametrize("storage", ["int4", "float16"])
 def test_parts_of_wide_rows_for_many_threads_change_no_bit(storage, target):
@@ -322,9 +354,16 @@ def test_wrong_operands_are_named():
         _kernels.Matrix(weight.astype(ml_dtypes.bfloat16))
     with pytest.raises(ValueError, match=r"values must be \[64\], got \[63\]"):
         _kernels.Matrix(np.zeros(63, np.uint8), np.ones((1, 8), np.float32), 32, (16, 8))
-    for shape in ((16, 0), (0, 8), (16,)):
-        with pytest.raises(ValueError, match="a matrix must have 2 dimensions and numbers"):
+    for shape in ((16, 0), (0, 8)):
+        with pytest.raises(ValueError, match="a matrix must have numbers, got"):
             _kernels.Matrix(np.zeros(shape, np.float32))
+    panels = "a matrix must have 2 dimensions, or 3 if it is of integers in panels of 128, got"
+    for values in (weight[0], weight[None], np.zeros((2, 16, PANEL), np.float32), np.zeros((2, 16, 64), np.int8)):
+        scales = (np.ones((2, 1, values.shape[-1]), np.float32), 32) if values.dtype == np.int8 else ()
+        with pytest.raises(ValueError, match=panels):
+            _kernels.Matrix(values, *scales)
+    with pytest.raises(ValueError, match=r"scales must be \[2, 1, 128\], got \[1, 256\]"):
+        _kernels.Matrix(np.zeros((2, 16, PANEL), np.int8), np.ones((1, 256), np.float32), 32)
     with pytest.raises(ValueError, match=r"shape is too large: \[4294967296, 4294967296\]"):
         _kernels.Matrix(np.zeros(0, np.uint8), np.ones((1, 8), np.float32), 32, (1 << 32, 1 << 32))
 

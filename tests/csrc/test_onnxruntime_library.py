@@ -34,7 +34,7 @@ from healthgpt_edge.export.graph.functions import (
     residual_hlora_linear,
     swiglu_residual_hlora_linear,
 )
-from healthgpt_edge.export.quantize import quantise
+from healthgpt_edge.export.quantize import quantise, to_panels
 
 FLOAT, FLOAT16, BFLOAT16 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16
 INT8, INT4 = TensorProto.INT8, TensorProto.INT4
@@ -112,35 +112,41 @@ def tensor(name: str, values: np.ndarray) -> TensorProto:
     return numpy_helper.from_array(np.ascontiguousarray(values), name)
 
 
-def stored(name: str, matrix: np.ndarray, storage: str) -> Operands:
+def stored(name: str, matrix: np.ndarray, storage: str, panels: bool = False) -> Operands:
     """A matrix [C, O] and its scales, as the exporter stores them."""
     if storage in FLOATS:
         return {name: tensor(name, matrix.astype(FLOATS[storage])), f"{name}_scale": None}
     values, scales = quantise(np.ascontiguousarray(matrix.T), STORED[storage], BLOCK_SIZE)
+    if panels:
+        values, scales = to_panels(values), to_panels(scales)
     if storage == "int8":
         return {name: tensor(name, values), f"{name}_scale": tensor(f"{name}_scale", scales)}
     # Two numbers a byte, the first in the low bits.
     flat = np.append(values.ravel(), np.zeros(values.size % 2, np.int8)).astype(np.uint8) & 15
-    packed = helper.make_tensor(name, INT4, matrix.shape, (flat[::2] | flat[1::2] << 4).tobytes(), raw=True)
+    packed = helper.make_tensor(name, INT4, values.shape, (flat[::2] | flat[1::2] << 4).tobytes(), raw=True)
     return {name: packed, f"{name}_scale": tensor(f"{name}_scale", scales)}
 
 
-def linear_operands(x_shape: tuple[int, ...], outputs: int, storage: str, has_bias: bool) -> Operands:
+def linear_operands(
+    x_shape: tuple[int, ...], outputs: int, storage: str, has_bias: bool, panels: bool = False
+) -> Operands:
     random = np.random.default_rng(0)
     bias = tensor("bias", random.standard_normal(outputs).astype(np.float32)) if has_bias else None
     weight = random.standard_normal((x_shape[-1], outputs)).astype(np.float32) / 4
     x = random.standard_normal(x_shape).astype(np.float32)
-    return {"x": x, **stored("weight", weight, storage), "bias": bias}
+    return {"x": x, **stored("weight", weight, storage, panels), "bias": bias}
 
 
-def hlora_operands(storage: str, adapters: str, has_bias: bool = True, rows: int = 5) -> Operands:
+def hlora_operands(
+    storage: str, adapters: str, has_bias: bool = True, rows: int = 5, outputs: int = 24, panels: bool = False
+) -> Operands:
     """70 channels, 24 outputs, 4 experts of rank 2."""
     random = np.random.default_rng(1)
-    into, out_of = (random.standard_normal(shape).astype(np.float32) / 4 for shape in ((70, 12), (8, 24)))
+    into, out_of = (random.standard_normal(shape).astype(np.float32) / 4 for shape in ((70, 12), (8, outputs)))
     return {
-        **linear_operands((2, rows, 70), 24, storage, has_bias),
+        **linear_operands((2, rows, 70), outputs, storage, has_bias, panels),
         **stored("adapter_in", into, adapters),
-        **stored("adapter_out", out_of, adapters),
+        **stored("adapter_out", out_of, adapters, panels),
     }
 
 
@@ -194,6 +200,22 @@ def test_hlora_linear(storage, adapters, has_bias):
     body = hlora_linear(STORED[storage], STORED[adapters], has_bias)
     (expected,) = run("HLoraLinear", operands, {"y": FLOAT}, body=body, **more)
     assert_near(found, expected, storage in FLOATS and adapters in FLOATS)
+
+
+@pytest.mark.parametrize("storage", ["int8", "int4"])
+@pytest.mark.parametrize("rows", [1, 5, 20])
+@pytest.mark.parametrize("has_bias", [False, True], ids=["without-bias", "with-bias"])
+def test_panels(storage, rows, has_bias):
+    """The bits of a matrix in rows; the body in panels is as near as that in rows."""
+    more: Any = {"block_size": BLOCK_SIZE, "experts": 4}
+    in_rows, in_panels = (hlora_operands(storage, storage, has_bias, rows, 384, panels) for panels in (False, True))
+    assert in_panels["weight"].dims == [3, 70, 128] and in_panels["adapter_out_scale"].dims == [3, 1, 128]
+    (expected,) = run("HLoraLinear", in_rows, {"y": FLOAT}, **more)
+    (found,) = run("HLoraLinear", in_panels, {"y": FLOAT}, threads=2, **more)
+    np.testing.assert_array_equal(found, expected)
+    body = hlora_linear(STORED[storage], STORED[storage], has_bias, panels=True)
+    (of_body,) = run("HLoraLinear", in_panels, {"y": FLOAT}, body=body, **more)
+    assert_near(found, of_body, exact=False)
 
 
 @pytest.mark.parametrize("op", AROUND)
@@ -436,6 +458,18 @@ WRONG_LINEARS = [
     ("int8", {}, {"block_size": 64}, "weight_scale must be [2, 24], found [3, 24]"),
     ("int8", zeros("bias", 23), {}, "bias must be [24], found [23]"),
 ]
+# Of 24 outputs; panels have 128.
+WRONG_PANELS = [
+    (
+        "int8",
+        zeros("weight", 3, 70, 8, dtype=np.int8),
+        {},
+        "a matrix that is not empty, found [3, 70, 8]",
+    ),
+    ("float32", zeros("weight", 1, 70, 128), {}, "weight must be a matrix that is not empty, found [1, 70, 128]"),
+    ("int8", zeros("weight", 1, 70, 128, dtype=np.int8), {}, "weight_scale must be [1, 3, 128], found [3, 24]"),
+    ("int8", zeros("weight", 2, 70, 128, dtype=np.int8), {}, "weight_scale must be [2, 3, 128], found [3, 24]"),
+]
 WRONG_ADAPTERS = [
     ("int4", zeros("adapter_in", 70, 11), {}, "adapter_in must be [70, 12], found [70, 11]"),
     ("int8", zeros("adapter_in", 69, 12), {}, "adapter_in must be [70, 12], found [69, 12]"),
@@ -444,6 +478,12 @@ WRONG_ADAPTERS = [
     ("int8", zeros("adapter_out_scale", 2, 24), {}, "adapter_out_scale must be [1, 24], found [2, 24]"),
     ("int4", {"adapter_in_scale": None}, {}, "adapter_in is quantised and must come with adapter_in_scale"),
     ("int8", {}, {"experts": 8}, "adapter_in must be [70, 16], found [70, 12]"),
+    (
+        "int8",
+        zeros("adapter_out", 1, 8, 128, dtype=np.int8) | zeros("adapter_out_scale", 1, 1, 128),
+        {},
+        "adapter_out must be [8, 24], found [1, 8, 128]",
+    ),
 ]
 
 WRONG_AROUND = [
@@ -455,14 +495,14 @@ WRONG_AROUND = [
 ]
 
 
-@pytest.mark.parametrize(("storage", "wrong", "attributes", "message"), WRONG_LINEARS)
+@pytest.mark.parametrize(("storage", "wrong", "attributes", "message"), WRONG_LINEARS + WRONG_PANELS)
 def test_a_wrong_linear_is_named(storage, wrong, attributes, message):
     operands = linear_operands((2, 5, 70), 24, storage, True) | wrong
     text = refusal("Linear", operands, {"y": FLOAT}, **{"block_size": BLOCK_SIZE} | attributes)
     assert "INVALID_ARGUMENT" in text and ": Linear: " in text and message in text
 
 
-@pytest.mark.parametrize(("storage", "wrong", "attributes", "message"), WRONG_LINEARS + WRONG_ADAPTERS)
+@pytest.mark.parametrize(("storage", "wrong", "attributes", "message"), WRONG_LINEARS + WRONG_PANELS + WRONG_ADAPTERS)
 def test_a_wrong_hlora_linear_is_named(storage, wrong, attributes, message):
     operands = hlora_operands(storage, storage) | wrong
     text = refusal("HLoraLinear", operands, {"y": FLOAT}, **{"block_size": BLOCK_SIZE, "experts": 4} | attributes)

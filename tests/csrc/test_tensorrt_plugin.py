@@ -29,7 +29,7 @@ from healthgpt_edge.executors.hlora_plugin import creator
 from healthgpt_edge.export.bundle import export_bundle
 from healthgpt_edge.export.checkpoint import Checkpoint
 from healthgpt_edge.export.engines.build import default_settings, engine_model
-from healthgpt_edge.export.engines.graphs import attribute, values_of
+from healthgpt_edge.export.engines.graphs import attribute, rows_of, values_of
 from healthgpt_edge.export.engines.plugin import DOMAIN
 from healthgpt_edge.export.phantom.release import released_files
 from healthgpt_edge.export.quantize import dequantise
@@ -124,9 +124,9 @@ class TaskLinear:
         block_size, self.experts = attribute(node, "block_size"), attribute(node, "experts")
 
         def matrix(index: int) -> np.ndarray:
-            values = values_of(stored[node.input[index]], bundle.path).astype(np.float64)
+            values = rows_of(stored[node.input[index]], bundle.path).astype(np.float64)
             scales = node.input[index + 1]
-            return dequantise(values, values_of(stored[scales], bundle.path), block_size) if scales else values
+            return dequantise(values, rows_of(stored[scales], bundle.path), block_size) if scales else values
 
         self.weight, self.adapter_in, self.adapter_out = (matrix(index) for index in (1, 4, 6))
         self.bias = values_of(stored[node.input[3]], bundle.path) if node.input[3] else None

@@ -13,7 +13,16 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from healthgpt_edge.export.quantize import BLOCK_SIZES, Storage, dequantise, is_quantised, quantise
+from healthgpt_edge.export.quantize import (
+    BLOCK_SIZES,
+    PANEL,
+    Storage,
+    dequantise,
+    is_quantised,
+    quantise,
+    to_panels,
+    to_rows,
+)
 from healthgpt_edge.export.weights import WeightFile, pack_int4
 from healthgpt_edge.manifest import PRECISIONS
 
@@ -209,5 +218,15 @@ def test_what_each_precision_stores_in_blocks():
         storage = Storage.of(precision)
         quantised = [name for name in storage.__slots__ if is_quantised(getattr(storage, name))]
         assert quantised == ([] if not precision.startswith("int") else ["linear", "adapter", "head", "vision"])
+        assert Storage.of(precision, panels=True).panels == bool(quantised) and not storage.panels
     int4 = Storage.of("int4")
     assert {int4.linear, int4.adapter} == {TensorProto.INT4} and {int4.head, int4.vision} == {TensorProto.INT8}
+
+
+def test_panels_are_columns_one_after_the_other():
+    matrix = np.arange(5 * 384, dtype=np.float32).reshape(5, 384)
+    panels = to_panels(matrix)
+    assert panels.shape == (3, 5, PANEL) and panels.flags.c_contiguous
+    for index, panel in enumerate(panels):
+        np.testing.assert_array_equal(panel, matrix[:, index * PANEL : (index + 1) * PANEL])
+    np.testing.assert_array_equal(to_rows(panels), matrix)
