@@ -25,7 +25,7 @@ from .graph.codes import build_codes
 from .graph.draft import build_draft
 from .graph.language import build_language, build_vocabulary, first_logit_row
 from .graph.vision import build_vision
-from .quantize import BLOCK_SIZES, CACHE_TYPES, Storage, is_quantised
+from .quantize import BLOCK_SIZES, CACHE_TYPES, LAYOUTS, PANEL, Storage, is_quantised
 from .summary import Part, Summary, folds_of, parts_of
 from .tokenizer import write_tokenizer
 from .weights import WeightFile
@@ -41,14 +41,17 @@ def export_bundle(
     precision: str = "fp32",
     block_size: int = 128,
     cache: str | None = None,
+    layout: str = "panels",
     pictures: Sequence[Any] = (),
     on_step: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> Summary:
     """Export `checkpoint` to the new directory `out`; returns what was written and folded.
 
     precision: one of fp32, fp16, bf16, int8, int4; block_size: 32, 64 or 128, for the integer ones; cache: fp32, fp16
-    or int8 for keys and values, by default what the precision has (Storage.of). With `pictures`, as `read_image` takes
-    them, the integer matrices of the decoder are rounded for what the model makes of those (calibrate.py).
+    or int8 for keys and values, by default what the precision has (Storage.of). layout of the decoder's integers:
+    panels, for our kernels, or rows, for ONNX Runtime without them; linears that are not of whole panels lie in rows
+    either way. With `pictures`, as `read_image` takes them, the integer matrices of the decoder are rounded for what
+    the model makes of those (calibrate.py).
     `on_step(name, done, total)` reports progress in decoder layers and graphs. Nothing is left at `out` if anything
     fails. Raises CheckpointError, BundleError, ImageError.
     """
@@ -58,10 +61,12 @@ def export_bundle(
         raise BundleError(f"block size must be one of {BLOCK_SIZES}, got {block_size}")
     if cache not in (None, *CACHE_TYPES):
         raise BundleError(f"cache must be one of {', '.join(CACHE_TYPES)}, got {cache!r}")
+    if layout not in LAYOUTS:
+        raise BundleError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
     if pictures and not is_quantised(Storage.of(precision).linear):
         raise BundleError(f"pictures to calibrate with need integer matrices, int8 or int4, got {precision}")
     with _new_directory(out) as folder:
-        return _Export(checkpoint, folder, precision, block_size, cache, pictures, on_step).run()
+        return _Export(checkpoint, folder, precision, block_size, cache, layout, pictures, on_step).run()
 
 
 @contextmanager
@@ -98,11 +103,14 @@ class _Export:
         precision: str,
         block_size: int,
         cache: str | None,
+        layout: str,
         pictures: Sequence[Any],
         on_step: Callable[[str, int, int], None],
     ) -> None:
         self.checkpoint, self.folder, self.precision, self.block_size = checkpoint, folder, precision, block_size
-        self.storage, self.pictures = Storage.of(precision, cache), pictures
+        config, self.pictures = checkpoint.language, pictures
+        whole = all(config.linear_shape(linear)[0] % PANEL == 0 for linear in config.linears)
+        self.storage = Storage.of(precision, cache, panels=layout == "panels" and whole)
         self.files: dict[str, schema.FileEntry] = {}
         self.parts: list[Part] = []
         self.graphs: dict[str, dict[str, str]] = {}
@@ -189,7 +197,7 @@ class _Export:
             )
         return schema.Manifest(
             format=schema.FORMAT,
-            version=schema.VERSION,
+            version=schema.VERSION_IN_PANELS if self.storage.panels else schema.VERSION,
             producer=f"healthgpt-edge {version('healthgpt-edge')}",
             template=checkpoint.template,
             precision=self.precision,

@@ -22,7 +22,7 @@ from healthgpt_edge.prompt import Tokenizer, prompt_ids
 from .checkpoint import Checkpoint
 from .folded import FoldedLinear
 from .gptq import quantise_for
-from .quantize import Storage
+from .quantize import Storage, to_panels
 from .reference.language import DecoderLayer, rotary_tables, visible
 from .reference.model import HealthGPT
 from .weights import WeightFile, require_finite
@@ -71,6 +71,8 @@ def calibrate(
                 f"{key} cannot be calibrated: what it is multiplied with must be finite, found NaN or infinity"
             )
         values, scales = quantise_for(require_finite(key, weight), mean, data_type, block_size)
+        if storage.panels and not key.endswith("adapter_in"):
+            values, scales = to_panels(values), to_panels(scales)
         file.put(key, data_type, lambda: values)
         file.put(f"{key}_scale", TensorProto.FLOAT, lambda: scales)
 

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from .errors import BundleError
 
 FORMAT = "healthgpt-edge bundle"
-VERSION = 2
+VERSION, VERSION_IN_PANELS = 2, 3  # older versions of this software read those without panels
 
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_DIMENSION = 1 << 20
@@ -132,6 +132,11 @@ class Manifest:
     files: dict[str, FileEntry]
     own_sha256: str
 
+    @property
+    def in_panels(self) -> bool:
+        """Whether the decoder's linears lie in panels, one after the other (export/quantize.py)."""
+        return self.version == VERSION_IN_PANELS
+
     def weights(self, tasks: Iterable[str]) -> dict[str, FileEntry]:
         """The files of weights that these tasks read: the base's and their own."""
         name_of_one = re.compile(rf"weights/({'|'.join(['base', *tasks])})(-\d+)?\.bin")
@@ -157,8 +162,9 @@ class Manifest:
             raise BundleError("bundle.json must be JSON, without NaN and no key twice") from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise BundleError(f"bundle.json must name the format {FORMAT!r}")
-        if data.get("version") != VERSION:
-            raise BundleError(f"bundle format version must be {VERSION}, found {data.get('version')!r}")
+        if data.get("version") not in (VERSION, VERSION_IN_PANELS):
+            expected = f"{VERSION} or {VERSION_IN_PANELS}"
+            raise BundleError(f"bundle format version must be {expected}, found {data.get('version')!r}")
         manifest = parse(cls, data, "bundle.json")
         _check(manifest)
         if manifest != manifest.sealed():

@@ -17,6 +17,7 @@ from healthgpt_edge.errors import ExecutorError
 
 from ..graph.builder import DOMAIN
 from ..graph.functions import FUSED
+from ..quantize import to_rows
 
 # Bits per value, by type, of what weight files hold.
 _BITS = {
@@ -111,6 +112,17 @@ def attribute(node: NodeProto, name: str) -> int:
 def location_of(tensor: TensorProto) -> dict[str, str]:
     """The location, offset and length of external data."""
     return {entry.key: entry.value for entry in tensor.external_data}
+
+
+def in_panels(tensor: TensorProto) -> bool:
+    """Whether an initializer that stands for a matrix or its scales lies in panels."""
+    return len(tensor.dims) == 3
+
+
+def rows_of(tensor: TensorProto, folder: Path) -> np.ndarray:
+    """`values_of` of a matrix or its scales, in rows however they lie."""
+    values = values_of(tensor, folder)
+    return to_rows(values) if in_panels(tensor) else values
 
 
 def values_of(tensor: TensorProto, folder: Path) -> np.ndarray:

@@ -27,7 +27,7 @@ from healthgpt_edge.errors import ExecutorError
 
 from ..graph.builder import DOMAIN
 from ..weights import WeightFile
-from .graphs import attribute, input_at, is_named, location_of, values_of
+from .graphs import attribute, in_panels, input_at, is_named, location_of, rows_of
 
 # Added to the logits of silent experts: exp() of it is 0, and adding it cannot overflow.
 SILENCE = -1e30
@@ -50,8 +50,9 @@ def merge(
 ) -> ModelProto:
     """The language graph of all tasks; `models` by task, from the bundle in `folder`.
 
-    Stacked adapters go to `stacked`, padded as `padding` says. Inputs and outputs are those of the tasks' graphs, with
-    the task's name appended to `last_positions`, `logits` and `hidden`, and `task` where there are several.
+    Stacked adapters go to `stacked`, padded as `padding` says, and base matrices that lie in panels, in rows. Inputs
+    and outputs are those of the tasks' graphs, with the task's name appended to `last_positions`, `logits` and
+    `hidden`, and `task` where there are several.
     """
     merged = _Merged(folder, stacked, padding or Padding())
     for task, model in models.items():
@@ -87,7 +88,7 @@ class _Plugin:
         given = [initializers.get(input_at(node, index)) for index in range(_ADAPTER_IN, _ADAPTER_OUT + 2)]
         self.experts, self.block_size = attribute(node, "experts"), attribute(node, "block_size")
         self.types = tuple(tensor and tensor.data_type for tensor in given)
-        arrays = [tensor and values_of(tensor, folder) for tensor in given]
+        arrays = [tensor and rows_of(tensor, folder) for tensor in given]
         if not _are_adapters(arrays, self.experts, self.block_size):
             raise ExecutorError(
                 f"the linear of {input_at(node, 1)} must have an H-LoRA linear's matrices, found others"
@@ -304,7 +305,7 @@ class _Merged:
         parts += [self._constant(f"expert_of/{shape}", expert_of.astype(np.int64)), "silence" if several else ""]
         stacked = helper.make_node(
             "HLoraLinear",
-            [*list(node.input)[_BASE], *parts],
+            [*(self._in_rows(one) for one in list(node.input)[_BASE]), *parts],
             [name],
             name=node.name,
             domain=DOMAIN,
@@ -313,6 +314,13 @@ class _Merged:
             experts=int(firsts[-1]),
         )
         return [stacked]
+
+    def _in_rows(self, name: str) -> str:
+        """The same name, of a tensor in rows: TensorRT, and our plugin for it, take no panels."""
+        tensor = self.initializers.get(name)
+        if tensor is not None and in_panels(tensor):
+            self._stored(name, tensor.data_type, rows_of(tensor, self.folder))
+        return name
 
     def _stored(self, key: str, data_type: int, values: np.ndarray) -> str:
         self.initializers[key] = self.stacked.put(key, data_type, lambda: values).initializer(key)

@@ -45,7 +45,7 @@ class LanguageGraph:
         self.graph = GraphBuilder(f"{task}.language")
         # Qwen has biases on some linears. All get one then, so that one function body serves the whole graph.
         self.has_bias = self.config.architecture == "qwen2"
-        self.linear_function = hlora_linear(storage.linear, storage.adapter, self.has_bias)
+        self.linear_function = hlora_linear(storage.linear, storage.adapter, self.has_bias, storage.panels)
         self.norm_function = norm_hlora_linear(storage.linear, storage.adapter, self.config.hidden)
         self.residual_function = residual_hlora_linear(storage.linear, storage.adapter)
         self.swiglu_function = swiglu_residual_hlora_linear(storage.linear, storage.adapter)
@@ -196,15 +196,16 @@ class LanguageGraph:
     ) -> str:
         """One H-LoRA linear, with what is `around` it, which takes `more` inputs and attributes."""
         folded, storage = FoldedLinear(self.checkpoint, self.task, layer, linear), self.storage
+        panels = storage.panels
         with self.graph.scope(linear):
             return str(
                 self.graph.call(
                     around or self.linear_function,
                     x,
-                    *self._stored(self.base, f"{folded.key}.weight", storage.linear, folded.base),
+                    *self._stored(self.base, f"{folded.key}.weight", storage.linear, folded.base, panels),
                     self.graph.weight(self.base, f"{folded.key}.bias", FLOAT, folded.bias) if self.has_bias else "",
                     *self._stored(self.own, f"{folded.key}.adapter_in", storage.adapter, folded.adapter_in),
-                    *self._stored(self.own, f"{folded.key}.adapter_out", storage.adapter, folded.adapter_out),
+                    *self._stored(self.own, f"{folded.key}.adapter_out", storage.adapter, folded.adapter_out, panels),
                     *more,
                     within=(self.linear_function,),
                     block_size=self.block_size,
@@ -213,8 +214,10 @@ class LanguageGraph:
                 )
             )
 
-    def _stored(self, file: WeightFile, key: str, data_type: int, produce: Callable[[], np.ndarray]) -> tuple[str, str]:
-        return stored_matrix(self.graph, file, key, data_type, self.block_size, produce)
+    def _stored(
+        self, file: WeightFile, key: str, data_type: int, produce: Callable[[], np.ndarray], panels: bool = False
+    ) -> tuple[str, str]:
+        return stored_matrix(self.graph, file, key, data_type, self.block_size, produce, panels)
 
 
 def build_language(

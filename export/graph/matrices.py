@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from onnx import TensorProto
 
-from ..quantize import is_quantised, quantise, transpose
+from ..quantize import is_quantised, quantise, to_panels, transpose
 from ..weights import WeightFile, require_finite
 from .builder import GraphBuilder
 from .functions import linear
@@ -20,15 +20,20 @@ def stored_matrix(
     data_type: int,
     block_size: int,
     produce: Callable[[], np.ndarray],
+    panels: bool = False,
 ) -> tuple[str, str]:
-    """Store a matrix [O, C] as the right operand [C, O]; names its values and its scales ("" for floats)."""
+    """Store a matrix [O, C] as the right operand [C, O], integers in `panels` if they shall be.
+
+    Returns the names of its values and of its scales ("" for floats).
+    """
     if not is_quantised(data_type):
         return graph.weight(file, key, data_type, lambda: transpose(produce())), ""
     parts: list[np.ndarray] = []
 
     def part(index: int) -> np.ndarray:
         if not parts:
-            parts.extend(quantise(require_finite(key, produce()), data_type, block_size))
+            rounded = quantise(require_finite(key, produce()), data_type, block_size)
+            parts.extend(map(to_panels, rounded) if panels else rounded)
         return parts[index]
 
     values = graph.weight(file, key, data_type, lambda: part(0))

@@ -27,6 +27,9 @@ def export(
     precision: Annotated[str, typer.Option(help="fp32, fp16, bf16, int8 or int4.")] = "fp32",
     block_size: Annotated[int, typer.Option(help="Block of int8 and int4: 32, 64 or 128.")] = 128,
     cache: Annotated[str | None, typer.Option(help="Keys and values: fp32, fp16 or int8; else by precision.")] = None,
+    layout: Annotated[
+        str, typer.Option(help="Of int8 and int4: panels, or rows, for ONNX Runtime without our kernels.")
+    ] = "panels",
     calibrate: Annotated[
         Path | None,
         typer.Option(help="Folder of pictures (PNG, JPEG, DICOM) to round int4 or int8 for; takes minutes."),
@@ -64,6 +67,7 @@ def export(
             precision=precision,
             block_size=block_size,
             cache=cache,
+            layout=layout,
             pictures=_files(calibrate) if calibrate else (),
             on_step=lambda name, done, total: progress.update(bar, description=name, completed=done, total=total),
         )

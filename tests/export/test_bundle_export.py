@@ -7,6 +7,7 @@ import stat
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 from golden_cases import Case, arguments, open_golden
@@ -17,6 +18,7 @@ from healthgpt_edge.engines import Settings, ingredients
 from healthgpt_edge.errors import BundleError
 from healthgpt_edge.export.bundle import export_bundle
 from healthgpt_edge.export.checkpoint import Checkpoint
+from healthgpt_edge.export.phantom.release import released_files
 from healthgpt_edge.manifest import PRECISIONS
 
 COM, GEN = Case("m3_com_wide"), Case("m3_gen_wide")
@@ -64,6 +66,32 @@ def test_every_precision_answers_and_draws(exported, precision):
 def test_each_precision_is_smaller_than_the_one_before(exported):
     sizes = [(exported(precision)[0] / "weights/base.bin").stat().st_size for precision in PRECISIONS]
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4  # two have 16 bits
+
+
+def test_linears_of_whole_panels_lie_in_them_unless_told(tmp_path, exported):
+    """Which makes the bundle's version 3. Logits have the same bits; without kernels they are those of rows, too."""
+    phantom = released_files(Path(__file__).parents[2] / "phantom")
+    for precision, layout, version in (("int4", "panels", 3), ("int4", "rows", 2), ("int8", "panels", 3)):
+        with Checkpoint.open(**phantom) as checkpoint:
+            path = tmp_path / f"{precision}-{layout}"
+            export_bundle(checkpoint, path, precision=precision, block_size=32, layout=layout)
+        manifest = Bundle.open(path).manifest
+        assert (manifest.version, manifest.in_panels) == (version, version == 3)
+        graph = onnx.load(path / "generation.language.onnx", load_external_data=False).graph
+        shapes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+        panels, rows = [3, 128, 128], [128, 384]
+        weight = "layers.0.self_attn.qkv_proj.weight"
+        assert shapes[weight] == (panels if manifest.in_panels else rows)
+        assert shapes[f"{weight}_scale"] == ([3, 4, 128] if manifest.in_panels else [4, 384])
+    ids = np.arange(70) % 50
+    of_panels, of_rows, bodies, plain = (
+        load(tmp_path / f"int4-{layout}", threads=2, kernels=kernels).executor.context("generation", None).forward(ids)
+        for layout, kernels in (("panels", True), ("rows", True), ("panels", False), ("rows", False))
+    )
+    np.testing.assert_array_equal(of_panels, of_rows)
+    assert np.abs(bodies - plain).max() <= 0.05 * np.abs(plain).max()
+    for precision in ("int4", "fp16"):  # linears of 96 outputs, and floats
+        assert Bundle.open(exported(precision)[0]).manifest.version == 2
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
@@ -174,6 +202,7 @@ def test_all_of_a_bundle_is_on_the_disk_before_it_has_its_name(tmp_path, monkeyp
     [
         ({"precision": "fp8"}, "precision must be one of fp32, fp16, bf16, int8, int4, got 'fp8'"),
         ({"block_size": 16}, "block size must be one of (32, 64, 128), got 16"),
+        ({"layout": "columns"}, "layout must be one of panels, rows, got 'columns'"),
     ],
 )
 def test_options_are_checked_before_anything_is_written(tmp_path, options, message):

@@ -13,7 +13,6 @@ import onnx
 import pytest
 import torch
 from command import Outcome, run
-from onnx import TensorProto, helper
 from PIL import Image
 from sealed import seal
 
@@ -25,6 +24,7 @@ from healthgpt_edge.export import calibrate
 from healthgpt_edge.export.bundle import export_bundle
 from healthgpt_edge.export.calibrate import INSTRUCTION, QUESTIONS, Moments, _embeddings, _layer, _pass
 from healthgpt_edge.export.checkpoint import Checkpoint
+from healthgpt_edge.export.engines.graphs import rows_of
 from healthgpt_edge.export.phantom.release import released_files
 from healthgpt_edge.export.quantize import dequantise
 from healthgpt_edge.export.reference.language import DecoderLayer, rotary_tables, visible
@@ -90,15 +90,7 @@ def stored(bundle: Path, task: str) -> dict[str, np.ndarray]:
     tensors = {tensor.name: tensor for tensor in graph.initializer}
 
     def read(name: str) -> np.ndarray:
-        place = {entry.key: entry.value for entry in tensors[name].external_data}
-        with (bundle / place["location"]).open("rb") as file:
-            file.seek(int(place["offset"]))
-            data = np.frombuffer(file.read(int(place["length"])), np.uint8)
-        shape = tuple(tensors[name].dims)
-        if tensors[name].data_type == TensorProto.INT4:
-            nibbles = np.stack([data & 15, data >> 4], axis=-1).reshape(-1)[: np.prod(shape)]
-            return ((nibbles ^ 8).astype(np.int8) - 8).reshape(shape)
-        return data.view(helper.tensor_dtype_to_np_dtype(tensors[name].data_type)).reshape(shape)
+        return rows_of(tensors[name], bundle)
 
     names = [name for name in tensors if f"{name}_scale" in tensors]
     return {name: dequantise(read(name), read(f"{name}_scale"), BLOCK_SIZE) for name in names}

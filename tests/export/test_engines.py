@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -26,7 +27,7 @@ from healthgpt_edge.export.bundle import export_bundle
 from healthgpt_edge.export.checkpoint import Checkpoint
 from healthgpt_edge.export.demo import PHANTOM
 from healthgpt_edge.export.engines.build import Compiler, default_settings, engine_model, new_folder
-from healthgpt_edge.export.engines.graphs import location_of, read_graph
+from healthgpt_edge.export.engines.graphs import location_of, read_graph, values_of
 from healthgpt_edge.export.engines.lower import lower
 from healthgpt_edge.export.engines.merge import merge
 from healthgpt_edge.export.engines.plugin import DOMAIN, KERNEL, use_plugin
@@ -44,9 +45,10 @@ NAMES = {"language", "comprehension.vision"} | {
 }
 
 
-def export(folder: Path, precision: str, cache: str | None = None) -> Path:
+def export(folder: Path, precision: str, cache: str | None = None, layout: str = "panels") -> Path:
+    options: Any = {"precision": precision, "block_size": BLOCK_SIZE, "cache": cache, "layout": layout}
     with Checkpoint.open(**released_files(PHANTOM)) as checkpoint:
-        export_bundle(checkpoint, folder / precision, precision=precision, block_size=BLOCK_SIZE, cache=cache)
+        export_bundle(checkpoint, folder / precision, **options)
     return folder / precision
 
 
@@ -496,9 +498,28 @@ def test_every_hlora_linear_becomes_the_plugin_and_nothing_else_does(plain, tmp_
         assert getattr(with_plugin, name) == getattr(without, name)
 
 
-def test_the_plugins_matrices_are_the_bundles_bytes(plain, tmp_path):
+@pytest.mark.parametrize("plugin", [True, False])
+def test_panels_become_rows(plain, tmp_path, plugin):
+    """TensorRT gets the same matrices of either layout. Those in panels are in the file of what is made for it."""
+
+    def matrices(path: Path, work: Path) -> dict[str, tuple[Any, ...]]:
+        work.mkdir()
+        graph = language_model(Bundle.open(path), work, plugin).graph
+        used, found = {name for node in graph.node for name in node.input}, {}
+        for tensor in (one for one in graph.initializer if one.name in used):
+            place = location_of(tensor)
+            values = values_of(tensor, work if place.get("location") == f"{plugin}.bin" else path)
+            found[tensor.name] = (list(tensor.dims), tensor.data_type, values.tobytes())
+        return found
+
+    assert Bundle.open(plain).manifest.in_panels
+    in_rows = export(tmp_path, "int4", layout="rows")
+    assert matrices(plain, tmp_path / "of panels") == matrices(in_rows, tmp_path / "of rows")
+
+
+def test_the_plugins_matrices_are_the_bundles_bytes(tmp_path):
     """The base where it lies, as words; the adapters side by side, padded to what the kernel takes, and once only."""
-    bundle = Bundle.open(plain)
+    bundle = Bundle.open(export(tmp_path, "int4", layout="rows"))
     graph = language_model(bundle, tmp_path, True).graph
     stored = {tensor.name: tensor for tensor in graph.initializer}
     used = {name for node in graph.node for name in node.input}

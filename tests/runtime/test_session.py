@@ -30,6 +30,9 @@ from healthgpt_edge.errors import (
     PromptError,
 )
 from healthgpt_edge.executors.onnx import DEVICES
+from healthgpt_edge.export.bundle import export_bundle
+from healthgpt_edge.export.checkpoint import Checkpoint
+from healthgpt_edge.export.phantom.release import released_files
 from healthgpt_edge.images import prepare, read_image
 from healthgpt_edge.inference import Run
 
@@ -390,6 +393,18 @@ def test_a_command_says_that_kernels_are_not_built(golden_bundle, tmp_path, monk
     assert (outcome.code, outcome.json["executor"]) == (0, "onnx-cpu")
     assert outcome.errors.startswith("note: the native kernels are not built") and outcome.errors.count("\n") == 1
     assert run(*words, "--no-kernels").errors == ""  # wanted so
+
+
+def test_a_command_says_what_panels_cost_without_kernels(tmp_path):
+    for layout in ("panels", "rows"):
+        with Checkpoint.open(**released_files(Path(__file__).parents[2] / "phantom")) as checkpoint:
+            export_bundle(checkpoint, tmp_path / layout, precision="int4", block_size=32, layout=layout)
+    words = ["--question", "What?", "--max-new-tokens", "1", "--json"]
+    outcome = run("answer", tmp_path / "panels", *words, "--no-kernels")
+    assert outcome.code == 0 and outcome.errors.count("\n") == 1
+    assert outcome.errors.startswith("note: the weights lie in panels") and "export --layout rows" in outcome.errors
+    assert run("answer", tmp_path / "panels", *words).errors == ""
+    assert run("answer", tmp_path / "rows", *words, "--no-kernels").errors == ""
 
 
 def test_a_failure_of_the_engine_is_an_error_and_nothing_on_stderr(session, capfd):
