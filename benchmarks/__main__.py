@@ -3,9 +3,9 @@
     python -m benchmarks WORK_DIR [--peers-python PYTHON] [--rounds 3] [--threads N] [--picture] [--out DIR]
 
 Every contender runs once per round in its own process, so that only one is in memory; each round starts with a
-different one. Samples of all rounds are pooled. WORK_DIR keeps the random checkpoint (11 GB), the bundle and the peers'
-files. The peers' interpreter has benchmarks/peers/requirements.txt installed (`make peers`); missing peers are reported
-as absent.
+different one. Samples of all rounds are pooled. WORK_DIR keeps the random checkpoint (11 GB), the bundle, the same in
+rows for ONNX Runtime alone, and the peers' files. The peers' interpreter has benchmarks/peers/requirements.txt
+installed (`make peers`); missing peers are reported as absent.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from healthgpt_edge import machine
 
 from . import full_size
 from .commit import commit
-from .contenders import CONTENDERS
+from .contenders import BODIES, CONTENDERS
 from .goals import goals
 from .pooled import Results
 from .report import markdown, plot
@@ -35,6 +35,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("work", type=Path)
     parser.add_argument("--peers-python", type=Path, help="interpreter that has the peers' packages")
     parser.add_argument("--bundle", type=Path, help="another bundle than WORK_DIR's full-size one")
+    parser.add_argument("--bundle-in-rows", type=Path, help="what ONNX Runtime alone gets in place of WORK_DIR's")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="for comparison.{json,md,png}")
     parser.add_argument("--only", action="append", help="this contender; may be repeated, in the order to begin with")
     parser.add_argument("--rounds", type=int, default=3)
@@ -50,24 +51,26 @@ def parse_arguments() -> argparse.Namespace:
     if unknown := set(arguments.only or names) - set(names):
         parser.error(f"--only must be one of {', '.join(names)}, got {sorted(unknown)}")
     # Contenders run in the repository's root. Nothing is resolved: an environment's interpreter is a link.
-    for name in ("work", "bundle", "peers_python"):
+    for name in ("work", "bundle", "bundle_in_rows", "peers_python"):
         if path := getattr(arguments, name):
             setattr(arguments, name, path.absolute())
     return arguments
 
 
-def full_size_bundle(work: Path) -> Path:
+def full_size_bundle(work: Path, layout: str = "panels") -> Path:
     """The full-size int4 bundle in `work`, made first where it is not there."""
-    bundle, checkpoint = work / f"bundle-{PRECISION}", work / "m3"
+    bundle, checkpoint = work / f"bundle-{PRECISION}-{layout}", work / "m3"
     if not bundle.exists():
         full_size.make_checkpoint(checkpoint)
-        full_size.export(checkpoint, bundle, PRECISION)
+        full_size.export(checkpoint, bundle, PRECISION, layout=layout)
     return bundle
 
 
 def main() -> None:
     arguments = parse_arguments()
     arguments.bundle = arguments.bundle or full_size_bundle(arguments.work)
+    if BODIES in (arguments.only or [BODIES]):
+        arguments.bundle_in_rows = arguments.bundle_in_rows or full_size_bundle(arguments.work, "rows")
     arguments.out.mkdir(parents=True, exist_ok=True)
     named = {contender.name: contender for contender in CONTENDERS}
     chosen = [named[name] for name in dict.fromkeys(arguments.only or named)]

@@ -45,7 +45,8 @@ def _bundle(kernels: bool) -> Callable[[argparse.Namespace, bool], list[str]]:
         rows = [f"pp{arguments.prefill}", f"tg{arguments.decode}@{arguments.context}", "vq", "vit"]
         rows += ["load"] if kernels else []
         rows += ["img"] if kernels and first and arguments.picture else []
-        words = [sys.executable, "-m", "healthgpt_edge.cli", "bench", str(arguments.bundle), "--json"]
+        bundle = arguments.bundle if kernels else arguments.bundle_in_rows
+        words = [sys.executable, "-m", "healthgpt_edge.cli", "bench", str(bundle), "--json"]
         words += ["--rows", ",".join(rows), "--threads", str(arguments.threads), "--repeat", str(arguments.repeat)]
         # Against the standard bodies once is enough; that it decodes as it prefills is checked in every turn.
         return words + (["--check" if first else "--no-check"] if kernels else ["--no-kernels"])

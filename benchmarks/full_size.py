@@ -63,14 +63,19 @@ def memory_parts() -> dict[str, int]:
 
 
 def export(
-    checkpoint: Path, bundle: Path, precision: str, cache: str | None = None, system: System = SYSTEMS["m3"]
+    checkpoint: Path,
+    bundle: Path,
+    precision: str,
+    cache: str | None = None,
+    system: System = SYSTEMS["m3"],
+    layout: str = "panels",
 ) -> dict[str, object]:
     """Run the export command as a user does; returns seconds, peak MiB and bytes per part."""
     if bundle.exists():
         shutil.rmtree(bundle)
     options = [item for name, path in released(checkpoint, system).items() for item in (f"--{name}", str(path))]
     command = [sys.executable, "-m", "healthgpt_edge.cli", "export", *options, "--precision", precision]
-    command += ["--cache", cache] if cache else []
+    command += ["--layout", layout, *(["--cache", cache] if cache else [])]
     begin = time.perf_counter()
     process = subprocess.Popen([*command, "--out", str(bundle), "--json"], stdout=subprocess.PIPE)
     assert process.stdout is not None

@@ -16,6 +16,7 @@ import time
 import numpy as np
 
 from healthgpt_edge import _kernels
+from healthgpt_edge.export.quantize import PANEL
 
 from .systems import SYSTEMS
 
@@ -23,10 +24,11 @@ BLOCK_SIZE = 128
 
 
 def random_matrix(random: np.random.Generator, inputs: int, outputs: int) -> _kernels.Matrix:
-    """int4 weights with a spread of about 0.02."""
+    """int4 weights with a spread of about 0.02, in panels where they can be."""
     values = np.frombuffer(random.bytes(inputs * outputs // 2), np.uint8)
-    scales = np.full((-(-inputs // BLOCK_SIZE), outputs), 0.02 / 4.6, np.float32)
-    return _kernels.Matrix(values, scales, BLOCK_SIZE, [inputs, outputs])
+    shape = [inputs, outputs] if outputs % PANEL else [outputs // PANEL, inputs, PANEL]
+    scales = np.full([*shape[:-2], -(-inputs // BLOCK_SIZE), shape[-1]], 0.02 / 4.6, np.float32)
+    return _kernels.Matrix(values, scales, BLOCK_SIZE, shape)
 
 
 def main() -> None:
