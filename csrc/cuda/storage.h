@@ -22,7 +22,7 @@ constexpr int64_t StorageBits(Storage storage) {
   return storage == Storage::kInt4 ? 4 : storage == Storage::kInt8 ? 8 : storage == Storage::kFloat32 ? 32 : 16;
 }
 
-// A matrix (channels, outputs) in row-major order, as the exporter writes it (export/quantize.py). int4 holds two
+// A matrix (channels, outputs) in row-major order; panels (export/quantize.py) are put in it on the way. int4 holds two
 // neighbouring outputs per byte, the even one in the low bits. An integer stands for
 // scales(channel / block_size, output) * value.
 struct Matrix {

@@ -6,9 +6,9 @@
 //               panels it is one panel after the other, whose sums stay in registers for a whole block.
 //   more rows   Arithmetic is the limit. A block of channels of one tile is unpacked once into the L1 cache, and its
 //               sums stay in registers for the whole block.
-// With few rows of a matrix in rows, threads share the splits of the channels; otherwise they share parts of the
-// outputs. All ways give the same bits: integer sums are exact, and a row's float sums are always added block by block
-// in order.
+// With few rows of a matrix in rows, or of too few panels, threads share the splits of the channels; otherwise they
+// share parts of the outputs. All ways give the same bits: integer sums are exact, and a row's float sums are always
+// added block by block in order.
 #include "hlora_linear/float_product.h"
 #include "hlora_linear/integer_product.h"
 #include "hlora_linear/target_kernels.h"
@@ -89,9 +89,12 @@ struct Call {
   float* prepared = nullptr;          // (rows, C), see Prepare; null if the products need only bytes
   Input x = {}, x_into = {}, z = {};  // x for W and for [A;R]; the gated A x for B
   float* low = nullptr;               // (splits of [A;R], rows, R + E); Gate adds them up in the first split
-  float* partial = nullptr;           // (splits of W, rows, O), only for few rows
+  bool by_panels = false;             // whether few rows go through whole panels of W
+  float* partial = nullptr;           // (partials, rows, O), only for few rows
 
   int64_t threads() const { return static_cast<int64_t>(parallel.threads()); }
+  // The sums of a panel are all added at once, those of splits afterwards.
+  int64_t partials() const { return by_panels ? 1 : weight.splits; }
   bool has_adapter() const { return given.experts > 0; }
   // Whether the products' rows are not those of x itself.
   bool prepares() const { return given.normalise || given.pair_input; }
@@ -152,24 +155,26 @@ struct Call {
     }
   }
 
-  // W and [A;R] together, split by split and run by run; then B is added.
+  // W and [A;R] together, panel by panel or split by split and run by run; then B is added.
   void FewRows() const {
     const Matrix& matrix = given.weight;
     const int64_t outputs = matrix.outputs, reductions = has_adapter() ? into.splits : 0;
-    const int64_t run_columns = RunColumns(outputs, rows, weight.splits, threads());
-    const int64_t runs = CeilDivide(outputs, run_columns);
-    parallel(static_cast<size_t>(reductions + weight.splits * runs), [&](size_t task) {
+    const int64_t run_columns = by_panels ? matrix.panel : RunColumns(outputs, rows, weight.splits, threads());
+    const int64_t runs = CeilDivide(outputs, run_columns), splits_at_once = weight.splits / partials();
+    parallel(static_cast<size_t>(reductions + partials() * runs), [&](size_t task) {
       const int64_t index = static_cast<int64_t>(task) - reductions;
       if (index < 0) return Reduce(static_cast<int64_t>(task), 0, rows);
-      const int64_t split = index / runs, column = index % runs * run_columns;
+      const int64_t at = index / runs, column = index % runs * run_columns;
       const int64_t columns = Min(run_columns, outputs - column);
-      const Part part = TaskPart(0, rows, column, columns, UnpackedBytes(matrix, rows, columns));
-      AddProduct(matrix, x, weight.first_block(split), weight.first_block(split + 1), part);
+      const Part part = TaskPart(0, rows, column, columns, UnpackedBytes(matrix, rows, columns), by_panels);
+      for (int64_t split = at; split < at + splits_at_once; ++split) {
+        AddProduct(matrix, x, weight.first_block(split), weight.first_block(split + 1), part, split > at);
+      }
+      const float* from = by_panels ? part.totals : part.sums;
       for (int64_t r = 0; r < rows; ++r) {
-        float* to = partial + (split * rows + r) * outputs + column;
+        float* to = partial + (at * rows + r) * outputs + column;
         for (int64_t i = 0; i < columns; i += Simd::kLanes) {
-          Simd::Store(to + i, Simd::Load(part.sums + r * part.stride + i),
-                      static_cast<int>(Min(Simd::kLanes, columns - i)));
+          Simd::Store(to + i, Simd::Load(from + r * part.stride + i), static_cast<int>(Min(Simd::kLanes, columns - i)));
         }
       }
     });
@@ -183,8 +188,8 @@ struct Call {
       if (has_adapter()) AddProduct(given.adapter_out, z, 0, BlocksOf(given.adapter_out), part);
       Finish(part, [&](int64_t row, int64_t i, int left) {
         Floats sum = Simd::Load(partial + row * outputs + column + i, left);
-        for (int64_t split = 1; split < weight.splits; ++split) {
-          sum = Simd::Add(sum, Simd::Load(partial + (split * rows + row) * outputs + column + i, left));
+        for (int64_t at = 1; at < partials(); ++at) {
+          sum = Simd::Add(sum, Simd::Load(partial + (at * rows + row) * outputs + column + i, left));
         }
         if (has_adapter()) sum = Simd::Add(sum, Simd::Load(part.sums + row * part.stride + i));
         return sum;
@@ -236,7 +241,8 @@ void SIMD_KERNEL(HLoraLinear)(const HLoraLinearArguments& given, const Parallel&
   // x is quantised only once if [A;R] has the same blocks as W.
   const bool shared = adapter && IsInteger(given.weight.storage) && IsInteger(given.adapter_in.storage) &&
                       given.weight.block_size == given.adapter_in.block_size;
-  const bool few = rows <= kRowsBySplit && given.weight.panel == 0;
+  call.by_panels = rows <= kRowsInPanel && ByPanels(given.weight, call.threads());
+  const bool few = rows <= kRowsBySplit || call.by_panels;
   const bool of_floats = !IsInteger(given.weight.storage) || (adapter && !IsInteger(given.adapter_in.storage));
   const bool of_bytes = IsInteger(given.weight.storage) || (adapter && IsInteger(given.adapter_in.storage));
   const auto place = [&](void* start) {
@@ -256,7 +262,7 @@ void SIMD_KERNEL(HLoraLinear)(const HLoraLinearArguments& given, const Parallel&
     }
     if (few) {
       call.partial =
-          pieces.Take<float>(static_cast<size_t>(call.weight.splits * rows * given.weight.outputs) * sizeof(float));
+          pieces.Take<float>(static_cast<size_t>(call.partials() * rows * given.weight.outputs) * sizeof(float));
     }
     return pieces.used;
   };

@@ -22,10 +22,11 @@ constexpr int kRowsAtOnce = kManyRegisters ? 3 : 6;
 constexpr int kSumsAtOnce = kManyRegisters ? kVectors : 2;
 constexpr int64_t kFloatRowsAtOnce = 6;  // with fewer vectors per row (SumsPerRow)
 constexpr int64_t kFloatRowsInPlace = 2 * kFloatRowsAtOnce;
-// Up to this many rows, threads divide the channels among each other; with more rows, the outputs.
+// Up to this many rows, threads divide the channels among each other, unless they can divide panels (ByPanels); with
+// more rows, the outputs.
 constexpr int64_t kRowsBySplit = kManyRegisters ? 4 : 8;
-// Up to kRowsByPanel rows go through a matrix in panels one panel after the other, which threads divide. With many
-// registers, up to kRowsInPanel rows read them in place.
+// Up to kRowsByPanel rows go through a matrix in panels one panel after the other, up to kRowsInPanel of them as few
+// rows, which read a panel in place where there are many registers.
 constexpr int64_t kRowsByPanel = 32, kRowsInPanel = 12;
 static_assert(kPanel % kTile == 0);
 constexpr int64_t kFloatBlock = 64;  // channels of a tile of floats
@@ -159,6 +160,13 @@ struct Cut {
 
 // At least `parts`, and as many for each of the threads.
 int64_t SharedParts(int64_t parts, int64_t threads) { return threads * CeilDivide(parts, threads); }
+
+// Whether few rows can go through whole panels: there are any, and they keep seven eighths of the threads busy.
+bool ByPanels(const Matrix& matrix, int64_t threads) {
+  if (matrix.panel == 0) return false;
+  const int64_t panels = matrix.outputs / matrix.panel;
+  return 8 * panels >= 7 * RoundUp(panels, threads);
+}
 
 // The outputs of a run, which few rows go over side by side. All outputs if their sums stay in the L2 cache, because
 // whole rows are contiguous in the file. (Hardware prefetchers go past the end of a short run, into data that another

@@ -30,7 +30,8 @@ def inspect(bundle: BundlePath, as_json: Json = False) -> None:
     language, vision = manifest.language, manifest.vision
     table.add_row("system", f"{language.architecture}, template {manifest.template}")
     blocks = f", blocks of {manifest.block_size}" if manifest.precision.startswith("int") else ""
-    table.add_row("precision", f"{manifest.precision}{blocks}; caches {manifest.cache_precision}")
+    layout = ", in panels" if manifest.in_panels else ""
+    table.add_row("precision", f"{manifest.precision}{blocks}{layout}; caches {manifest.cache_precision}")
     table.add_row("language", f"{language.layers} layers, hidden {language.hidden}, vocabulary {language.vocab}")
     table.add_row("vision", f"{vision.image_size} x {vision.image_size}, {vision.patches} patches")
     for name, task in sorted(manifest.tasks.items()):

@@ -252,7 +252,7 @@ def test_panels_give_the_same_bits_as_rows(in_panels, case, storage, target, aro
         x, options, *_ = around_operands(around, rows, channels, outputs)
         expected, *found = (
             _kernels.hlora_linear(x, kept, bias, kept_in, kept_out, experts, target, threads, **options)
-            for (kept, kept_out), threads in ((in_rows, 1), (in_place, 1), (in_place, 3))
+            for (kept, kept_out), threads in ((in_rows, 1), (in_place, 1), (in_place, 2), (in_place, 3))
         )
         for one in found:
             np.testing.assert_array_equal(one, expected, err_msg=f"{rows} rows")
