@@ -327,7 +327,8 @@ Floats Convolution(const Floats& x, const py::array& given, const Floats& bias,
 PYBIND11_MODULE(_kernels, module) {
   module.def("targets", &Targets, "The instruction sets with kernels that this machine has.");
   module.def("instruction_set", &InstructionSet, "The one that the kernels use here by default.");
-  py::class_<StoredMatrix>(module, "Matrix", "A matrix as the exporter stores it: [channels, outputs], or [outputs / 128, channels, 128].")
+  py::class_<StoredMatrix>(
+      module, "Matrix", "A matrix as the exporter stores it: [channels, outputs], or [outputs / 128, channels, 128].")
       .def(py::init<const py::array&, const std::optional<Floats>&, int64_t,
                     const std::optional<std::vector<int64_t>>&>(),
            py::arg("values"), py::arg("scales") = py::none(), py::arg("block_size") = 0, py::arg("shape") = py::none());
