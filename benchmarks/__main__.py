@@ -69,11 +69,11 @@ def full_size_bundle(work: Path, layout: str = "panels") -> Path:
 def main() -> None:
     arguments = parse_arguments()
     arguments.bundle = arguments.bundle or full_size_bundle(arguments.work)
-    if BODIES in (arguments.only or [BODIES]):
-        arguments.bundle_in_rows = arguments.bundle_in_rows or full_size_bundle(arguments.work, "rows")
     arguments.out.mkdir(parents=True, exist_ok=True)
     named = {contender.name: contender for contender in CONTENDERS}
     chosen = [named[name] for name in dict.fromkeys(arguments.only or named)]
+    if named.get(BODIES) in chosen:
+        arguments.bundle_in_rows = arguments.bundle_in_rows or full_size_bundle(arguments.work, "rows")
     results = Results()
     ceilings: list[dict[str, Any]] = []
     for number in range(arguments.rounds):
