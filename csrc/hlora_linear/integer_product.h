@@ -82,12 +82,20 @@ SIMD_INLINE void LoadChannels(const uint8_t* from, int64_t stride, int64_t chann
   });
 }
 
-// Whether `channels` channels of a tile can be loaded whole. Past the outputs come those of the next channel; they do
-// no harm, because their scales are zero (TileScales). Only the end of the matrix must not be passed.
+// How many of a tile's next `channels` channels can be loaded whole. Past the outputs come those of the next channel;
+// they do no harm, because their scales are zero (TileScales). Only the end of the matrix must not be passed.
+template <Storage storage>
+SIMD_INLINE int64_t WholeChannels(const Matrix& matrix, const uint8_t* from, int64_t stride, int64_t channels,
+                                  int columns) {
+  if (columns == kTile) return channels;
+  const uint8_t* end = static_cast<const uint8_t*>(matrix.values) + matrix.channels * stride;
+  const int64_t spare = end - from - TileBytes<storage>();
+  return spare < 0 ? 0 : Min(channels, spare / stride + 1);
+}
+
 template <Storage storage>
 SIMD_INLINE bool IsWhole(const Matrix& matrix, const uint8_t* from, int64_t stride, int64_t channels, int columns) {
-  const uint8_t* end = static_cast<const uint8_t*>(matrix.values) + matrix.channels * stride;
-  return columns == kTile || end - from >= (channels - 1) * stride + TileBytes<storage>();
+  return WholeChannels<storage>(matrix, from, stride, channels, columns) == channels;
 }
 
 // Eight vectors from the order of LoadChannels to the order of columns.
@@ -141,15 +149,19 @@ struct Products {
                            SIMD_INLINE_LAMBDA { Simd::StoreInts(to + (r * kVectors + i) * Simd::kLanes, at[r][i]); });
     });
   }
+  // The sums for weights of zero, which UnpackedOffset was added to, given the sum of each row of x.
+  SIMD_INLINE void Begin(const int32_t* x_sums) {
+    Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA {
+      const Ints start = Simd::RepeatInt(-UnpackedOffset<storage>() * x_sums[r]);
+      Unroll<kSums>([&](auto i) SIMD_INLINE_LAMBDA { at[r][i] = start; });
+    });
+  }
   // Multiplies the first `channels` channels of an unpacked tile of `size` channels. The tile's vectors for these sums
   // begin at `weights`; rows of x are `size` bytes apart. Every four channels kLines more of `next` are prefetched.
   template <int kLines>
   SIMD_INLINE void Multiply(const uint8_t* weights, const int8_t* x, int64_t size, int64_t channels,
                             const int32_t* x_sums, NextBlock& next) {
-    Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA {
-      const Ints start = Simd::RepeatInt(-UnpackedOffset<storage>() * x_sums[r]);
-      Unroll<kSums>([&](auto i) SIMD_INLINE_LAMBDA { at[r][i] = start; });
-    });
+    Begin(x_sums);
     if constexpr (kInPairs) {
       AddInPairs<Simd, kRows, kSums>(weights, x, size, channels, kOnes, at);
       if (storage == Storage::kInt8) {
@@ -421,27 +433,27 @@ void AddBlockInPlace(const Matrix& matrix, const Input& input, int64_t block, co
   }
 }
 
-// sums += block `block` times kRows rows from part.row + row on, read in place from one tile of a panel, whose sums
-// stay in registers. The first rows prefetch what follows in the file.
+// sums += block `block` times kRows rows from part.row + row on, read in place from one tile, whose sums stay in
+// registers. The first rows prefetch what follows in the file.
 template <Storage storage, bool kNear, int kRows>
-void AddPanelTile(const Matrix& matrix, const Input& input, int64_t block, const Part& part, int64_t row, int64_t tile,
-                  const float* scales, const Sums& sums) {
+void AddTileInPlace(const Matrix& matrix, const Input& input, int64_t block, const Part& part, int64_t row,
+                    int64_t tile, const float* scales, const Sums& sums) {
   const int64_t size = matrix.block_size, channels = Min(size, matrix.channels - block * size);
   const Layout<storage> layout(matrix);
   const int64_t first = block * input.rows + part.row + row, stride = layout.stride;
   const int8_t* x = input.bytes + first * size;
+  const int columns = TileColumns(part, tile);
   const uint8_t* from = layout.At(block * size, part.column + tile * kTile);
-  constexpr int offset = storage == Storage::kInt4 ? Simd::kOffset4 : Simd::kOffset8;
   Products<storage, kRows> products;
-  Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA {
-    const Ints start = Simd::RepeatInt(-offset * input.sums[first + r]);
-    Unroll<kVectors>([&](auto i) SIMD_INLINE_LAMBDA { products.at[r][i] = start; });
-  });
+  products.Begin(input.sums + first);
   const auto add = [&](auto whole, int64_t channel) SIMD_INLINE_LAMBDA {
-    if (row == 0 && tile == 0) Next{from + kPanelBytesAhead, stride}.Fetch<storage, kNear>(channel);
+    if (row == 0 && tile == 0) {
+      const uint8_t* next = from + channel * stride + kPanelBytesAhead;
+      for (int64_t line = 0; line < 4 * stride; line += 64) __builtin_prefetch(next + line, 0, kNear ? 3 : 2);
+    }
     Bytes bytes[kRows];
     Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA { bytes[r] = Simd::Repeat4(x + r * size + channel); });
-    LoadChannels<storage, whole.value != 0>(from + channel * stride, stride, channels - channel, kTile,
+    LoadChannels<storage, whole.value != 0>(from + channel * stride, stride, channels - channel, columns,
                                             [&](auto i, Bytes weights) SIMD_INLINE_LAMBDA {
                                               Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA {
                                                 Ints& sum = products.at[r][i];
@@ -450,25 +462,28 @@ void AddPanelTile(const Matrix& matrix, const Input& input, int64_t block, const
                                               });
                                             });
   };
+  const int64_t whole = WholeChannels<storage>(matrix, from, stride, channels, columns);
   int64_t channel = 0;
-  for (; channel + 4 <= channels; channel += 4) add(Constant<1>{}, channel);
-  if (channel < channels) add(Constant<0>{}, channel);
+  for (; channel + 4 <= whole; channel += 4) add(Constant<1>{}, channel);
+  for (; channel < channels; channel += 4) add(Constant<0>{}, channel);
   products.Order();
   products.AddTo(sums.At(row * part.stride + tile * kTile), part.stride, scales, input.scales + first);
 }
 
-// AddBlockInPlace for a panel, by processors with many registers.
+// AddBlockInPlace tile by tile, by processors with many registers.
 template <Storage storage, bool kNear>
-void AddPanelInPlace(const Matrix& matrix, const Input& input, int64_t block, const Part& part, const Sums& sums) {
+void AddTilesInPlace(const Matrix& matrix, const Input& input, int64_t block, const Part& part, const Sums& sums) {
   const int64_t tiles = part.tiles();
   for (int64_t tile = 0; tile < tiles; ++tile) {
     FetchScales<storage>(matrix, part, block, tile, tiles);
-    const float* scales = Layout<storage>(matrix).ScalesAt(block, part.column + tile * kTile);
+    float padded[kTile];
+    const float* scales = TileScales<storage>(matrix, part, block, tile, padded);
     // Sums of three rows fit into the registers. The next rows find the weights in the L1 cache.
     for (int64_t row = 0; row < part.rows;) {
       const int64_t left = part.rows - row, count = left == 4 ? 2 : Min(left, 3);
-      Pick(count, AddPanelTile<storage, kNear, 1>, AddPanelTile<storage, kNear, 2>, AddPanelTile<storage, kNear, 3>)(
-          matrix, input, block, part, row, tile, scales, sums);
+      const auto add = Pick(count, AddTileInPlace<storage, kNear, 1>, AddTileInPlace<storage, kNear, 2>,
+                            AddTileInPlace<storage, kNear, 3>);
+      add(matrix, input, block, part, row, tile, scales, sums);
       row += count;
     }
   }
@@ -596,9 +611,9 @@ void AddBlocks(const Matrix& matrix, const Input& input, int64_t first_block, in
   const bool by_blocks = kByBlocks && !tiles.used();
   for (int64_t block = first_block; block < end_block; ++block) {
     const Sums sums = SumsOf(part, block == first_block, block + 1 == end_block, added);
-    if (kManyRegisters && in_place && matrix.panel != 0) {
-      Simd::PrefetchesNear() ? AddPanelInPlace<storage, true>(matrix, input, block, part, sums)
-                             : AddPanelInPlace<storage, false>(matrix, input, block, part, sums);
+    if (in_place && TileByTile(matrix)) {
+      Simd::PrefetchesNear() ? AddTilesInPlace<storage, true>(matrix, input, block, part, sums)
+                             : AddTilesInPlace<storage, false>(matrix, input, block, part, sums);
     } else if (in_place) {
       AddBlockInPlace<storage>(matrix, input, block, part, sums);
     } else if (by_blocks) {

@@ -41,6 +41,7 @@ constexpr int64_t kBytesAhead = (kManyRegisters ? 16 : 24) << 10;
 constexpr int64_t kWideChannels = kManyRegisters ? 16 : 8;
 constexpr int64_t kBytesOn = kManyRegisters ? 384 : 256;
 constexpr int64_t kPanelBytesAhead = 6 << 10;
+constexpr int64_t kNarrowBlock = 24 << 10;  // bytes of a block, see TileByTile
 constexpr int64_t kTilesAhead = 4, kScalesAhead = 2;
 constexpr int64_t kTaskBytes = 384 << 10;  // of a task's sums, so that they stay in the L2 cache
 constexpr int64_t kRowsPerTask = 384;
@@ -62,9 +63,12 @@ int64_t BlockOf(const Matrix& matrix) { return IsInteger(matrix.storage) ? matri
 int64_t BlocksOf(const Matrix& matrix) { return CeilDivide(matrix.channels, BlockOf(matrix)); }
 
 // Bytes of a row of `outputs` outputs of integers, an even number for int4.
+constexpr int64_t RowBytes(Storage storage, int64_t outputs) {
+  return storage == Storage::kInt4 ? outputs / 2 : outputs;
+}
 template <Storage storage>
 constexpr int64_t RowBytes(int64_t outputs) {
-  return storage == Storage::kInt4 ? outputs / 2 : outputs;
+  return RowBytes(storage, outputs);
 }
 
 // Where the integers of a matrix lie, and their scales. A matrix in row-major order is one panel.
@@ -178,9 +182,18 @@ int64_t RunColumns(int64_t outputs, int64_t rows, int64_t splits, int64_t thread
   return RoundUp(CeilDivide(outputs, runs), kTile);
 }
 
+// Whether few rows go through a block of channels tile by tile, with sums in registers: if the block is a panel's, or
+// so narrow that the L1 cache holds it. Only where there are many registers.
+bool TileByTile(const Matrix& matrix) {
+  if (!kManyRegisters || !IsInteger(matrix.storage)) return false;
+  if (matrix.panel != 0) return true;
+  if (matrix.storage == Storage::kInt4 && matrix.outputs % 2 != 0) return false;
+  return matrix.block_size * RowBytes(matrix.storage, matrix.outputs) <= kNarrowBlock;
+}
+
 // Whether so few rows read the matrix in place.
 bool InPlace(const Matrix& matrix, int64_t rows) {
-  if (kManyRegisters && matrix.panel != 0) return rows <= kRowsInPanel;
+  if (TileByTile(matrix)) return rows <= kRowsInPanel;
   return rows <= FewRows(matrix.storage) && (matrix.storage != Storage::kInt4 || matrix.outputs % 2 == 0);
 }
 
