@@ -13,6 +13,7 @@ import argparse
 import json
 import time
 
+import ml_dtypes
 import numpy as np
 
 from healthgpt_edge import _kernels
@@ -26,8 +27,11 @@ BLOCK_SIZE = 128
 def random_matrix(random: np.random.Generator, inputs: int, outputs: int) -> _kernels.Matrix:
     """int4 weights with a spread of about 0.02, in panels where they can be."""
     values = np.frombuffer(random.bytes(inputs * outputs // 2), np.uint8)
-    shape = [inputs, outputs] if outputs % PANEL else [outputs // PANEL, inputs, PANEL]
+    panels = outputs % PANEL == 0
+    shape = [outputs // PANEL, inputs, PANEL] if panels else [inputs, outputs]
     scales = np.full([*shape[:-2], -(-inputs // BLOCK_SIZE), shape[-1]], 0.02 / 4.6, np.float32)
+    if panels:
+        scales = scales.astype(ml_dtypes.bfloat16).view(np.uint16)
     return _kernels.Matrix(values, scales, BLOCK_SIZE, shape)
 
 

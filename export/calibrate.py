@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from onnx import TensorProto
 from torch import Tensor, nn
 
 from healthgpt_edge.errors import BundleError
@@ -22,7 +21,7 @@ from healthgpt_edge.prompt import Tokenizer, prompt_ids
 from .checkpoint import Checkpoint
 from .folded import FoldedLinear
 from .gptq import quantise_for
-from .quantize import Storage, to_panels
+from .quantize import Storage, scale_type, to_panels
 from .reference.language import DecoderLayer, rotary_tables, visible
 from .reference.model import HealthGPT
 from .weights import WeightFile, require_finite
@@ -71,10 +70,11 @@ def calibrate(
                 f"{key} cannot be calibrated: what it is multiplied with must be finite, found NaN or infinity"
             )
         values, scales = quantise_for(require_finite(key, weight), mean, data_type, block_size)
-        if storage.panels and not key.endswith("adapter_in"):
+        panels = storage.panels and not key.endswith("adapter_in")
+        if panels:
             values, scales = to_panels(values), to_panels(scales)
         file.put(key, data_type, lambda: values)
-        file.put(f"{key}_scale", TensorProto.FLOAT, lambda: scales)
+        file.put(f"{key}_scale", scale_type(panels), lambda: scales)
 
     with torch.inference_mode():
         hidden = {task: list(_embeddings(checkpoint, task, tokenizer, pictures)) for task in sorted(checkpoint.tasks)}

@@ -1,10 +1,11 @@
 """Weight-only block quantisation, stored as standard QuantizeLinear/DequantizeLinear operands.
 
 A weight [C, O] is cut along its input axis C into blocks of `block_size`; each block of each output column has one
-float32 scale and no zero point, the form that executors recognise and keep packed (`w = scale * q`).
+scale and no zero point, the form that executors recognise and keep packed (`w = scale * q`). Scales are numbers of
+bfloat16, whose range is float32's; weights are rounded to multiples of these, so that little is lost.
 
 Values and scales lie in rows, or in panels of 128 outputs, one panel after the other. Our kernels go through few rows'
-products panel by panel, and so read memory in order. Other executors recognise only rows.
+products panel by panel, and so read memory in order. Other executors recognise only rows, and only scales of float32.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
+import ml_dtypes
 import numpy as np
 from onnx import TensorProto
 
@@ -85,7 +87,7 @@ def is_quantised(data_type: int) -> bool:
 def quantise(weight: np.ndarray, data_type: int, block_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Round a float32 weight [O, C] to blocks along C.
 
-    Returns int8 values [C, O] (in [-8, 7] for INT4) and float32 scales [ceil(C / block_size), O]. The entry of
+    Returns int8 values [C, O] (in [-8, 7] for INT4) and scales [ceil(C / block_size), O], in float32. The entry of
     largest magnitude in a block maps onto the most negative integer or near it, and the scale carries its sign: this
     uses all 2^bits levels where a symmetric range would leave one idle. See `scales_of` for where exactly it maps.
     """
@@ -131,7 +133,7 @@ def scales_of(grouped: np.ndarray, data_type: int) -> np.ndarray:
         taken = product * fitted
         better = taken > best
         best[better], scale[better] = taken[better], fitted[better]
-    return np.asarray(scale * peak)
+    return as_bfloat16(scale * peak)
 
 
 def round_to(grouped: np.ndarray, scale: np.ndarray, data_type: int) -> np.ndarray:
@@ -157,6 +159,16 @@ def transpose(matrix: np.ndarray) -> np.ndarray:
     with ThreadPoolExecutor() as pool:
         list(pool.map(move_rows, range(0, len(matrix), _ROWS_PER_MOVE)))
     return result
+
+
+def as_bfloat16(values: np.ndarray) -> np.ndarray:
+    """The nearest numbers of bfloat16, as float32."""
+    return np.asarray(values).astype(ml_dtypes.bfloat16).astype(np.float32)
+
+
+def scale_type(panels: bool) -> int:
+    """The type that scales are stored in, an onnx.TensorProto one: for rows, what ONNX Runtime's kernels take."""
+    return TensorProto.BFLOAT16 if panels else TensorProto.FLOAT
 
 
 def to_panels(matrix: np.ndarray) -> np.ndarray:

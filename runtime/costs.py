@@ -9,13 +9,17 @@ from __future__ import annotations
 from .manifest import Manifest
 
 _BITS = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "int4": 4}
-_SCALE_BYTES = 4
+_SCALE_BYTES, _SCALE_BYTES_IN_PANELS = 4, 2
 
 
 def token_bytes(manifest: Manifest, task: str, context: int) -> int:
     """Bytes read for one token after `context` others: every matrix once, and the caches so far."""
     before, after = _matrices_around_attention(manifest, task)
-    linears = sum(matrix_bytes(manifest, manifest.precision, *shape) for shape in before + after)
+    plugin = manifest.tasks[task]
+    linears = 0
+    for inputs, outputs in before + after:
+        in_panels = manifest.in_panels and outputs != plugin.rank + plugin.experts  # [A;R] never are
+        linears += matrix_bytes(manifest, manifest.precision, inputs, outputs, in_panels)
     # The head keeps 8 bits in an int4 bundle.
     head_precision = "int8" if manifest.precision == "int4" else manifest.precision
     head = matrix_bytes(manifest, head_precision, *_head(manifest, task))
@@ -43,11 +47,11 @@ def prefill_operations(manifest: Manifest, task: str, tokens: int) -> int:
     return 2 * (language.layers * (before * tokens + attention) + others * after + inputs * outputs)
 
 
-def matrix_bytes(manifest: Manifest, precision: str, inputs: int, outputs: int) -> int:
+def matrix_bytes(manifest: Manifest, precision: str, inputs: int, outputs: int, in_panels: bool = False) -> int:
     """Bytes of a stored matrix, the scales of its blocks included."""
     values = inputs * outputs * _BITS[precision] // 8
     blocks = -(-inputs // manifest.block_size) if precision.startswith("int") else 0
-    return values + blocks * outputs * _SCALE_BYTES
+    return values + blocks * outputs * (_SCALE_BYTES_IN_PANELS if in_panels else _SCALE_BYTES)
 
 
 def _matrices_around_attention(manifest: Manifest, task: str) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from .errors import BundleError
 
 FORMAT = "healthgpt-edge bundle"
-VERSION, VERSION_IN_PANELS = 2, 3  # older versions of this software read those without panels
+VERSION, VERSION_IN_PANELS = 2, 4  # older versions of this software read those without panels
 
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_DIMENSION = 1 << 20

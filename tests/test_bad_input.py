@@ -526,12 +526,12 @@ BUNDLES = {
         damaged(link("weights"), "verify"), "weights must be part of the bundle, found a link"
     ),
     "bundle: version of tomorrow": Bad(
-        damaged(manifest(lambda data: data.update(version=4)), "inspect"),
-        "bundle format version must be 2 or 3, found 4",
+        damaged(manifest(lambda data: data.update(version=5)), "inspect"),
+        "bundle format version must be 2 or 4, found 5",
     ),
     "bundle: version of yesterday": Bad(
         damaged(manifest(lambda data: data.update(version=1)), "inspect"),
-        "bundle format version must be 2 or 3, found 1",
+        "bundle format version must be 2 or 4, found 1",
     ),
     "bundle: unknown key": Bad(
         damaged(manifest(lambda data: data.update(plugins={})), "inspect"),

@@ -19,10 +19,10 @@ enum class Storage { kFloat32, kFloat16, kBFloat16, kInt8, kInt4 };
 // A matrix (channels, outputs). int4 holds two neighbouring outputs per byte, the even one in the low bits. An integer
 // stands for scales(channel / block_size, output) * value; there are no zero points. Values and scales are in row-major
 // order, or integers are in panels (outputs / panel, channels, panel), as their scales are: few rows, which go through
-// a panel from its first channel to its last, then read memory in order.
+// a panel from its first channel to its last, then read memory in order. Scales in panels are bfloat16.
 struct Matrix {
   const void* values = nullptr;
-  const float* scales = nullptr;  // (ceil(channels / block_size), outputs), null for floats
+  const void* scales = nullptr;  // (ceil(channels / block_size), outputs), null for floats
   Storage storage = Storage::kFloat32;
   int64_t channels = 0;  // at least 1, like outputs
   int64_t outputs = 0;

@@ -216,19 +216,27 @@ struct Products {
 template <Storage storage>
 SIMD_INLINE void FetchScales(const Matrix& matrix, const Part& part, int64_t block, int64_t tile, int64_t tiles) {
   const int64_t next = tile + kScalesAhead, after = next / tiles;
-  const float* from = Layout<storage>(matrix).ScalesAt(block + after, part.column + (next - after * tiles) * kTile);
-  for (int64_t i = 0; i < kTile; i += 16) __builtin_prefetch(from + i);
+  const int64_t bytes = matrix.panel != 0 ? 2 : 4;
+  const int64_t at = Layout<storage>(matrix).ScaleAt(block + after, part.column + (next - after * tiles) * kTile);
+  const char* from = static_cast<const char*>(matrix.scales) + at * bytes;
+  for (int64_t line = 0; line < kTile * bytes; line += 64) __builtin_prefetch(from + line);
 }
 
-// The scales of a tile. At the matrix's end they are copied to `padded`, with zeros past the last output.
+// The scales of a tile. Those in panels are widened to `copy`, and at the matrix's end they are copied there, with
+// zeros past the last output.
 template <Storage storage>
-SIMD_INLINE const float* TileScales(const Matrix& matrix, const Part& part, int64_t block, int64_t tile,
-                                    float* padded) {
-  const float* scales = Layout<storage>(matrix).ScalesAt(block, part.column + tile * kTile);
+SIMD_INLINE const float* TileScales(const Matrix& matrix, const Part& part, int64_t block, int64_t tile, float* copy) {
+  const int64_t at = Layout<storage>(matrix).ScaleAt(block, part.column + tile * kTile);
+  if (matrix.panel != 0) {
+    const uint16_t* halves = static_cast<const uint16_t*>(matrix.scales) + at;
+    for (int64_t i = 0; i < kTile; i += Simd::kLanes) Simd::Store(copy + i, Simd::LoadBFloat16(halves + i));
+    return copy;
+  }
+  const float* scales = static_cast<const float*>(matrix.scales) + at;
   const int columns = TileColumns(part, tile);
   if (columns == kTile) return scales;
-  for (int64_t i = 0; i < kTile; ++i) padded[i] = i < columns ? scales[i] : 0.0f;
-  return padded;
+  for (int64_t i = 0; i < kTile; ++i) copy[i] = i < columns ? scales[i] : 0.0f;
+  return copy;
 }
 
 // Adds the products of eight channels of whole int4 tiles to the sums `waiting` (tiles, kRows, kTile). For processors
@@ -422,8 +430,8 @@ void AddBlockInPlace(const Matrix& matrix, const Input& input, int64_t block, co
   }
   BlockAdder<storage>(RowBytes<storage>(matrix.outputs) >= kWideBytes)(matrix, input, block, part, waiting);
   for (int64_t tile = 0; tile < tiles; ++tile) {
-    float padded[kTile];
-    const float* scales = TileScales<storage>(matrix, part, block, tile, padded);
+    float copy[kTile];
+    const float* scales = TileScales<storage>(matrix, part, block, tile, copy);
     for (int64_t row = 0; row < rows; ++row) {
       Products<storage, 1> products;
       products.Load(waiting + (tile * rows + row) * kTile);
@@ -476,8 +484,8 @@ void AddTilesInPlace(const Matrix& matrix, const Input& input, int64_t block, co
   const int64_t tiles = part.tiles();
   for (int64_t tile = 0; tile < tiles; ++tile) {
     FetchScales<storage>(matrix, part, block, tile, tiles);
-    float padded[kTile];
-    const float* scales = TileScales<storage>(matrix, part, block, tile, padded);
+    float copy[kTile];
+    const float* scales = TileScales<storage>(matrix, part, block, tile, copy);
     // Sums of three rows fit into the registers. The next rows find the weights in the L1 cache.
     for (int64_t row = 0; row < part.rows;) {
       const int64_t left = part.rows - row, count = left == 4 ? 2 : Min(left, 3);
@@ -582,8 +590,8 @@ SIMD_OUTLINE void AddBlockUnpacked(const Matrix& matrix, const Input& input, int
     UnpackTile<storage, kByBlocks>(
         matrix, block, part, tile,
         layout.At((block + after) * matrix.block_size, part.column + (next - after * tiles) * kTile));
-    float padded[kTile];
-    const float* scales = TileScales<storage>(matrix, part, block, tile, padded);
+    float copy[kTile];
+    const float* scales = TileScales<storage>(matrix, part, block, tile, copy);
     int64_t row = by_tiles.Add<UnpackedOffset<storage>()>(matrix, input, block, part, tile, scales, sums);
     if constexpr (kByBlocks) {
       // As many lines as this tile has, soon enough to be done with the last rows.

@@ -75,7 +75,7 @@ constexpr int64_t RowBytes(int64_t outputs) {
 template <Storage storage>
 struct Layout {
   const uint8_t* values;
-  const float* scales;
+  const void* scales;
   int64_t width;   // outputs of a panel
   int64_t stride;  // bytes from one channel to the next
   int64_t channels, blocks;
@@ -93,9 +93,10 @@ struct Layout {
     const int64_t panel = column / width;
     return values + (panel * channels + channel) * stride + RowBytes<storage>(column - panel * width);
   }
-  SIMD_INLINE const float* ScalesAt(int64_t block, int64_t column) const {
+  // The number of a scale among all of them.
+  SIMD_INLINE int64_t ScaleAt(int64_t block, int64_t column) const {
     const int64_t panel = column / width;
-    return scales + (panel * blocks + block) * width + column - panel * width;
+    return (panel * blocks + block) * width + column - panel * width;
   }
 };
 

@@ -1,4 +1,7 @@
 // The node Linear and those with an H-LoRA linear on a GPU, by hlora_linear/rows.h.
+#include <cstring>
+#include <vector>
+
 #include "cuda/shared_rows.h"
 #include "hlora_linear/rows.h"
 #include "onnxruntime/cuda.h"
@@ -20,6 +23,17 @@ cuda::Storage StorageOf(OrtElementType type) {
     default:
       throw std::invalid_argument("weights must be float16, bfloat16, int8 or int4 on a GPU, found float32");
   }
+}
+
+// The kernels take scales of float32 only.
+std::vector<float> Widened(const Tensor& bfloat16) {
+  const uint16_t* const from = bfloat16.As<uint16_t>();
+  std::vector<float> to(static_cast<size_t>(bfloat16.elements));
+  for (size_t i = 0; i < to.size(); ++i) {
+    const uint32_t bits = uint32_t{from[i]} << 16;
+    std::memcpy(&to[i], &bits, sizeof(float));
+  }
+  return to;
 }
 
 // A stored matrix of the graph, on the GPU with a stride that wide loads can read. ONNX Runtime leaves it where the
@@ -46,9 +60,13 @@ class ResidentMatrix {
       values_ = cuda::SharedRows({values.data, 1, bytes}, bytes);
     }
     if (!scales.given || scales.rank != values.rank || scales.elements == 0) return;
+    const bool in_panels = scales.rank == 3;
+    if (scales.type != (in_panels ? kOrtBFloat16 : kOrtFloat32)) return;
     const int64_t blocks = scales.shape[scales.rank - 2];
     const int64_t bytes = scales.elements / blocks * static_cast<int64_t>(sizeof(float));
-    scales_ = cuda::SharedRows({scales.data, blocks, bytes, scales.rank == 3 ? scales.shape[0] : 1}, bytes);
+    const std::vector<float> widened = in_panels ? Widened(scales) : std::vector<float>();
+    const void* const data = in_panels ? widened.data() : scales.data;
+    scales_ = cuda::SharedRows({data, blocks, bytes, in_panels ? scales.shape[0] : 1}, bytes);
   }
 
   // `operand` fits: it is what the constructor saw.

@@ -35,7 +35,11 @@ MatrixOperand ReadMatrix(const Tensor& values, const Tensor& scales, int64_t blo
   }
   const int64_t blocks = (matrix.channels + block_size - 1) / block_size;
   panels ? scales.Expect({values.shape[0], blocks, kPanel}) : scales.Expect({blocks, matrix.outputs});
-  matrix.scales = scales.As<float>();
+  if (scales.type != (panels ? kOrtBFloat16 : kOrtFloat32)) {
+    throw std::invalid_argument(std::string(scales.name) + " must be " + (panels ? "bfloat16 in panels" : "float32") +
+                                ", found the ONNX type " + std::to_string(scales.type));
+  }
+  matrix.scales = scales.data;
   matrix.block_size = block_size;
   return matrix;
 }

@@ -8,10 +8,10 @@
 namespace healthgpt {
 
 // A matrix (C, O) among a node's inputs, or (O / panel, C, panel) if it is of integers in panels. Integers have scales
-// (ceil(C / block_size), O), or in panels.
+// (ceil(C / block_size), O) in float32, or in panels and bfloat16.
 struct MatrixOperand {
   const void* values = nullptr;
-  const float* scales = nullptr;
+  const void* scales = nullptr;
   OrtElementType type = kOrtUndefined;  // float32, float16, bfloat16, int8 or int4
   int64_t channels = 0, outputs = 0;
   int64_t block_size = 0;  // 0 for floats
@@ -43,12 +43,12 @@ struct LinearOperands {
 constexpr Operand kHLoraLinearInputs[] = {
     {"x", kOrtFloat32},
     {"weight", kOrtUndefined, kOrtRequired, kOrtHostMemory},
-    {"weight_scale", kOrtFloat32, kOrtOptional, kOrtHostMemory},
+    {"weight_scale", kOrtUndefined, kOrtOptional, kOrtHostMemory},
     {"bias", kOrtFloat32, kOrtOptional},
     {"adapter_in", kOrtUndefined, kOrtRequired, kOrtHostMemory},
-    {"adapter_in_scale", kOrtFloat32, kOrtOptional, kOrtHostMemory},
+    {"adapter_in_scale", kOrtUndefined, kOrtOptional, kOrtHostMemory},
     {"adapter_out", kOrtUndefined, kOrtRequired, kOrtHostMemory},
-    {"adapter_out_scale", kOrtFloat32, kOrtOptional, kOrtHostMemory},
+    {"adapter_out_scale", kOrtUndefined, kOrtOptional, kOrtHostMemory},
     {"residual", kOrtFloat32},
 };
 

@@ -80,7 +80,7 @@ bool IsHalf(const py::array& array) { return array.dtype().kind() == 'f' && arra
 
 // A matrix as the exporter stores it, with the arrays that own its memory.
 struct StoredMatrix {
-  StoredMatrix(const py::array& given, const std::optional<Floats>& scales_given, int64_t block_size,
+  StoredMatrix(const py::array& given, const std::optional<py::array>& scales_given, int64_t block_size,
                const std::optional<std::vector<int64_t>>& shape)
       : values(py::array::ensure(given, py::array::c_style)), scales(scales_given) {
     using healthgpt::Storage;
@@ -126,6 +126,11 @@ struct StoredMatrix {
       int64_t& channels = size[panels ? 1 : 0];
       channels = (channels + block_size - 1) / block_size;
       CheckShape("scales", *scales, size);
+      if (panels && !py::isinstance<py::array_t<uint16_t>>(*scales)) {
+        throw py::value_error("scales in panels must be uint16 with the bits of bfloat16");
+      }
+      scales = panels ? py::array::ensure(*scales, py::array::c_style) : Floats::ensure(*scales);
+      if (!*scales) throw py::value_error("scales must be float32");
       matrix.block_size = block_size;
       matrix.scales = scales->data();
     }
@@ -140,7 +145,7 @@ struct StoredMatrix {
   }
 
   py::array values;
-  std::optional<Floats> scales;
+  std::optional<py::array> scales;
   healthgpt::Matrix matrix;
 };
 
@@ -329,7 +334,7 @@ PYBIND11_MODULE(_kernels, module) {
   module.def("instruction_set", &InstructionSet, "The one that the kernels use here by default.");
   py::class_<StoredMatrix>(
       module, "Matrix", "A matrix as the exporter stores it: [channels, outputs], or [outputs / 128, channels, 128].")
-      .def(py::init<const py::array&, const std::optional<Floats>&, int64_t,
+      .def(py::init<const py::array&, const std::optional<py::array>&, int64_t,
                     const std::optional<std::vector<int64_t>>&>(),
            py::arg("values"), py::arg("scales") = py::none(), py::arg("block_size") = 0, py::arg("shape") = py::none());
   module.def("hlora_linear", &HLoraLinear, py::arg("x"), py::arg("weight"), py::arg("bias") = py::none(),

@@ -120,9 +120,11 @@ def in_panels(tensor: TensorProto) -> bool:
 
 
 def rows_of(tensor: TensorProto, folder: Path) -> np.ndarray:
-    """`values_of` of a matrix or its scales, in rows however they lie."""
+    """`values_of` of a matrix or its scales as they would lie in rows: the latter as float32."""
     values = values_of(tensor, folder)
-    return to_rows(values) if in_panels(tensor) else values
+    if not in_panels(tensor):
+        return values
+    return to_rows(values.astype(np.float32) if tensor.data_type == TensorProto.BFLOAT16 else values)
 
 
 def values_of(tensor: TensorProto, folder: Path) -> np.ndarray:

@@ -319,7 +319,8 @@ class _Merged:
         """The same name, of a tensor in rows: TensorRT, and our plugin for it, take no panels."""
         tensor = self.initializers.get(name)
         if tensor is not None and in_panels(tensor):
-            self._stored(name, tensor.data_type, rows_of(tensor, self.folder))
+            is_scale = tensor.data_type == TensorProto.BFLOAT16
+            self._stored(name, TensorProto.FLOAT if is_scale else tensor.data_type, rows_of(tensor, self.folder))
         return name
 
     def _stored(self, key: str, data_type: int, values: np.ndarray) -> str:

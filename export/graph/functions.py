@@ -25,8 +25,11 @@ def _stored(name: str, data_type: int, panels: bool = False) -> tuple[str, str]:
     if data_type == TensorProto.FLOAT:
         return "", name
     if is_quantised(data_type):
-        attributes = f"axis = {1 if panels else 0}, block_size: int = @block_size"
-        statement = f"{name}_float = DequantizeLinear <{attributes}> ({name}, {name}_scale)"
+        attributes, scale = f"axis = {1 if panels else 0}, block_size: int = @block_size", f"{name}_scale"
+        statement = ""
+        if panels:
+            scale, statement = f"{name}_factor", f"{name}_factor = Cast <to = 1> ({scale})\n"
+        statement += f"{name}_float = DequantizeLinear <{attributes}> ({name}, {scale})"
     else:
         statement = f"{name}_float = Cast <to = 1> ({name})"
     return statement, f"{name}_float"
@@ -70,7 +73,8 @@ def hlora_linear(linear_type: int, adapter_type: int, bias: bool, panels: bool =
     Inputs, in the order every kernel gets them; scales are left out for float storage, the bias where there is none:
     x [B, S, C]; weight [C, O], weight_scale [C/block, O]; bias [O]; adapter_in [C, R + E] holding A then the router,
     its scale [C/block, R + E]; adapter_out [R, O] with the H-LoRA scaling folded in, its scale [R/block, O].
-    In `panels`, weight is [O/128, C, 128], its scale [O/128, C/block, 128], and so are adapter_out and its scale.
+    In `panels`, weight is [O/128, C, 128], its scale [O/128, C/block, 128] in bfloat16, and so are adapter_out and its
+    scale.
     Attributes: experts E; block_size (ignored for float storage). The gate's softmax is in float32.
     """
     to_weight, weight = _stored("weight", linear_type, panels)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from onnx import TensorProto
 
-from ..quantize import is_quantised, quantise, to_panels, transpose
+from ..quantize import is_quantised, quantise, scale_type, to_panels, transpose
 from ..weights import WeightFile, require_finite
 from .builder import GraphBuilder
 from .functions import linear
@@ -37,7 +36,7 @@ def stored_matrix(
         return parts[index]
 
     values = graph.weight(file, key, data_type, lambda: part(0))
-    return values, graph.weight(file, f"{key}_scale", TensorProto.FLOAT, lambda: part(1))
+    return values, graph.weight(file, f"{key}_scale", scale_type(panels), lambda: part(1))
 
 
 def stored_linear(

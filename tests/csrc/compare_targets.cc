@@ -29,6 +29,7 @@ std::vector<float> Normal(int64_t count, float scale = 1.0f) {
 struct Stored {
   std::vector<uint8_t> bytes;
   std::vector<float> scales;
+  std::vector<uint16_t> halves;  // scales as bfloat16
   healthgpt::Matrix matrix;
 
   Stored(Storage storage, int64_t channels, int64_t outputs, int64_t block_size) {
@@ -54,6 +55,17 @@ struct Stored {
       matrix.scales = scales.data();
     }
     matrix.values = bytes.data();
+  }
+
+  // Takes the random numbers for those of panels.
+  void InPanels() {
+    for (const float scale : scales) {
+      uint32_t bits;
+      std::memcpy(&bits, &scale, sizeof(bits));
+      halves.push_back(static_cast<uint16_t>(bits >> 16));
+    }
+    matrix.scales = halves.data();
+    matrix.panel = healthgpt::kPanel;
   }
 };
 
@@ -109,7 +121,10 @@ void CompareLinear(Report& report, Storage storage, int64_t channels, int64_t ou
   const int64_t block = integer ? block_size : 0;
   Stored weight(storage, channels, outputs, block), out_of(storage, kRank, outputs, block);
   const Stored into(storage, channels, kRank + experts, block);
-  if (panels) weight.matrix.panel = out_of.matrix.panel = healthgpt::kPanel;  // random numbers in either order
+  if (panels) {
+    weight.InPanels();
+    out_of.InPanels();
+  }
   const std::vector<float> bias = Normal(outputs), residual = Normal(kRows * outputs);
   const int64_t width = around == Around::kSwigluResidual ? 2 * channels : channels;
   std::vector<float> x = Normal(kRows * width);

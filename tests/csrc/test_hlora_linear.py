@@ -52,7 +52,7 @@ def store(weight, storage, block_size, panels=False):
     values, scales = quantise(np.ascontiguousarray(weight.T), data_type, block_size)
     exact = dequantise(values.astype(np.float64), scales, block_size)
     if panels:
-        values, scales = to_panels(values), to_panels(scales)
+        values, scales = to_panels(values), to_panels(scales).astype(ml_dtypes.bfloat16).view(np.uint16)
     if storage == "int8":
         return _kernels.Matrix(values, scales, block_size), exact
     return _kernels.Matrix(pack(values), scales, block_size, values.shape), exact
@@ -364,6 +364,8 @@ def test_wrong_operands_are_named():
             _kernels.Matrix(values, *scales)
     with pytest.raises(ValueError, match=r"scales must be \[2, 1, 128\], got \[1, 256\]"):
         _kernels.Matrix(np.zeros((2, 16, PANEL), np.int8), np.ones((1, 256), np.float32), 32)
+    with pytest.raises(ValueError, match="scales in panels must be uint16 with the bits of bfloat16"):
+        _kernels.Matrix(np.zeros((2, 16, PANEL), np.int8), np.ones((2, 1, PANEL), np.float32), 32)
     with pytest.raises(ValueError, match=r"shape is too large: \[4294967296, 4294967296\]"):
         _kernels.Matrix(np.zeros(0, np.uint8), np.ones((1, 8), np.float32), 32, (1 << 32, 1 << 32))
 

@@ -118,7 +118,7 @@ def stored(name: str, matrix: np.ndarray, storage: str, panels: bool = False) ->
         return {name: tensor(name, matrix.astype(FLOATS[storage])), f"{name}_scale": None}
     values, scales = quantise(np.ascontiguousarray(matrix.T), STORED[storage], BLOCK_SIZE)
     if panels:
-        values, scales = to_panels(values), to_panels(scales)
+        values, scales = to_panels(values), to_panels(scales).astype(ml_dtypes.bfloat16)
     if storage == "int8":
         return {name: tensor(name, values), f"{name}_scale": tensor(f"{name}_scale", scales)}
     # Two numbers a byte, the first in the low bits.
@@ -448,6 +448,7 @@ WRONG_LINEARS = [
     ("int4", zeros("weight", 70 * 24), {}, "weight must be a matrix that is not empty, found [1680]"),
     ("int4", zeros("weight", 70, 0), {}, "weight must be a matrix that is not empty, found [70, 0]"),
     ("int4", zeros("weight", 70, 24, dtype=np.uint8), {}, "float16, bfloat16, int8 or int4, found the ONNX type 2"),
+    ("int4", zeros("weight_scale", 3, 24, dtype=np.float16), {}, "weight_scale must be float32, found the ONNX type"),
     ("int4", {"weight_scale": None}, {}, "weight is quantised and must come with weight_scale"),
     ("int4", zeros("weight_scale", 2, 24), {}, "weight_scale must be [3, 24], found [2, 24]"),
     ("int8", zeros("weight_scale", 3, 23), {}, "weight_scale must be [3, 24], found [3, 23]"),
@@ -469,6 +470,12 @@ WRONG_PANELS = [
     ("float32", zeros("weight", 1, 70, 128), {}, "weight must be a matrix that is not empty, found [1, 70, 128]"),
     ("int8", zeros("weight", 1, 70, 128, dtype=np.int8), {}, "weight_scale must be [1, 3, 128], found [3, 24]"),
     ("int8", zeros("weight", 2, 70, 128, dtype=np.int8), {}, "weight_scale must be [2, 3, 128], found [3, 24]"),
+    (
+        "int8",
+        zeros("weight", 1, 70, 128, dtype=np.int8) | zeros("weight_scale", 1, 3, 128),
+        {},
+        "weight_scale must be bfloat16 in panels, found the ONNX type 1",
+    ),
 ]
 WRONG_ADAPTERS = [
     ("int4", zeros("adapter_in", 70, 11), {}, "adapter_in must be [70, 12], found [70, 11]"),
@@ -480,7 +487,8 @@ WRONG_ADAPTERS = [
     ("int8", {}, {"experts": 8}, "adapter_in must be [70, 16], found [70, 12]"),
     (
         "int8",
-        zeros("adapter_out", 1, 8, 128, dtype=np.int8) | zeros("adapter_out_scale", 1, 1, 128),
+        zeros("adapter_out", 1, 8, 128, dtype=np.int8)
+        | {"adapter_out_scale": tensor("adapter_out_scale", np.zeros((1, 1, 128), ml_dtypes.bfloat16))},
         {},
         "adapter_out must be [8, 24], found [1, 8, 128]",
     ),

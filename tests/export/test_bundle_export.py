@@ -69,14 +69,14 @@ def test_each_precision_is_smaller_than_the_one_before(exported):
 
 
 def test_linears_of_whole_panels_lie_in_them_unless_told(tmp_path, exported):
-    """Which makes the bundle's version 3. Logits have the same bits; without kernels they are those of rows, too."""
+    """Which makes the bundle's version 4. Logits have the same bits; without kernels they are those of rows, too."""
     phantom = released_files(Path(__file__).parents[2] / "phantom")
-    for precision, layout, version in (("int4", "panels", 3), ("int4", "rows", 2), ("int8", "panels", 3)):
+    for precision, layout, version in (("int4", "panels", 4), ("int4", "rows", 2), ("int8", "panels", 4)):
         with Checkpoint.open(**phantom) as checkpoint:
             path = tmp_path / f"{precision}-{layout}"
             export_bundle(checkpoint, path, precision=precision, block_size=32, layout=layout)
         manifest = Bundle.open(path).manifest
-        assert (manifest.version, manifest.in_panels) == (version, version == 3)
+        assert (manifest.version, manifest.in_panels) == (version, version == 4)
         graph = onnx.load(path / "generation.language.onnx", load_external_data=False).graph
         shapes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
         panels, rows = [3, 128, 128], [128, 384]

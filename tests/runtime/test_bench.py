@@ -14,6 +14,7 @@ from healthgpt_edge.agreement import agree
 from healthgpt_edge.bench import DEFAULT_ROWS, Row, parse_rows, summary
 from healthgpt_edge.bundle import Bundle
 from healthgpt_edge.errors import BenchmarkError
+from healthgpt_edge.manifest import VERSION_IN_PANELS
 
 ROWS = "load,pp20,tg3@17,img,img+draft,vq,vit"
 
@@ -96,6 +97,12 @@ def test_costs_are_those_of_the_written_matrices(bundle):
     for precision in ("fp16", "bf16"):
         half = replace(manifest, precision=precision)
         assert 2 * costs.token_bytes(half, "comprehension", 0) == costs.token_bytes(manifest, "comprehension", 0)
+    # In panels, the scales of all but [A;R] and the head have two bytes less.
+    rows = replace(manifest, precision="int4", block_size=32)
+    panels = replace(rows, version=VERSION_IN_PANELS)
+    scales = sum((-(-i // 32) + -(-task.rank // 32)) * o for i, o in linears)
+    saved = costs.token_bytes(rows, "comprehension", 0) - costs.token_bytes(panels, "comprehension", 0)
+    assert saved == 2 * language.layers * scales
     one = costs.prefill_operations(manifest, "comprehension", 1)
     assert one == 2 * (language.layers * (values + 2 * width) + width * language.vocab)
     # The last layer makes keys and values of the others, attends to them and goes on with the last one alone.

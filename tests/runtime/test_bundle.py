@@ -139,10 +139,10 @@ def listing(name: str) -> Callable[[dict[str, Any]], None]:
 MANIFEST_FAULTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "no format": (without("format"), "bundle.json must name the format 'healthgpt-edge bundle'"),
     "another format": (setting("format", "zip"), "bundle.json must name the format 'healthgpt-edge bundle'"),
-    "version of yesterday": (setting("version", 1), "bundle format version must be 2 or 3, found 1"),
-    "version of tomorrow": (setting("version", 4), "bundle format version must be 2 or 3, found 4"),
-    "version as text": (setting("version", "2"), "bundle format version must be 2 or 3, found '2'"),
-    "version as a truth": (setting("version", True), "bundle format version must be 2 or 3, found True"),
+    "version of yesterday": (setting("version", 1), "bundle format version must be 2 or 4, found 1"),
+    "version of tomorrow": (setting("version", 5), "bundle format version must be 2 or 4, found 5"),
+    "version as text": (setting("version", "2"), "bundle format version must be 2 or 4, found '2'"),
+    "version as a truth": (setting("version", True), "bundle format version must be 2 or 4, found True"),
     "version as a fraction": (setting("version", 2.0), "bundle.json: version must be int, found float"),
     "unknown key": (setting("plugins", []), "bundle.json has unknown keys ['plugins'] and lacks []"),
     "unknown key inside": (
