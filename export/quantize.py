@@ -2,7 +2,7 @@
 
 A weight [C, O] is cut along its input axis C into blocks of `block_size`; each block of each output column has one
 scale and no zero point, the form that executors recognise and keep packed (`w = scale * q`). Scales are numbers of
-bfloat16, whose range is float32's; weights are rounded to multiples of these, so that little is lost.
+bfloat16, whose range is float32's. Weights are rounded to multiples of these, so little is lost.
 
 Values and scales lie in rows, or in panels of 128 outputs, one panel after the other. Our kernels go through few rows'
 products panel by panel, and so read memory in order. Other executors recognise only rows, and only scales of float32.
@@ -13,7 +13,6 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-import ml_dtypes
 import numpy as np
 from onnx import TensorProto
 
@@ -133,7 +132,7 @@ def scales_of(grouped: np.ndarray, data_type: int) -> np.ndarray:
         taken = product * fitted
         better = taken > best
         best[better], scale[better] = taken[better], fitted[better]
-    return as_bfloat16(scale * peak)
+    return _as_bfloat16(scale * peak)
 
 
 def round_to(grouped: np.ndarray, scale: np.ndarray, data_type: int) -> np.ndarray:
@@ -161,9 +160,14 @@ def transpose(matrix: np.ndarray) -> np.ndarray:
     return result
 
 
-def as_bfloat16(values: np.ndarray) -> np.ndarray:
-    """The nearest numbers of bfloat16, as float32."""
-    return np.asarray(values).astype(ml_dtypes.bfloat16).astype(np.float32)
+def _as_bfloat16(scales: np.ndarray) -> np.ndarray:
+    """Numbers of bfloat16, as float32, rounded away from zero: no entry then lies beyond the levels for it.
+
+    With 8 bits that matters: on the phantom GPTQ leaves 0.47 of the squared error that plain rounding makes, 0.56 with
+    scales rounded to the nearest (means of `test_layers_lose_less`).
+    """
+    bits = np.ascontiguousarray(scales, np.float32).view(np.uint32)
+    return (bits + np.uint32(0xFFFF) & np.uint32(0xFFFF0000)).view(np.float32)
 
 
 def scale_type(panels: bool) -> int:

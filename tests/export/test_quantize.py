@@ -78,10 +78,10 @@ def check(weight: np.ndarray, data_type: int, block_size: int) -> None:
     highest = np.where(greatest > -smallest, greatest, smallest)  # of two as great, the negative one
     step = highest / lowest
     nearest = np.divide(original, step, out=np.zeros_like(original), where=step != 0).round().clip(lowest, top) * step
-    # But for the rounding of its scale to bfloat16.
+    # But for the rounding of its scale to bfloat16, by up to 1 / 128.
     assert (scales.astype(ml_dtypes.bfloat16).astype(np.float32) == scales).all()
     lost, whole = (np.linalg.norm(numbers, axis=1) for numbers in (nearest - original, original))
-    assert (np.linalg.norm(error, axis=1) <= lost * SLACK + (whole + lost) / 256 + LEAST).all()
+    assert (np.linalg.norm(error, axis=1) <= lost * SLACK + (whole + lost) / 128 + LEAST).all()
     # Only what float32 cannot scale in full becomes zero.
     assert (peaks[scales == 0] < LEAST).all()
 
@@ -126,7 +126,8 @@ def test_the_sign_of_the_scale_is_that_of_the_greatest_entry(data_type):
     lowest = LOWEST[data_type]
     assert np.sign(scales).tolist() == [[1, -1, 1]]
     np.testing.assert_allclose(np.abs(scales), 2 / -lowest, rtol=0.08)
-    assert [values[1, 0], values[1, 1], values[1, 2]] == [lowest] * 3
+    # 128 steps of an eighth bit are 127 where the scale is rounded up by 1 / 128.
+    assert all(lowest <= value <= lowest + (lowest == -128) for value in (values[1, 0], values[1, 1], values[1, 2]))
     # Of two equals one has no level, and takes the next.
     assert values[0, 2] == -lowest - 1
     check(weight, data_type, 32)
