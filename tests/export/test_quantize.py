@@ -126,7 +126,7 @@ def test_the_sign_of_the_scale_is_that_of_the_greatest_entry(data_type):
     lowest = LOWEST[data_type]
     assert np.sign(scales).tolist() == [[1, -1, 1]]
     np.testing.assert_allclose(np.abs(scales), 2 / -lowest, rtol=0.08)
-    # 128 steps of an eighth bit are 127 where the scale is rounded up by 1 / 128.
+    # Of 8 bits, 128 steps are 127 where the scale is rounded up by 1 / 128.
     assert all(lowest <= value <= lowest + (lowest == -128) for value in (values[1, 0], values[1, 1], values[1, 2]))
     # Of two equals one has no level, and takes the next.
     assert values[0, 2] == -lowest - 1
