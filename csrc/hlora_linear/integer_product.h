@@ -149,7 +149,7 @@ struct Products {
                            SIMD_INLINE_LAMBDA { Simd::StoreInts(to + (r * kVectors + i) * Simd::kLanes, at[r][i]); });
     });
   }
-  // The sums for weights of zero, which UnpackedOffset was added to, given the sum of each row of x.
+  // Begins the sums with what takes the weights' offset back, by the sum of each row of x.
   SIMD_INLINE void Begin(const int32_t* x_sums) {
     Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA {
       const Ints start = Simd::RepeatInt(-UnpackedOffset<storage>() * x_sums[r]);
