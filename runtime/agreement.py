@@ -42,9 +42,7 @@ def outputs(session: Session) -> dict[str, np.ndarray]:
 
 def agree(manifest: Manifest, found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> list[Agreement]:
     """Compare results by name; raises BenchmarkError where they are further apart than rounding takes them."""
-    # Caches of 8 bits round once more.
-    roundings = manifest.language.layers * (2 if manifest.cache_precision == "int8" else 1)
-    tolerance = TOLERANCES[manifest.precision] * math.sqrt(roundings)
+    tolerance = TOLERANCES[manifest.precision] * math.sqrt(manifest.language.layers)
     agreements = []
     for name, reference in expected.items():
         reference = reference.astype(np.float64)

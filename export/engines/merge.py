@@ -319,8 +319,8 @@ class _Merged:
         """The same name, of a tensor in rows: TensorRT, and our plugin for it, take no panels."""
         tensor = self.initializers.get(name)
         if tensor is not None and in_panels(tensor):
-            is_scale = tensor.data_type == TensorProto.BFLOAT16
-            self._stored(name, TensorProto.FLOAT if is_scale else tensor.data_type, rows_of(tensor, self.folder))
+            values = rows_of(tensor, self.folder)
+            self._stored(name, TensorProto.FLOAT if values.dtype == np.float32 else tensor.data_type, values)
         return name
 
     def _stored(self, key: str, data_type: int, values: np.ndarray) -> str:

@@ -25,11 +25,10 @@ def _stored(name: str, data_type: int, panels: bool = False) -> tuple[str, str]:
     if data_type == TensorProto.FLOAT:
         return "", name
     if is_quantised(data_type):
-        attributes, scale = f"axis = {1 if panels else 0}, block_size: int = @block_size", f"{name}_scale"
-        statement = ""
-        if panels:
-            scale, statement = f"{name}_factor", f"{name}_factor = Cast <to = 1> ({scale})\n"
-        statement += f"{name}_float = DequantizeLinear <{attributes}> ({name}, {scale})"
+        attributes = f"axis = {1 if panels else 0}, block_size: int = @block_size"
+        scale = f"{name}_factor" if panels else f"{name}_scale"
+        widen = f"{scale} = Cast <to = 1> ({name}_scale)" if panels else ""
+        statement = f"{widen} {name}_float = DequantizeLinear <{attributes}> ({name}, {scale})"
     else:
         statement = f"{name}_float = Cast <to = 1> ({name})"
     return statement, f"{name}_float"
