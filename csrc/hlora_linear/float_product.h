@@ -107,8 +107,8 @@ void Widen(const void* values, int64_t at, int64_t stride, int64_t channels, int
 // once or twice, and by more rows unless its channels are a multiple of 4 KiB apart, where they share one set of the L1
 // cache.
 template <Storage storage>
-void AddFloatProduct(const Matrix& matrix, const Input& input, int64_t first_block, int64_t end_block, const Part& part,
-                     bool added) {
+void AddFloatBlocks(const Matrix& matrix, const Input& input, int64_t first_block, int64_t end_block, const Part& part,
+                    bool added) {
   constexpr int64_t bytes = storage == Storage::kFloat32 ? 4 : 2;
   const char* values = static_cast<const char*>(matrix.values);
   const int64_t end = Min(end_block * kFloatBlock, matrix.channels), tiles = part.stride / kTile;
@@ -147,6 +147,13 @@ void AddFloatProduct(const Matrix& matrix, const Input& input, int64_t first_blo
       }
     }
   }
+}
+
+template <Storage storage>
+void AddFloatProduct(const Matrix& matrix, const Input& input, const Splits& splits, const Part& part, bool added) {
+  splits.Each([&](int64_t block, int64_t end, bool first) {
+    AddFloatBlocks<storage>(matrix, input, block, end, part, added || !first);
+  });
 }
 
 }  // namespace

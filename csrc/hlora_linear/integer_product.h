@@ -82,6 +82,36 @@ SIMD_INLINE void LoadChannels(const uint8_t* from, int64_t stride, int64_t chann
   });
 }
 
+// The same, but one vector after the other, each used before the next is loaded: a product of three rows leaves no
+// register for a second one. Pairs of vectors of 4-bit weights are joined (Simd::Join4).
+template <class Target, Storage storage, bool kWhole, class Use>
+SIMD_INLINE void LoadInTurn(const uint8_t* from, int64_t stride, int64_t channels, int columns, const Use& use) {
+  constexpr int parts = storage == Storage::kInt4 ? 1 : 2;
+  constexpr int width = 4 * Target::kLanes;
+  const int bytes = storage == Storage::kInt4 ? (columns + 1) / 2 : columns;
+  Unroll<2 * parts>([&](auto turn) SIMD_INLINE_LAMBDA {
+    constexpr int part = turn.value / 2, half = turn.value % 2;
+    SIMD_ANEW(from);
+    const auto load = [&](int row) SIMD_INLINE_LAMBDA {
+      const uint8_t* at = from + row * stride + part * width;
+      if (kWhole) return Target::LoadBytes(at);
+      return row < channels ? Target::LoadBytes(at, static_cast<int>(Max(bytes - part * width, 0))) : Target::NoBytes();
+    };
+    Bytes pair[2];
+    Target::template InterleaveHalf<half>(load(0), load(1), load(2), load(3), pair);
+    Unroll<2>([&](auto i) SIMD_INLINE_LAMBDA {
+      constexpr int vector = 2 * half + i.value;
+      if constexpr (storage == Storage::kInt4) {
+        const Bytes joined = Target::Join4(pair[i]);
+        use(Constant<2 * vector>{}, joined);
+        use(Constant<2 * vector + 1>{}, Target::Upper4(joined));
+      } else {
+        use(Constant<4 * part + vector>{}, Target::Shift8(pair[i]));
+      }
+    });
+  });
+}
+
 // How many of a tile's next `channels` channels can be loaded whole. Past the outputs come those of the next channel;
 // they do no harm, because their scales are zero (TileScales). Only the end of the matrix must not be passed.
 template <Storage storage>
@@ -156,6 +186,23 @@ struct Products {
       Unroll<kSums>([&](auto i) SIMD_INLINE_LAMBDA { at[r][i] = start; });
     });
   }
+  // The same for joined 4-bit weights, and Separate for the end (Simd::Join4).
+  template <class Target>
+  SIMD_INLINE void BeginJoined(const int32_t* x_sums) {
+    if constexpr (storage != Storage::kInt4) return Begin(x_sums);
+    Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA {
+      const Ints joined = Simd::RepeatInt(-Target::kJoinedOffset4 * x_sums[r]);
+      const Ints upper = Simd::RepeatInt(-Target::kUpperOffset4 * x_sums[r]);
+      Unroll<kSums>([&](auto i) SIMD_INLINE_LAMBDA { at[r][i] = i % 2 == 0 ? joined : upper; });
+    });
+  }
+  template <class Target>
+  SIMD_INLINE void Separate() {
+    if constexpr (storage != Storage::kInt4) return;
+    Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA {
+      Unroll<kSums / 2>([&](auto i) SIMD_INLINE_LAMBDA { Target::Separate4(at[r][2 * i], at[r][2 * i + 1]); });
+    });
+  }
   // Multiplies the first `channels` channels of an unpacked tile of `size` channels. The tile's vectors for these sums
   // begin at `weights`; rows of x are `size` bytes apart. Every four channels kLines more of `next` are prefetched.
   template <int kLines>
@@ -200,12 +247,14 @@ struct Products {
   SIMD_INLINE void Order() {
     Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA { OrderColumns<storage>(at[r]); });
   }
-  SIMD_INLINE void AddTo(const Sums& sums, int64_t stride, const float* scales, const float* x_scales) {
+  SIMD_INLINE void AddTo(const Sums& sums, int64_t stride, const float* scales, const float* x_scales) const {
     Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA {
       const Floats x_scale = Simd::Repeat(x_scales[r]);
-      Unroll<kSums>([&](auto i) SIMD_INLINE_LAMBDA {
-        const Floats scale = Simd::Multiply(x_scale, Simd::Load(scales + i * Simd::kLanes));
-        sums.Add(r * stride + i * Simd::kLanes, Simd::ToFloats(at[r][i]), scale);
+      sums.At(r * stride).ByKind([&](const Sums& of_row) SIMD_INLINE_LAMBDA {
+        Unroll<kSums>([&](auto i) SIMD_INLINE_LAMBDA {
+          const Floats scale = Simd::Multiply(x_scale, Simd::Load(scales + i * Simd::kLanes));
+          of_row.Add(i * Simd::kLanes, Simd::ToFloats(at[r][i]), scale);
+        });
       });
     });
   }
@@ -441,9 +490,21 @@ void AddBlockInPlace(const Matrix& matrix, const Input& input, int64_t block, co
   }
 }
 
+// The scales of a tile in the order of LoadInTurn.
+template <class Target, Storage storage>
+SIMD_INLINE void DisorderedScales(const Matrix& matrix, const Part& part, int64_t block, int64_t tile, float* to) {
+  const float* scales = TileScales<storage>(matrix, part, block, tile, to);
+  Ints bits[kVectors];
+  Unroll<kVectors>([&](auto i)
+                       SIMD_INLINE_LAMBDA { bits[i] = Target::FloatBits(Target::Load(scales + i * Target::kLanes)); });
+  storage == Storage::kInt4 ? Target::Disorder4(bits) : Target::Disorder8(bits);
+  Unroll<kVectors>([&](auto i)
+                       SIMD_INLINE_LAMBDA { Target::Store(to + i * Target::kLanes, Target::FromBits(bits[i])); });
+}
+
 // sums += block `block` times kRows rows from part.row + row on, read in place from one tile, whose sums stay in
-// registers. The first rows prefetch what follows in the file.
-template <Storage storage, bool kNear, int kRows>
+// registers. Scales and sums are in the order of LoadInTurn. The first rows prefetch what follows in the file.
+template <class Target, Storage storage, bool kNear, bool kWhole, int kRows>
 void AddTileInPlace(const Matrix& matrix, const Input& input, int64_t block, const Part& part, int64_t row,
                     int64_t tile, const float* scales, const Sums& sums) {
   const int64_t size = matrix.block_size, channels = Min(size, matrix.channels - block * size);
@@ -453,7 +514,7 @@ void AddTileInPlace(const Matrix& matrix, const Input& input, int64_t block, con
   const int columns = TileColumns(part, tile);
   const uint8_t* from = layout.At(block * size, part.column + tile * kTile);
   Products<storage, kRows> products;
-  products.Begin(input.sums + first);
+  products.template BeginJoined<Target>(input.sums + first);
   const auto add = [&](auto whole, int64_t channel) SIMD_INLINE_LAMBDA {
     if (row == 0 && tile == 0) {
       const uint8_t* next = from + channel * stride + kPanelBytesAhead;
@@ -461,38 +522,74 @@ void AddTileInPlace(const Matrix& matrix, const Input& input, int64_t block, con
     }
     Bytes bytes[kRows];
     Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA { bytes[r] = Simd::Repeat4(x + r * size + channel); });
-    LoadChannels<storage, whole.value != 0>(from + channel * stride, stride, channels - channel, columns,
-                                            [&](auto i, Bytes weights) SIMD_INLINE_LAMBDA {
-                                              Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA {
-                                                Ints& sum = products.at[r][i];
-                                                sum = Dot<storage>(sum, weights, bytes[r]);
-                                                SIMD_KEEP(sum);
-                                              });
-                                            });
+    LoadInTurn<Target, storage, whole.value != 0>(from + channel * stride, stride, channels - channel, columns,
+                                                  [&](auto i, Bytes weights) SIMD_INLINE_LAMBDA {
+                                                    Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA {
+                                                      Ints& sum = products.at[r][i];
+                                                      sum = Dot<storage>(sum, weights, bytes[r]);
+                                                      SIMD_KEEP(sum);
+                                                    });
+                                                  });
   };
-  const int64_t whole = WholeChannels<storage>(matrix, from, stride, channels, columns);
+  const int64_t whole = kWhole ? channels : WholeChannels<storage>(matrix, from, stride, channels, columns);
   int64_t channel = 0;
   for (; channel + 4 <= whole; channel += 4) add(Constant<1>{}, channel);
-  for (; channel < channels; channel += 4) add(Constant<0>{}, channel);
-  products.Order();
+  if (!kWhole) {
+    for (; channel < channels; channel += 4) add(Constant<0>{}, channel);
+  }
+  products.template Separate<Target>();
   products.AddTo(sums.At(row * part.stride + tile * kTile), part.stride, scales, input.scales + first);
 }
 
-// AddBlockInPlace tile by tile, by processors with many registers.
-template <Storage storage, bool kNear>
+// AddBlockInPlace tile by tile, by processors with many registers. The sums are left in the order of LoadInTurn.
+template <class Target, Storage storage, bool kNear>
 void AddTilesInPlace(const Matrix& matrix, const Input& input, int64_t block, const Part& part, const Sums& sums) {
   const int64_t tiles = part.tiles();
   for (int64_t tile = 0; tile < tiles; ++tile) {
     FetchScales<storage>(matrix, part, block, tile, tiles);
-    float copy[kTile];
-    const float* scales = TileScales<storage>(matrix, part, block, tile, copy);
+    const bool whole = matrix.channels % 4 == 0 && TileColumns(part, tile) == kTile;
+    float scales[kTile];
+    DisorderedScales<Target, storage>(matrix, part, block, tile, scales);
     // Sums of three rows fit into the registers. The next rows find the weights in the L1 cache.
     for (int64_t row = 0; row < part.rows;) {
       const int64_t left = part.rows - row, count = left == 4 ? 2 : Min(left, 3);
-      const auto add = Pick(count, AddTileInPlace<storage, kNear, 1>, AddTileInPlace<storage, kNear, 2>,
-                            AddTileInPlace<storage, kNear, 3>);
+      const auto add =
+          whole ? Pick(count, AddTileInPlace<Target, storage, kNear, true, 1>,
+                       AddTileInPlace<Target, storage, kNear, true, 2>, AddTileInPlace<Target, storage, kNear, true, 3>)
+                : Pick(count, AddTileInPlace<Target, storage, kNear, false, 1>,
+                       AddTileInPlace<Target, storage, kNear, false, 2>,
+                       AddTileInPlace<Target, storage, kNear, false, 3>);
       add(matrix, input, block, part, row, tile, scales, sums);
       row += count;
+    }
+  }
+}
+
+// All splits tile by tile. Their sums are added up in the order of LoadInTurn and brought into that of columns once.
+template <class Target, Storage storage, bool kNear>
+void AddInPlace(const Matrix& matrix, const Input& input, const Splits& splits, const Part& part, bool added) {
+  Part waiting = part;
+  if (added) waiting.totals = nullptr;
+  splits.Each([&](int64_t first_block, int64_t end_block, bool first) {
+    for (int64_t block = first_block; block < end_block; ++block) {
+      AddTilesInPlace<Target, storage, kNear>(matrix, input, block, waiting,
+                                              SumsOf(waiting, block == first_block, block + 1 == end_block, !first));
+    }
+  });
+  const float* from = waiting.totals != nullptr ? waiting.totals : waiting.sums;
+  float* to = part.totals != nullptr ? part.totals : part.sums;
+  for (int64_t row = 0; row < part.rows; ++row) {
+    for (int64_t place = row * part.stride; place < row * part.stride + part.tiles() * kTile; place += kTile) {
+      Ints bits[kVectors];
+      Unroll<kVectors>([&](auto i) SIMD_INLINE_LAMBDA {
+        bits[i] = Target::FloatBits(Target::Load(from + place + i * Target::kLanes));
+      });
+      OrderColumns<storage>(bits);
+      Unroll<kVectors>([&](auto i) SIMD_INLINE_LAMBDA {
+        float* sum = to + place + i * Target::kLanes;
+        const Floats more = Target::FromBits(bits[i]);
+        Target::Store(sum, added ? Target::Add(Target::Load(sum), more) : more);
+      });
     }
   }
 }
@@ -610,37 +707,38 @@ SIMD_OUTLINE void AddBlockUnpacked(const Matrix& matrix, const Input& input, int
 }
 
 template <Storage storage>
-void AddBlocks(const Matrix& matrix, const Input& input, int64_t first_block, int64_t end_block, const Part& part,
-               bool added) {
-  const bool in_place = InPlace(matrix, part.rows);
-  const Tiles<Simd> tiles(matrix, in_place ? 0 : part.rows);
+void AddBlocks(const Matrix& matrix, const Input& input, const Splits& splits, const Part& part, bool added) {
+  const Tiles<Simd> tiles(matrix, part.rows);
+  const bool in_place = !tiles.used() && InPlace(matrix, part.rows);
+  if constexpr (kManyRegisters) {
+    if (in_place && TileByTile(matrix)) {
+      return Simd::PrefetchesNear() ? AddInPlace<Simd, storage, true>(matrix, input, splits, part, added)
+                                    : AddInPlace<Simd, storage, false>(matrix, input, splits, part, added);
+    }
+  }
   // Products by tiles have no place for prefetches, nor have tiles narrower than a line.
   constexpr bool kByBlocks = kManyRegisters && TileBytes<storage>() % 64 == 0;
   const bool by_blocks = kByBlocks && !tiles.used();
-  for (int64_t block = first_block; block < end_block; ++block) {
-    const Sums sums = SumsOf(part, block == first_block, block + 1 == end_block, added);
-    if (in_place && TileByTile(matrix)) {
-      Simd::PrefetchesNear() ? AddTilesInPlace<storage, true>(matrix, input, block, part, sums)
-                             : AddTilesInPlace<storage, false>(matrix, input, block, part, sums);
-    } else if (in_place) {
-      AddBlockInPlace<storage>(matrix, input, block, part, sums);
-    } else if (by_blocks) {
-      AddBlockUnpacked<storage, kByBlocks>(matrix, input, block, part, tiles, sums);
-    } else {
-      AddBlockUnpacked<storage, false>(matrix, input, block, part, tiles, sums);
+  splits.Each([&](int64_t first_block, int64_t end_block, bool first) {
+    for (int64_t block = first_block; block < end_block; ++block) {
+      const Sums sums = SumsOf(part, block == first_block, block + 1 == end_block, added || !first);
+      if (in_place) {
+        AddBlockInPlace<storage>(matrix, input, block, part, sums);
+      } else if (by_blocks) {
+        AddBlockUnpacked<storage, kByBlocks>(matrix, input, block, part, tiles, sums);
+      } else {
+        AddBlockUnpacked<storage, false>(matrix, input, block, part, tiles, sums);
+      }
     }
-  }
+  });
 }
 
 template <Storage storage>
-void AddIntegerProduct(const Matrix& matrix, const Input& input, int64_t first_block, int64_t end_block,
-                       const Part& part, bool added) {
-  if (matrix.panel == 0 || part.rows > kRowsByPanel) {
-    return AddBlocks<storage>(matrix, input, first_block, end_block, part, added);
-  }
+void AddIntegerProduct(const Matrix& matrix, const Input& input, const Splits& splits, const Part& part, bool added) {
+  if (matrix.panel == 0 || part.rows > kRowsByPanel) return AddBlocks<storage>(matrix, input, splits, part, added);
   for (int64_t column = 0; column < part.columns;) {
     const Part of_panel = part.At(column, matrix.panel - (part.column + column) % matrix.panel);
-    AddBlocks<storage>(matrix, input, first_block, end_block, of_panel, added);
+    AddBlocks<storage>(matrix, input, splits, of_panel, added);
     column += of_panel.columns;
   }
 }

@@ -17,23 +17,22 @@
 namespace healthgpt {
 namespace {
 
-constexpr int64_t kRowsInline = 8;  // up to this many rows are prepared without the thread pool
+constexpr int64_t kRowsInline = 4;  // up to this many rows are prepared without the thread pool
 
-// Computes the sums of the blocks of one split. If the part has totals, they are replaced by these sums, or increased
-// by them if `added`.
-void AddProduct(const Matrix& matrix, const Input& input, int64_t first_block, int64_t end_block, const Part& part,
-                bool added = false) {
+// Computes the sums of one split, or of several if the part has totals, which they then replace. One split can also be
+// `added` to the totals.
+void AddProduct(const Matrix& matrix, const Input& input, const Splits& splits, const Part& part, bool added = false) {
   switch (matrix.storage) {
     case Storage::kFloat32:
-      return AddFloatProduct<Storage::kFloat32>(matrix, input, first_block, end_block, part, added);
+      return AddFloatProduct<Storage::kFloat32>(matrix, input, splits, part, added);
     case Storage::kFloat16:
-      return AddFloatProduct<Storage::kFloat16>(matrix, input, first_block, end_block, part, added);
+      return AddFloatProduct<Storage::kFloat16>(matrix, input, splits, part, added);
     case Storage::kBFloat16:
-      return AddFloatProduct<Storage::kBFloat16>(matrix, input, first_block, end_block, part, added);
+      return AddFloatProduct<Storage::kBFloat16>(matrix, input, splits, part, added);
     case Storage::kInt8:
-      return AddIntegerProduct<Storage::kInt8>(matrix, input, first_block, end_block, part, added);
+      return AddIntegerProduct<Storage::kInt8>(matrix, input, splits, part, added);
     case Storage::kInt4:
-      return AddIntegerProduct<Storage::kInt4>(matrix, input, first_block, end_block, part, added);
+      return AddIntegerProduct<Storage::kInt4>(matrix, input, splits, part, added);
   }
 }
 
@@ -85,7 +84,7 @@ struct Call {
   const HLoraLinearArguments& given;
   const Parallel& parallel;
   int64_t rows, rank, low_size;
-  Cut into, weight;
+  Cut into, weight, out_of;
   float* prepared = nullptr;          // (rows, C), see Prepare; null if the products need only bytes
   Input x = {}, x_into = {}, z = {};  // x for W and for [A;R]; the gated A x for B
   float* low = nullptr;               // (splits of [A;R], rows, R + E); Gate adds them up in the first split
@@ -119,7 +118,7 @@ struct Call {
   void Reduce(int64_t split, int64_t row, int64_t count) const {
     const Matrix& matrix = given.adapter_in;
     const Part part = TaskPart(row, count, 0, low_size, UnpackedBytes(matrix, count, low_size));
-    AddProduct(matrix, x_into, into.first_block(split), into.first_block(split + 1), part);
+    AddProduct(matrix, x_into, {into, split, split + 1}, part);
     for (int64_t r = 0; r < count; ++r) {
       float* to = low + (split * rows + row + r) * low_size;
       for (int64_t i = 0; i < low_size; ++i) to[i] = part.sums[r * part.stride + i];
@@ -167,9 +166,7 @@ struct Call {
       const int64_t at = index / runs, column = index % runs * run_columns;
       const int64_t columns = Min(run_columns, outputs - column);
       const Part part = TaskPart(0, rows, column, columns, UnpackedBytes(matrix, rows, columns), by_panels);
-      for (int64_t split = at; split < at + splits_at_once; ++split) {
-        AddProduct(matrix, x, weight.first_block(split), weight.first_block(split + 1), part, split > at);
-      }
+      AddProduct(matrix, x, {weight, at, at + splits_at_once}, part);
       const float* from = by_panels ? part.totals : part.sums;
       for (int64_t r = 0; r < rows; ++r) {
         float* to = partial + (at * rows + r) * outputs + column;
@@ -185,7 +182,7 @@ struct Call {
     parallel(static_cast<size_t>(CeilDivide(outputs, width)), [&](size_t index) {
       const int64_t column = static_cast<int64_t>(index) * width, columns = Min(width, outputs - column);
       const Part part = TaskPart(0, rows, column, columns, UnpackedBytes(given.adapter_out, rows, columns));
-      if (has_adapter()) AddProduct(given.adapter_out, z, 0, BlocksOf(given.adapter_out), part);
+      if (has_adapter()) AddProduct(given.adapter_out, z, {out_of, 0, 1}, part);
       Finish(part, [&](int64_t row, int64_t i, int left) {
         Floats sum = Simd::Load(partial + row * outputs + column + i, left);
         for (int64_t at = 1; at < partials(); ++at) {
@@ -199,7 +196,7 @@ struct Call {
 
   // [A;R] for all rows; then W and B together, by parts of the outputs.
   void ManyRows() const {
-    const Matrix &matrix = given.weight, &out_of = given.adapter_out;
+    const Matrix& matrix = given.weight;
     const int64_t row_parts = CeilDivide(rows, kRowsPerTask), per_part = CeilDivide(rows, row_parts);
     if (has_adapter()) {
       parallel(static_cast<size_t>(row_parts * into.splits), [&](size_t task) {
@@ -213,17 +210,15 @@ struct Call {
     int64_t width = Min(by_cache, by_share) * kTile;
     if (matrix.panel != 0) width = rows <= kRowsByPanel ? matrix.panel : RoundUp(width, matrix.panel);
     const int64_t parts = CeilDivide(matrix.outputs, width);
-    const int64_t unpacked =
-        Max(UnpackedBytes(matrix, per_part, width), has_adapter() ? UnpackedBytes(out_of, per_part, width) : 0);
+    const int64_t unpacked = Max(UnpackedBytes(matrix, per_part, width),
+                                 has_adapter() ? UnpackedBytes(given.adapter_out, per_part, width) : 0);
     parallel(static_cast<size_t>(row_parts * parts), [&](size_t task) {
       const int64_t row = static_cast<int64_t>(task) / parts * per_part, count = Min(per_part, rows - row);
       const int64_t column = static_cast<int64_t>(task) % parts * width;
       if (count <= 0) return;
       const Part part = TaskPart(row, count, column, Min(width, matrix.outputs - column), unpacked, true);
-      for (int64_t split = 0; split < weight.splits; ++split) {
-        AddProduct(matrix, x, weight.first_block(split), weight.first_block(split + 1), part, split > 0);
-      }
-      if (has_adapter()) AddProduct(out_of, z, 0, BlocksOf(out_of), part, true);
+      AddProduct(matrix, x, {weight, 0, weight.splits}, part);
+      if (has_adapter()) AddProduct(given.adapter_out, z, {out_of, 0, 1}, part, true);
       Finish(part, [&](int64_t r, int64_t i, int) { return Simd::Load(part.totals + r * part.stride + i); });
     });
   }
@@ -236,8 +231,8 @@ void SIMD_KERNEL(HLoraLinear)(const HLoraLinearArguments& given, const Parallel&
   if (rows == 0) return;
   const bool adapter = given.experts > 0;
   const int64_t rank = adapter ? given.adapter_out.channels : 0, low_size = adapter ? given.adapter_in.outputs : 0;
-  Call call = {
-      given, parallel, rows, rank, low_size, Cut(adapter ? given.adapter_in : given.weight), Cut(given.weight)};
+  const Cut weight(given.weight), into = adapter ? Cut(given.adapter_in) : weight;
+  Call call = {given, parallel, rows, rank, low_size, into, weight, adapter ? Cut(given.adapter_out, 1) : weight};
   // x is quantised only once if [A;R] has the same blocks as W.
   const bool shared = adapter && IsInteger(given.weight.storage) && IsInteger(given.adapter_in.storage) &&
                       given.weight.block_size == given.adapter_in.block_size;

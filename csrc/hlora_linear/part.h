@@ -26,8 +26,8 @@ constexpr int64_t kFloatRowsInPlace = 2 * kFloatRowsAtOnce;
 // more rows, the outputs.
 constexpr int64_t kRowsBySplit = kManyRegisters ? 4 : 8;
 // Up to kRowsByPanel rows go through a matrix in panels one panel after the other, up to kRowsInPanel of them as few
-// rows, which read a panel in place where there are many registers.
-constexpr int64_t kRowsByPanel = 32, kRowsInPanel = 12;
+// rows. Up to kRowsTileByTile rows read a panel in place where there are many registers (TileByTile).
+constexpr int64_t kRowsByPanel = 32, kRowsInPanel = 12, kRowsTileByTile = 24;
 static_assert(kPanel % kTile == 0);
 constexpr int64_t kFloatBlock = 64;  // channels of a tile of floats
 // How far ahead weights are prefetched. With few rows a row of the file with fewer than kWideBytes is prefetched by
@@ -136,6 +136,15 @@ struct Sums {
     const Floats sum = Simd::MultiplyAdd(factor, values, start);
     Simd::Store(to + place, before == nullptr ? sum : Simd::Add(Simd::Load(before + place), sum));
   }
+  // Calls add(sums) where the compiler knows which of them are null: half of the instructions of an unrolled loop would
+  // ask otherwise.
+  template <class Function>
+  SIMD_INLINE void ByKind(const Function& add) const {
+    if (from == nullptr && before == nullptr) return add(Sums{nullptr, nullptr, to});
+    if (from == nullptr) return add(Sums{nullptr, before, to});
+    if (before == nullptr) return add(Sums{from, nullptr, to});
+    add(*this);
+  }
 
  private:
   static const float* At(const float* sums, int64_t place) { return sums == nullptr ? nullptr : sums + place; }
@@ -159,8 +168,23 @@ struct Cut {
   int64_t splits;
   int64_t blocks;
 
-  explicit Cut(const Matrix& matrix) : blocks(BlocksOf(matrix)) { splits = Min(blocks, kSplits); }
+  explicit Cut(const Matrix& matrix, int64_t most_splits = kSplits)
+      : splits(Min(BlocksOf(matrix), most_splits)), blocks(BlocksOf(matrix)) {}
   int64_t first_block(int64_t split) const { return blocks * split / splits; }
+};
+
+// Splits `first` to `end` of a cut, whose sums are added up.
+struct Splits {
+  const Cut& cut;
+  int64_t first, end;
+
+  // Calls add(first block, end block, whether it is the first) for each split.
+  template <class Function>
+  void Each(const Function& add) const {
+    for (int64_t split = first; split < end; ++split) {
+      add(cut.first_block(split), cut.first_block(split + 1), split == first);
+    }
+  }
 };
 
 // At least `parts`, and as many for each of the threads.
@@ -194,14 +218,15 @@ bool TileByTile(const Matrix& matrix) {
 
 // Whether so few rows read the matrix in place.
 bool InPlace(const Matrix& matrix, int64_t rows) {
-  if (TileByTile(matrix)) return rows <= kRowsInPanel;
+  if (TileByTile(matrix)) return rows <= kRowsTileByTile;
   return rows <= FewRows(matrix.storage) && (matrix.storage != Storage::kInt4 || matrix.outputs % 2 == 0);
 }
 
 // Bytes that a task needs besides its sums: for integer sums in between, or for one unpacked tile.
 int64_t UnpackedBytes(const Matrix& matrix, int64_t rows, int64_t columns) {
   if (!IsInteger(matrix.storage)) return kFloatBlock * kTile * 4;
-  if (InPlace(matrix, rows)) return rows * RoundUp(matrix.panel != 0 ? Min(columns, kPanel) : columns, kTile) * 4;
+  if (InPlace(matrix, rows) && !TileByTile(matrix))
+    return rows * RoundUp(matrix.panel != 0 ? Min(columns, kPanel) : columns, kTile) * 4;
   return matrix.block_size * kTile * (kInPairs && matrix.storage == Storage::kInt8 ? 2 : 1);
 }
 

@@ -122,7 +122,7 @@ class Tiles {
     const float* x_scales = group.x_scales;
     Floats scales[kCount];
     Unroll<kCount>([&](auto i) SIMD_INLINE_LAMBDA { scales[i] = Target::Load(group.scales + i * Target::kLanes); });
-    const auto add = [&](const Sums sums) SIMD_INLINE_LAMBDA {
+    const auto add = [&](const Sums& sums) SIMD_INLINE_LAMBDA {
       for (int64_t r = 0; r < kTileRows; ++r) {
         const Ints start = Target::RepeatInt(-offset * x_sums[r]);
         const Floats x_scale = Target::Repeat(x_scales[r]);
@@ -133,12 +133,7 @@ class Tiles {
         });
       }
     };
-    // A loop for each kind of sums: in one for all, half of the instructions would ask which it is.
-    const Sums sums = group.sums;
-    if (sums.from == nullptr && sums.before == nullptr) return add({nullptr, nullptr, sums.to});
-    if (sums.from == nullptr) return add({nullptr, sums.before, sums.to});
-    if (sums.before == nullptr) return add({sums.from, nullptr, sums.to});
-    add(sums);
+    group.sums.ByKind(add);
   }
 
   int channels_ = 0;  // at once; 0 if tiles are not used

@@ -32,6 +32,8 @@ struct Simd {
   // VPDPBUSD multiplies unsigned by signed bytes: weights are shifted to be unsigned.
   static constexpr int kOffset4 = 8;
   static constexpr int kOffset8 = 128;
+  static constexpr int kJoinedOffset4 = 136;
+  static constexpr int kUpperOffset4 = 128;
   static constexpr int kPairsPerSum4 = 1;
 
   static SIMD_INLINE Bytes LoadBytes(const void* from) { return _mm512_loadu_si512(from); }
@@ -41,13 +43,21 @@ struct Simd {
   static SIMD_INLINE void StoreBytes(void* to, Bytes bytes) { _mm512_storeu_si512(to, bytes); }
   static SIMD_INLINE Bytes NoBytes() { return _mm512_setzero_si512(); }
 
+  template <int kHalf>
+  static SIMD_INLINE void InterleaveHalf(Bytes a, Bytes b, Bytes c, Bytes d, Bytes (&to)[2]) {
+    const Bytes ab = kHalf == 0 ? _mm512_unpacklo_epi8(a, b) : _mm512_unpackhi_epi8(a, b);
+    const Bytes cd = kHalf == 0 ? _mm512_unpacklo_epi8(c, d) : _mm512_unpackhi_epi8(c, d);
+    to[0] = _mm512_unpacklo_epi16(ab, cd);
+    to[1] = _mm512_unpackhi_epi16(ab, cd);
+  }
   static SIMD_INLINE void Interleave(Bytes (&rows)[4]) {
-    const Bytes low01 = _mm512_unpacklo_epi8(rows[0], rows[1]), high01 = _mm512_unpackhi_epi8(rows[0], rows[1]);
-    const Bytes low23 = _mm512_unpacklo_epi8(rows[2], rows[3]), high23 = _mm512_unpackhi_epi8(rows[2], rows[3]);
-    rows[0] = _mm512_unpacklo_epi16(low01, low23);
-    rows[1] = _mm512_unpackhi_epi16(low01, low23);
-    rows[2] = _mm512_unpacklo_epi16(high01, high23);
-    rows[3] = _mm512_unpackhi_epi16(high01, high23);
+    Bytes low[2], high[2];
+    InterleaveHalf<0>(rows[0], rows[1], rows[2], rows[3], low);
+    InterleaveHalf<1>(rows[0], rows[1], rows[2], rows[3], high);
+    rows[0] = low[0];
+    rows[1] = low[1];
+    rows[2] = high[0];
+    rows[3] = high[1];
   }
   static SIMD_INLINE Bytes Shift4(Bytes nibbles) {
     return _mm512_xor_si512(nibbles, _mm512_set1_epi8(static_cast<char>(0x88)));
@@ -58,6 +68,14 @@ struct Simd {
   static SIMD_INLINE Bytes EvenNibbles(Bytes shifted) { return _mm512_and_si512(shifted, _mm512_set1_epi8(0x0F)); }
   static SIMD_INLINE Bytes OddNibbles(Bytes shifted) {
     return _mm512_and_si512(_mm512_srli_epi16(shifted, 4), _mm512_set1_epi8(0x0F));
+  }
+  static SIMD_INLINE Bytes Join4(Bytes nibbles) { return Shift4(nibbles); }
+  static SIMD_INLINE Bytes Upper4(Bytes joined) {
+    return _mm512_and_si512(joined, _mm512_set1_epi8(static_cast<char>(0xF0)));
+  }
+  static SIMD_INLINE void Separate4(Ints& joined, Ints& upper) {
+    joined = _mm512_sub_epi32(joined, upper);
+    upper = _mm512_srai_epi32(upper, 4);
   }
   static SIMD_INLINE Bytes Repeat4(const int8_t* four) {
     int32_t bits;
@@ -95,9 +113,23 @@ struct Simd {
       sums[4 + i] = second[i];
     });
   }
+  static SIMD_INLINE void Disorder4(Ints (&sums)[8]) {
+    Ints first[4] = {sums[0], sums[2], sums[4], sums[6]}, second[4] = {sums[1], sums[3], sums[5], sums[7]};
+    TransposeLanes(first);
+    TransposeLanes(second);
+    const Ints quads[8] = {first[0], first[1], first[2], first[3], second[0], second[1], second[2], second[3]};
+    Unroll<4>([&](auto i) SIMD_INLINE_LAMBDA {
+      const __m512 low = _mm512_castsi512_ps(quads[2 * i]), high = _mm512_castsi512_ps(quads[2 * i + 1]);
+      sums[2 * i] = _mm512_castps_si512(_mm512_shuffle_ps(low, high, 0x88));
+      sums[2 * i + 1] = _mm512_castps_si512(_mm512_shuffle_ps(low, high, 0xDD));
+    });
+  }
+  static SIMD_INLINE void Disorder8(Ints (&sums)[8]) { Order8(sums); }  // it is its own inverse
 
   // --- floats ---
   static SIMD_INLINE Floats ToFloats(Ints values) { return _mm512_cvtepi32_ps(values); }
+  static SIMD_INLINE Ints FloatBits(Floats a) { return _mm512_castps_si512(a); }
+  static SIMD_INLINE Floats FromBits(Ints bits) { return _mm512_castsi512_ps(bits); }
   static SIMD_INLINE Floats Load(const float* from) { return _mm512_loadu_ps(from); }
   static SIMD_INLINE Floats Load(const float* from, int count) {
     return count >= kLanes ? Load(from) : _mm512_maskz_loadu_ps(Mask(count), from);

@@ -23,6 +23,8 @@ struct Simd {
   // --- bytes and dot products ---
   static constexpr int kOffset4 = 0;
   static constexpr int kOffset8 = 0;
+  static constexpr int kJoinedOffset4 = 8;
+  static constexpr int kUpperOffset4 = 0;
   static constexpr int kPairsPerSum4 = 1;
 
   static Bytes LoadBytes(const void* from) { return vld1q_u8(static_cast<const uint8_t*>(from)); }
@@ -34,15 +36,21 @@ struct Simd {
   static void StoreBytes(void* to, Bytes bytes) { vst1q_u8(static_cast<uint8_t*>(to), bytes); }
   static Bytes NoBytes() { return vdupq_n_u8(0); }
 
+  template <int kHalf>
+  static void InterleaveHalf(Bytes a, Bytes b, Bytes c, Bytes d, Bytes (&to)[2]) {
+    const uint16x8_t ab = vreinterpretq_u16_u8(kHalf == 0 ? vzip1q_u8(a, b) : vzip2q_u8(a, b));
+    const uint16x8_t cd = vreinterpretq_u16_u8(kHalf == 0 ? vzip1q_u8(c, d) : vzip2q_u8(c, d));
+    to[0] = vreinterpretq_u8_u16(vzip1q_u16(ab, cd));
+    to[1] = vreinterpretq_u8_u16(vzip2q_u16(ab, cd));
+  }
   static void Interleave(Bytes (&rows)[4]) {
-    const uint16x8_t low01 = vreinterpretq_u16_u8(vzip1q_u8(rows[0], rows[1]));
-    const uint16x8_t high01 = vreinterpretq_u16_u8(vzip2q_u8(rows[0], rows[1]));
-    const uint16x8_t low23 = vreinterpretq_u16_u8(vzip1q_u8(rows[2], rows[3]));
-    const uint16x8_t high23 = vreinterpretq_u16_u8(vzip2q_u8(rows[2], rows[3]));
-    rows[0] = vreinterpretq_u8_u16(vzip1q_u16(low01, low23));
-    rows[1] = vreinterpretq_u8_u16(vzip2q_u16(low01, low23));
-    rows[2] = vreinterpretq_u8_u16(vzip1q_u16(high01, high23));
-    rows[3] = vreinterpretq_u8_u16(vzip2q_u16(high01, high23));
+    Bytes low[2], high[2];
+    InterleaveHalf<0>(rows[0], rows[1], rows[2], rows[3], low);
+    InterleaveHalf<1>(rows[0], rows[1], rows[2], rows[3], high);
+    rows[0] = low[0];
+    rows[1] = low[1];
+    rows[2] = high[0];
+    rows[3] = high[1];
   }
   static Bytes Shift4(Bytes nibbles) { return nibbles; }
   static Bytes Shift8(Bytes bytes) { return bytes; }
@@ -50,6 +58,12 @@ struct Simd {
     return vreinterpretq_u8_s8(vshrq_n_s8(vreinterpretq_s8_u8(vshlq_n_u8(shifted, 4)), 4));
   }
   static Bytes OddNibbles(Bytes shifted) { return vreinterpretq_u8_s8(vshrq_n_s8(vreinterpretq_s8_u8(shifted), 4)); }
+  static Bytes Join4(Bytes nibbles) { return veorq_u8(nibbles, vdupq_n_u8(0x08)); }
+  static Bytes Upper4(Bytes joined) { return vandq_u8(joined, vdupq_n_u8(0xF0)); }
+  static void Separate4(Ints& joined, Ints& upper) {
+    joined = vsubq_s32(joined, upper);
+    upper = vshrq_n_s32(upper, 4);
+  }
   static Bytes Repeat4(const int8_t* four) {
     uint32_t bits;
     __builtin_memcpy(&bits, four, 4);
@@ -72,9 +86,19 @@ struct Simd {
     }
   }
   static void Order8(Ints (&)[8]) {}
+  static void Disorder4(Ints (&sums)[8]) {
+    for (int i = 0; i < 8; i += 2) {
+      const Ints first = sums[i], second = sums[i + 1];
+      sums[i] = vuzp1q_s32(first, second);
+      sums[i + 1] = vuzp2q_s32(first, second);
+    }
+  }
+  static void Disorder8(Ints (&)[8]) {}
 
   // --- floats ---
   static Floats ToFloats(Ints values) { return vcvtq_f32_s32(values); }
+  static Ints FloatBits(Floats a) { return vreinterpretq_s32_f32(a); }
+  static Floats FromBits(Ints bits) { return vreinterpretq_f32_s32(bits); }
   static Floats Load(const float* from) { return vld1q_f32(from); }
   static Floats Load(const float* from, int count) {
     if (count >= kLanes) return Load(from);

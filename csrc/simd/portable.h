@@ -55,6 +55,14 @@ struct Simd {
       for (int row = 0; row < 4; ++row) rows[column / 4].at[column % 4 * 4 + row] = before[row].at[column];
     }
   }
+  // Vectors 2 kHalf and 2 kHalf + 1 of Interleave.
+  template <int kHalf>
+  static void InterleaveHalf(Bytes a, Bytes b, Bytes c, Bytes d, Bytes (&to)[2]) {
+    Bytes rows[4] = {a, b, c, d};
+    Interleave(rows);
+    to[0] = rows[2 * kHalf];
+    to[1] = rows[2 * kHalf + 1];
+  }
   // Converts two's complement weights to the form that Even/OddNibbles and Dot4, or Dot8, take.
   static Bytes Shift4(Bytes nibbles) { return nibbles; }
   static Bytes Shift8(Bytes bytes) { return bytes; }
@@ -65,6 +73,25 @@ struct Simd {
   static Bytes OddNibbles(Bytes shifted) {
     for (uint8_t& byte : shifted.at) byte = static_cast<uint8_t>(((byte >> 4) ^ 8) - 8);
     return shifted;
+  }
+  // Two 4-bit weights in one byte, for which a product takes fewer operations than for Even/OddNibbles: 16 times the
+  // odd nibble plus the even one, or the former alone. kJoinedOffset4 and kUpperOffset4 are what they are too large by.
+  static constexpr int kJoinedOffset4 = 8;
+  static constexpr int kUpperOffset4 = 0;
+  static Bytes Join4(Bytes nibbles) {
+    for (uint8_t& byte : nibbles.at) byte ^= 0x08;
+    return nibbles;
+  }
+  static Bytes Upper4(Bytes joined) {
+    for (uint8_t& byte : joined.at) byte &= 0xF0;
+    return joined;
+  }
+  // Turns the sums of joined and of upper nibbles into those of even and of odd ones.
+  static void Separate4(Ints& joined, Ints& upper) {
+    for (int i = 0; i < 4; ++i) {
+      joined.at[i] -= upper.at[i];
+      upper.at[i] /= 16;
+    }
   }
   // The same four bytes in every 32-bit integer.
   static Bytes Repeat4(const int8_t* four) {
@@ -100,10 +127,29 @@ struct Simd {
   }
   // The same if sums i and 4 + i belong to vector i of two neighbouring Interleaves.
   static void Order8(Ints (&)[8]) {}
+  // Their inverses.
+  static void Disorder4(Ints (&sums)[8]) {
+    for (int i = 0; i < 8; i += 2) {
+      const Ints first = sums[i], second = sums[i + 1];
+      sums[i] = Ints{{first.at[0], first.at[2], second.at[0], second.at[2]}};
+      sums[i + 1] = Ints{{first.at[1], first.at[3], second.at[1], second.at[3]}};
+    }
+  }
+  static void Disorder8(Ints (&)[8]) {}
 
   // --- floats ---
   static Floats ToFloats(Ints values) {
     return Map([&](int i) { return static_cast<float>(values.at[i]); });
+  }
+  static Ints FloatBits(Floats a) {
+    Ints bits;
+    __builtin_memcpy(&bits, &a, 16);
+    return bits;
+  }
+  static Floats FromBits(Ints bits) {
+    Floats floats;
+    __builtin_memcpy(&floats, &bits, 16);
+    return floats;
   }
   static Floats Load(const float* from) { return Load(from, 4); }
   // The first count numbers, then zeros.

@@ -20,6 +20,9 @@
 #define SIMD_KEEP(vector) asm("" : "+w"(vector))
 #define SIMD_HOLD(vector) asm volatile("" : "+w"(vector))
 #endif
+// Makes the compiler forget what it knows of this pointer's target, so that it loads again instead of keeping
+// registers.
+#define SIMD_ANEW(pointer) asm("" : "+r"(pointer))
 
 namespace healthgpt {
 namespace {

@@ -248,7 +248,7 @@ def test_panels_give_the_same_bits_as_rows(in_panels, case, storage, target, aro
         )
         for panels in (False, True)
     )
-    for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 16, 32, 33, 50):
+    for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 16, 24, 25, 32, 33, 50):
         x, options, *_ = around_operands(around, rows, channels, outputs)
         expected, *found = (
             _kernels.hlora_linear(x, kept, bias, kept_in, kept_out, experts, target, threads, **options)
