@@ -21,6 +21,9 @@ SIMD_INLINE __m512i _mm512_cvtepi8_epi32(__m128i a) {
 SIMD_INLINE __m512i _mm512_cvtepu16_epi32(__m256i a) {
   return reinterpret_cast<__m512i>(__builtin_convertvector(reinterpret_cast<__v16hu>(a), __v16si));
 }
+SIMD_INLINE __m512i _mm512_srai_epi32(__m512i a, unsigned count) {
+  return reinterpret_cast<__m512i>(reinterpret_cast<__v16si>(a) >> static_cast<int>(count));
+}
 
 // Half by half, where there is such an instruction for 256 bits.
 SIMD_INLINE __m512i _mm512_cvtps_epi32(__m512 a) {
