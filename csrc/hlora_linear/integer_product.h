@@ -503,10 +503,12 @@ SIMD_INLINE void DisorderedScales(const Matrix& matrix, const Part& part, int64_
 }
 
 // sums += block `block` times kRows rows from part.row + row on, read in place from one tile, whose sums stay in
-// registers. Scales and sums are in the order of LoadInTurn. The first rows prefetch what follows in the file.
-template <class Target, Storage storage, bool kNear, bool kWhole, int kRows>
+// registers. Scales and sums are in the order of LoadInTurn. If kLines > 0 the tile is whole, and with every four
+// channels so many lines are prefetched from `next` on. Otherwise the first rows prefetch what follows in the file.
+template <class Target, Storage storage, bool kNear, int kLines, int kRows>
 void AddTileInPlace(const Matrix& matrix, const Input& input, int64_t block, const Part& part, int64_t row,
-                    int64_t tile, const float* scales, const Sums& sums) {
+                    int64_t tile, const float* scales, const Sums& sums, const uint8_t* next) {
+  constexpr int locality = kNear ? 3 : 2;
   const int64_t size = matrix.block_size, channels = Min(size, matrix.channels - block * size);
   const Layout<storage> layout(matrix);
   const int64_t first = block * input.rows + part.row + row, stride = layout.stride;
@@ -516,9 +518,13 @@ void AddTileInPlace(const Matrix& matrix, const Input& input, int64_t block, con
   Products<storage, kRows> products;
   products.template BeginJoined<Target>(input.sums + first);
   const auto add = [&](auto whole, int64_t channel) SIMD_INLINE_LAMBDA {
-    if (row == 0 && tile == 0) {
-      const uint8_t* next = from + channel * stride + kPanelBytesAhead;
-      for (int64_t line = 0; line < 4 * stride; line += 64) __builtin_prefetch(next + line, 0, kNear ? 3 : 2);
+    if (kLines > 0) {
+      Unroll<kLines>([&](auto line) SIMD_INLINE_LAMBDA { __builtin_prefetch(next + 64 * line, 0, locality); });
+      next += 64 * kLines;
+    } else if (row == 0 && tile == 0) {
+      for (int64_t line = 0; line < 4 * stride; line += 64) {
+        __builtin_prefetch(from + channel * stride + kPanelBytesAhead + line, 0, locality);
+      }
     }
     Bytes bytes[kRows];
     Unroll<kRows>([&](auto r) SIMD_INLINE_LAMBDA { bytes[r] = Simd::Repeat4(x + r * size + channel); });
@@ -531,35 +537,48 @@ void AddTileInPlace(const Matrix& matrix, const Input& input, int64_t block, con
                                                     });
                                                   });
   };
-  const int64_t whole = kWhole ? channels : WholeChannels<storage>(matrix, from, stride, channels, columns);
+  const int64_t whole = kLines > 0 ? channels : WholeChannels<storage>(matrix, from, stride, channels, columns);
   int64_t channel = 0;
   for (; channel + 4 <= whole; channel += 4) add(Constant<1>{}, channel);
-  if (!kWhole) {
+  if (kLines == 0) {
     for (; channel < channels; channel += 4) add(Constant<0>{}, channel);
   }
   products.template Separate<Target>();
   products.AddTo(sums.At(row * part.stride + tile * kTile), part.stride, scales, input.scales + first);
 }
 
+template <class Target, Storage storage, bool kNear, int kLines>
+SIMD_INLINE auto TileAdder(int64_t rows) {
+  return Pick(rows, AddTileInPlace<Target, storage, kNear, kLines, 1>,
+              AddTileInPlace<Target, storage, kNear, kLines, 2>, AddTileInPlace<Target, storage, kNear, kLines, 3>);
+}
+
 // AddBlockInPlace tile by tile, by processors with many registers. The sums are left in the order of LoadInTurn.
 template <class Target, Storage storage, bool kNear>
 void AddTilesInPlace(const Matrix& matrix, const Input& input, int64_t block, const Part& part, const Sums& sums) {
-  const int64_t tiles = part.tiles();
+  constexpr int64_t kRowsOfGroup = 3;  // whose sums fit into the registers
+  constexpr int kLines = static_cast<int>(4 * RowBytes<storage>(kPanel) / 64);
+  const int64_t tiles = part.tiles(), groups = CeilDivide(part.rows, kRowsOfGroup);
+  const Layout<storage> layout(matrix);
   for (int64_t tile = 0; tile < tiles; ++tile) {
     FetchScales<storage>(matrix, part, block, tile, tiles);
-    const bool whole = matrix.channels % 4 == 0 && TileColumns(part, tile) == kTile;
     float scales[kTile];
     DisorderedScales<Target, storage>(matrix, part, block, tile, scales);
-    // Sums of three rows fit into the registers. The next rows find the weights in the L1 cache.
+    // The first rows read a panel from memory, the next ones find it in the L1 cache. One group prefetches as much as
+    // it reads, several share the next block among each other.
+    const bool whole = tile == 0 && matrix.panel != 0 && matrix.channels % 4 == 0;
+    const int lines = !whole ? 0 : groups == 1 ? kLines : groups <= 3 ? kLines / 2 : kLines / 4;
+    const int64_t block_bytes = matrix.block_size * layout.stride;
+    const uint8_t* next = layout.At(block * matrix.block_size, part.column) +
+                          (groups == 1 ? kPanelBytesAhead : Max(kPanelBytesAhead, block_bytes + kPanelBytesBeyond));
     for (int64_t row = 0; row < part.rows;) {
-      const int64_t left = part.rows - row, count = left == 4 ? 2 : Min(left, 3);
-      const auto add =
-          whole ? Pick(count, AddTileInPlace<Target, storage, kNear, true, 1>,
-                       AddTileInPlace<Target, storage, kNear, true, 2>, AddTileInPlace<Target, storage, kNear, true, 3>)
-                : Pick(count, AddTileInPlace<Target, storage, kNear, false, 1>,
-                       AddTileInPlace<Target, storage, kNear, false, 2>,
-                       AddTileInPlace<Target, storage, kNear, false, 3>);
-      add(matrix, input, block, part, row, tile, scales, sums);
+      const int64_t left = part.rows - row, count = left == 4 ? 2 : Min(left, kRowsOfGroup);
+      const auto add = lines == 0            ? TileAdder<Target, storage, kNear, 0>(count)
+                       : lines == kLines     ? TileAdder<Target, storage, kNear, kLines>(count)
+                       : lines == kLines / 2 ? TileAdder<Target, storage, kNear, kLines / 2>(count)
+                                             : TileAdder<Target, storage, kNear, kLines / 4>(count);
+      add(matrix, input, block, part, row, tile, scales, sums, next);
+      next += matrix.block_size / 4 * lines * 64;
       row += count;
     }
   }

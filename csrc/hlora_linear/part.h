@@ -40,7 +40,7 @@ constexpr int64_t kWideBytes = 2048;
 constexpr int64_t kBytesAhead = (kManyRegisters ? 16 : 24) << 10;
 constexpr int64_t kWideChannels = kManyRegisters ? 16 : 8;
 constexpr int64_t kBytesOn = kManyRegisters ? 384 : 256;
-constexpr int64_t kPanelBytesAhead = 6 << 10;
+constexpr int64_t kPanelBytesAhead = 6 << 10, kPanelBytesBeyond = 2 << 10;
 constexpr int64_t kNarrowBlock = 24 << 10;  // bytes of a block, see TileByTile
 constexpr int64_t kTilesAhead = 4, kScalesAhead = 2;
 constexpr int64_t kTaskBytes = 384 << 10;  // of a task's sums, so that they stay in the L2 cache
