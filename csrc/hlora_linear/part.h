@@ -34,8 +34,9 @@ constexpr int64_t kFloatBlock = 64;  // channels of a tile of floats
 // bytes. Of wider ones, kWideChannels of which are read at once, comes next what lies kBytesOn further on or, with few
 // registers, the next channels. Channels a multiple of 4 KiB apart share one set of the L1 cache, all of whose ways are
 // then taken by those that are being read: so also the next channels are prefetched kBytesOn further on. A panel is
-// prefetched by kPanelBytesAhead. With more rows scales are prefetched by tiles, and so are weights where they are not
-// by blocks (AddBlockUnpacked).
+// prefetched by kPanelBytesAhead or, where several groups of rows go through a block, by that block and
+// kPanelBytesBeyond. With more rows scales are prefetched by tiles, and so are weights where they are not by blocks
+// (AddBlockUnpacked).
 constexpr int64_t kWideBytes = 2048;
 constexpr int64_t kBytesAhead = (kManyRegisters ? 16 : 24) << 10;
 constexpr int64_t kWideChannels = kManyRegisters ? 16 : 8;
@@ -225,8 +226,9 @@ bool InPlace(const Matrix& matrix, int64_t rows) {
 // Bytes that a task needs besides its sums: for integer sums in between, or for one unpacked tile.
 int64_t UnpackedBytes(const Matrix& matrix, int64_t rows, int64_t columns) {
   if (!IsInteger(matrix.storage)) return kFloatBlock * kTile * 4;
-  if (InPlace(matrix, rows) && !TileByTile(matrix))
+  if (InPlace(matrix, rows) && !TileByTile(matrix)) {
     return rows * RoundUp(matrix.panel != 0 ? Min(columns, kPanel) : columns, kTile) * 4;
+  }
   return matrix.block_size * kTile * (kInPairs && matrix.storage == Storage::kInt8 ? 2 : 1);
 }
 
