@@ -125,7 +125,7 @@ here=(env "PYTHONPATH=$site" "$python" -m)
 if [[ $rehearse == no && $bundles == yes ]]; then
   checks+=(cpu-tests)
   start cpu-tests "$check" "${here[@]}" pytest -p no:cacheprovider --maxfail 20 tests/csrc/test_hlora_linear.py \
-    tests/csrc/test_cached_attention.py tests/csrc/test_convolution.py
+    tests/csrc/test_cached_attention.py tests/csrc/test_packed_attention.py tests/csrc/test_convolution.py
 fi
 if [[ $rehearse == no ]]; then
   # The kernels once each; the races and bounds it looks for do not depend on sizes that the tests try.

@@ -8,7 +8,8 @@ const char* Provider() { return nullptr; }
 
 std::vector<const OrtCustomOp*> Operators() {
   std::vector<const OrtCustomOp*> operators;
-  for (const auto& some : {LinearOperators(), CachedAttentionOperators(), ConvolutionOperators()}) {
+  for (const auto& some :
+       {LinearOperators(), CachedAttentionOperators(), PackedAttentionOperators(), ConvolutionOperators()}) {
     operators.insert(operators.end(), some.begin(), some.end());
   }
   return operators;

@@ -12,6 +12,7 @@
 #include "cached_attention/cached_attention.h"
 #include "convolution/convolution.h"
 #include "hlora_linear/hlora_linear.h"
+#include "packed_attention/packed_attention.h"
 #include "python/threads.h"
 
 namespace py = pybind11;
@@ -279,6 +280,25 @@ Floats CachedAttention(const Floats& query, const Floats& key, const Floats& val
   return output;
 }
 
+Floats PackedAttention(const Floats& packed, int64_t heads, const std::optional<std::string>& target, size_t threads) {
+  if (packed.ndim() != 3) throw py::value_error("packed must have 3 dimensions");
+  const int64_t width = packed.shape(2) / 3;
+  if (heads < 1 || width < 1 || width % heads != 0 || packed.shape(2) % 3 != 0) {
+    throw py::value_error("packed must end in 3 * " + std::to_string(heads) + " * D numbers, got " +
+                          std::to_string(packed.shape(2)));
+  }
+  healthgpt::PackedAttentionArguments arguments;
+  arguments.batch = packed.shape(0);
+  arguments.tokens = packed.shape(1);
+  arguments.heads = heads;
+  arguments.head_size = width / heads;
+  arguments.packed = packed.data();
+  Floats output({arguments.batch, arguments.tokens, width});
+  arguments.output = output.mutable_data();
+  Run(healthgpt::PackedAttention, arguments, target, threads);
+  return output;
+}
+
 Floats Convolution(const Floats& x, const py::array& given, const Floats& bias,
                    const std::optional<Floats>& norm_weight, const std::optional<Floats>& norm_bias,
                    const std::optional<Floats>& residual, int64_t groups, int64_t enlarge,
@@ -350,6 +370,10 @@ PYBIND11_MODULE(_kernels, module) {
       py::arg("value_scales") = py::none(),
       "Attention [B, S, H * D] over caches [B, K, M, D]. Appends the new keys and values to the caches. Operands "
       "as in csrc/cached_attention/cached_attention.h.");
+  module.def("packed_attention", &PackedAttention, py::arg("packed"), py::arg("heads"), py::arg("target") = py::none(),
+             py::arg("threads") = 1,
+             "Attention [B, T, H * D] of every token to every token. Operands as in "
+             "csrc/packed_attention/packed_attention.h.");
   module.def("convolution", &Convolution, py::arg("x"), py::arg("weight"), py::arg("bias"),
              py::arg("norm_weight") = py::none(), py::arg("norm_bias") = py::none(), py::arg("residual") = py::none(),
              py::arg("groups") = 0, py::arg("enlarge") = 1, py::arg("target") = py::none(), py::arg("threads") = 1,

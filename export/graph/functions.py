@@ -285,6 +285,20 @@ def packed_cached_attention(cache_type: int) -> FunctionProto:
     """)
 
 
+def packed_attention() -> FunctionProto:
+    """Attention of every token to every token: packed [B, T, 3C], query, key and value side by side, -> [B, T, C].
+
+    Scores are scaled by 1 / sqrt(D). Attribute: heads H, which divides C.
+    """
+    return parser.parse_function(f"""
+        {HEADER}
+        PackedAttention <heads> (packed) => (output) {{
+            query, key, value = Split <axis = -1, num_outputs = 3> (packed)
+            output = Attention <q_num_heads: int = @heads, kv_num_heads: int = @heads> (query, key, value)
+        }}
+    """)
+
+
 GROUP_NORM_EPSILON = 1e-6
 
 

@@ -20,6 +20,7 @@ from ..checkpoint import Checkpoint
 from ..folded import to_float
 from ..weights import WeightFile
 from .builder import GraphBuilder
+from .functions import packed_attention
 from .matrices import stored_linear
 
 FLOAT = TensorProto.FLOAT
@@ -99,18 +100,13 @@ class _VisionGraph:
         graph = self.graph
         with graph.scope("attention"):
             packed = self._linear(f"{name}.self_attn", "qkv", self._norm(f"{name}.layer_norm1", hidden))
-            hidden = graph.op("Add", hidden, self._linear(f"{name}.self_attn", "out_proj", self._attend(packed)))
+            attended = graph.call(packed_attention(), packed, heads=self.config.heads)
+            hidden = graph.op("Add", hidden, self._linear(f"{name}.self_attn", "out_proj", attended))
         with graph.scope("mlp"):
             wide = self._linear(f"{name}.mlp", "fc1", self._norm(f"{name}.layer_norm2", hidden))
             # quick_gelu
             gate = graph.op("Sigmoid", graph.op("Mul", wide, graph.constant(1.702, np.float32)))
             return str(graph.op("Add", hidden, self._linear(f"{name}.mlp", "fc2", graph.op("Mul", wide, gate))))
-
-    def _attend(self, packed: str) -> str:
-        """Queries, keys and values side by side [B, T, 3C] -> attention's output [B, T, C], scaled by 1/sqrt(D)."""
-        graph, heads = self.graph, self.config.heads
-        query, key, value = graph.op("Split", packed, outputs=3, axis=-1, num_outputs=3)
-        return str(graph.op("Attention", query, key, value, q_num_heads=heads, kv_num_heads=heads))
 
     def _linear(self, block: str, name: str, x: str) -> str:
         """A linear of the tower; `qkv` is its three projections in one matrix."""

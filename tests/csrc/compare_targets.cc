@@ -11,6 +11,7 @@
 #include "cached_attention/cached_attention.h"
 #include "convolution/convolution.h"
 #include "hlora_linear/hlora_linear.h"
+#include "packed_attention/packed_attention.h"
 
 namespace {
 
@@ -232,6 +233,27 @@ void CompareAttention(Report& report, Storage cache, int64_t group, int64_t past
   report.SameBits(what + ", in pieces", run(report.target, {2, 3, 4, 5, 6, 7, 8, 9, 10, 13, 24, 9}), all, 0);
 }
 
+void ComparePackedAttention(Report& report, int64_t tokens, int64_t size) {
+  constexpr int64_t kHeads = 3;
+  const std::vector<float> packed = Normal(2 * tokens * 3 * kHeads * size, 2.0f);
+  const auto run = [&](Target target, int64_t first, int64_t pictures) {
+    std::vector<float> output(static_cast<size_t>(pictures * tokens * kHeads * size));
+    healthgpt::PackedAttentionArguments arguments;
+    arguments.batch = pictures;
+    arguments.tokens = tokens;
+    arguments.heads = kHeads;
+    arguments.head_size = size;
+    arguments.packed = packed.data() + first * tokens * 3 * kHeads * size;
+    arguments.output = output.data();
+    healthgpt::PackedAttention(arguments, healthgpt::Parallel(), target);
+    return output;
+  };
+  const std::string what = "attention of " + std::to_string(tokens) + " tokens, 3 x " + std::to_string(size);
+  const std::vector<float> both = run(report.target, 0, 2);
+  report.Compare(what, both, run(Target::kPortable, 0, 2), kTolerance);
+  report.SameBits(what + ", alone", run(report.target, 1, 1), both, tokens * kHeads * size);
+}
+
 void CompareConvolution(Report& report, bool half, int64_t side, int64_t channels, int64_t outputs, int64_t enlarge) {
   const int64_t pixels = side * side, y_pixels = pixels * enlarge * enlarge;
   const std::vector<float> x = Normal(2 * pixels * channels), residual = Normal(2 * y_pixels * outputs);
@@ -286,6 +308,8 @@ int main() {
       CompareAttention(report, cache, 1, 130, 96, 0);
       CompareAttention(report, cache, 3, 3, 10, 50);
     }
+    ComparePackedAttention(report, 65, 10);
+    ComparePackedAttention(report, 200, 64);
     for (const bool half : {false, true}) {
       for (const int64_t enlarge : {1, 2}) {
         CompareConvolution(report, half, 11, 20, 70, enlarge);

@@ -29,6 +29,7 @@ from healthgpt_edge.export.graph.functions import (
     norm_hlora_linear,
     norm_swish,
     norm_swish_convolution,
+    packed_attention,
     packed_cached_attention,
     residual_convolution,
     residual_hlora_linear,
@@ -309,6 +310,16 @@ def test_cached_attention(cache, window, tokens):
         np.testing.assert_allclose(present, wanted, rtol=2e-3 if cache == "float16" else 0, atol=1e-6)
 
 
+@pytest.mark.parametrize("tokens", [0, 1, 70])
+def test_attention_of_every_token(tokens):
+    packed = np.random.default_rng(0).standard_normal((2, tokens, 3 * 24)).astype(np.float32)
+    (found,) = run("PackedAttention", {"packed": packed}, {"output": FLOAT}, threads=2, heads=3)
+    expected = packed[:, :, :24]  # no numbers, but of this shape
+    if tokens:
+        (expected,) = run("PackedAttention", {"packed": packed}, {"output": FLOAT}, body=packed_attention(), heads=3)
+    assert_near(found, expected, exact=True)
+
+
 def packed_operands(cache: str, tokens: int) -> Operands:
     operands = attention_operands(cache, tokens=tokens)
     packed = np.concatenate([operands.pop(name) for name in ("query", "key", "value")], axis=-1)
@@ -586,6 +597,13 @@ def test_wrong_packed_attention_is_named(wrong, message):
     operands, results = packed_operands("float32", 2) | wrong, attention_results("float32")
     text = refusal("PackedCachedAttention", operands, results, window=0, sizes=[32, 16, 16], **HEADS)
     assert "PackedCachedAttention: " in text and message in text
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 60), (2, 5, 0), (5, 72)], ids=str)
+def test_wrong_attention_of_every_token_is_named(shape):
+    text = refusal("PackedAttention", zeros("packed", *shape), {"output": FLOAT}, heads=3 if shape[-1] else 1)
+    heads = 3 if shape[-1] else 1
+    assert f"PackedAttention: packed must be [B, T, 3 * {heads} * D], found {list(shape)}" in text
 
 
 def test_both_caches_have_one_type():

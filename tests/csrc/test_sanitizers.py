@@ -12,7 +12,8 @@ import sys
 import pytest
 from cmake_build import ROOT, build
 
-TESTS = [ROOT / "tests" / "csrc" / f"test_{name}.py" for name in ("hlora_linear", "cached_attention", "convolution")]
+KERNELS = ("hlora_linear", "cached_attention", "packed_attention", "convolution")
+TESTS = [ROOT / "tests" / "csrc" / f"test_{name}.py" for name in KERNELS]
 
 # Runs pytest with the module at argv[1] in the place of the installed one.
 RUN = """
