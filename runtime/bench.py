@@ -213,6 +213,7 @@ class _Bench:
     def _read(self, task: str, ids: np.ndarray) -> None:
         """Read a prompt as users' are read."""
         context = self.session.executor.context(task, None)
+        context.expect(len(ids))
         for piece in pieces(self.session.executor, ids):
             context.forward(piece)
 

@@ -173,6 +173,7 @@ class Inference:
         with self._clock.stage("prefill"):
             # The first question is cut behind its picture, too: so no answer depends on what was asked before.
             cut = prefix.length if prefix else 0
+            context.expect(len(spliced) - reused_tokens)
             for piece in [*pieces(executor, spliced[reused_tokens:cut]), *pieces(executor, spliced[cut:])]:
                 request.check_wanted()
                 logits = (yield Step(context, piece, 1, request.faithful, None)).logits

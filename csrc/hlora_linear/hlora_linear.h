@@ -43,6 +43,7 @@ struct HLoraLinearArguments {
   bool normalise = false;  // replaces x by x / sqrt(mean(x^2) + epsilon)
   float epsilon = 0;
   bool pair_input = false;          // x is (S, 2 C) and stands for silu(x[:, :C]) * x[:, C:]
+  bool quick_gelu = false;          // x stands for x / (1 + e^(-1.702 x))
   const float* residual = nullptr;  // (S, O) or null, added to the result; may be y
 };
 

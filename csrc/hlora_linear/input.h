@@ -40,6 +40,14 @@ void SwigluRow(const float* gate, const float* up, int64_t channels, float* to) 
   }
 }
 
+// to = x sigmoid(1.702 x).
+void QuickGeluRow(const float* x, int64_t channels, float* to) {
+  for (int64_t i = 0; i < channels; i += Simd::kLanes) {
+    const int count = static_cast<int>(Min(Simd::kLanes, channels - i));
+    Simd::Store(to + i, Swish(Simd::Load(x + i, count), 1.702f), count);
+  }
+}
+
 // Rows of x. For integer matrices they are also quantised to 8 bits, block by block: block b of row r begins at
 // bytes[(b * rows + r) * block_size] and is padded with zeros; scales[b * rows + r] is its scale and
 // sums[b * rows + r] the sum of its bytes.

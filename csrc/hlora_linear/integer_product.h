@@ -659,6 +659,7 @@ void AddUnpackedTile(const Matrix& matrix, const Input& input, int64_t block, co
   const int8_t* x = input.bytes + first * size;
   const uint8_t* weights = static_cast<const uint8_t*>(part.unpacked);
   NextBlock next = next_block;
+  if ((block + 1) * size >= matrix.channels) part.FetchResults(row, kRows, tile);
   for (int64_t column = 0; column < kTile; column += kSumsAtOnce * Simd::kLanes) {
     Products<storage, kRows, kSumsAtOnce> products;
     products.template Multiply<kLines>(weights + 4 * column, x, size, channels, input.sums + first, next);

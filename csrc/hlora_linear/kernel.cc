@@ -96,7 +96,7 @@ struct Call {
   int64_t partials() const { return by_panels ? 1 : weight.splits; }
   bool has_adapter() const { return given.experts > 0; }
   // Whether the products' rows are not those of x itself.
-  bool prepares() const { return given.normalise || given.pair_input; }
+  bool prepares() const { return given.normalise || given.pair_input || given.quick_gelu; }
 
   // A row for the products: of x, or what is made of it.
   const float* Prepare(int64_t row) const {
@@ -107,6 +107,8 @@ struct Call {
                     : static_cast<float*>(ScratchMemory(Scratch::kTask, static_cast<size_t>(channels) * sizeof(float)));
     if (given.normalise) {
       NormaliseRow(given.x + row * channels, channels, given.epsilon, to);
+    } else if (given.quick_gelu) {
+      QuickGeluRow(given.x + row * channels, channels, to);
     } else {
       const float* pair = given.x + 2 * row * channels;
       SwigluRow(pair, pair + channels, channels, to);
@@ -216,7 +218,9 @@ struct Call {
       const int64_t row = static_cast<int64_t>(task) / parts * per_part, count = Min(per_part, rows - row);
       const int64_t column = static_cast<int64_t>(task) % parts * width;
       if (count <= 0) return;
-      const Part part = TaskPart(row, count, column, Min(width, matrix.outputs - column), unpacked, true);
+      Part part = TaskPart(row, count, column, Min(width, matrix.outputs - column), unpacked, true);
+      part.results = given.y + row * matrix.outputs + column;
+      part.results_stride = matrix.outputs;
       AddProduct(matrix, x, {weight, 0, weight.splits}, part);
       if (has_adapter()) AddProduct(given.adapter_out, z, {out_of, 0, 1}, part, true);
       Finish(part, [&](int64_t r, int64_t i, int) { return Simd::Load(part.totals + r * part.stride + i); });

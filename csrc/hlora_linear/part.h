@@ -108,6 +108,10 @@ struct Part {
   float* sums;     // (rows, stride), of the current split
   float* totals;   // (rows, stride), of all splits so far; or null
   void* unpacked;  // one block of a tile's channels, or integer sums (tiles, rows, kTile)
+  // Where the results of all blocks will be written, row by row, or null: they are fetched with the last block, for
+  // nothing would hide the memory's latency then.
+  const float* results = nullptr;
+  int64_t results_stride = 0;
 
   int64_t tiles() const { return CeilDivide(columns, kTile); }
   // `count` outputs from number `first` on, a multiple of kTile, or as many as there are.
@@ -119,7 +123,17 @@ struct Part {
             stride,
             sums + first,
             totals == nullptr ? nullptr : totals + first,
-            unpacked};
+            unpacked,
+            results == nullptr ? nullptr : results + first,
+            results_stride};
+  }
+  // Fetches the results of `count` rows of a tile.
+  SIMD_INLINE void FetchResults(int64_t first, int64_t count, int64_t tile) const {
+    if (results == nullptr) return;
+    const float* from = results + first * results_stride + tile * kTile;
+    for (int64_t i = 0; i < count; ++i, from += results_stride) {
+      for (int64_t line = 0; line < kTile; line += 16) __builtin_prefetch(from + line, 1, 2);
+    }
   }
 };
 

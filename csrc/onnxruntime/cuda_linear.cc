@@ -41,10 +41,10 @@ std::vector<float> Widened(const Tensor& bfloat16) {
 class ResidentMatrix {
  public:
   ResidentMatrix(const Attributes& attributes, size_t index) {
-    const Tensor values = attributes.Constant(index, kHLoraLinearInputs[index]);
-    const Tensor scales = attributes.Constant(index + 1, kHLoraLinearInputs[index + 1]);
+    const Tensor values = attributes.Constant(index, kLinearInputs[index]);
+    const Tensor scales = attributes.Constant(index + 1, kLinearInputs[index + 1]);
     if (!values.given) {
-      throw std::invalid_argument(std::string(kHLoraLinearInputs[index].name) + " must be a constant on a GPU");
+      throw std::invalid_argument(std::string(kLinearInputs[index].name) + " must be a constant on a GPU");
     }
     if ((values.rank != 2 && values.rank != 3) || values.elements == 0) return;  // ReadLinear says what is wrong
     const cuda::Storage storage = StorageOf(values.type);
@@ -122,7 +122,7 @@ class CudaLinear {
 
 }  // namespace
 
-const OrtCustomOp* CudaLinearOperator() { return Operator<LinearKernel<CudaLinear>>(); }
+const OrtCustomOp* CudaLinearOperator() { return Operator<LinearKernel<CudaLinear, LinearNode>>(); }
 std::vector<const OrtCustomOp*> CudaHLoraLinearOperators() { return HLoraLinearOperators<CudaLinear>(); }
 
 }  // namespace healthgpt

@@ -35,6 +35,7 @@ struct CpuLinear {
     arguments.normalise = operands.around.normalise;
     arguments.epsilon = operands.around.epsilon;
     arguments.pair_input = operands.around.pair_input;
+    arguments.quick_gelu = operands.around.quick_gelu;
     arguments.residual = operands.residual;
     arguments.experts = operands.experts;
     if (operands.experts > 0) {
@@ -49,7 +50,10 @@ struct CpuLinear {
 
 std::vector<const OrtCustomOp*> LinearOperators() {
   std::vector<const OrtCustomOp*> operators = HLoraLinearOperators<CpuLinear>();
-  operators.push_back(Operator<LinearKernel<CpuLinear>>());
+  for (const OrtCustomOp* one :
+       LinearOperatorsOf<CpuLinear, LinearNode, ResidualLinearNode, QuickGeluResidualLinearNode>()) {
+    operators.push_back(one);
+  }
   return operators;
 }
 

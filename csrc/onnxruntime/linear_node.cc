@@ -83,7 +83,7 @@ LinearOperands ReadLinear(Call& call, int64_t block_size, int64_t experts, const
   std::copy_n(x.shape, x.rank, shape);
   shape[x.rank - 1] = outputs;
   if (around.residual) {
-    const Tensor residual = call.Input(8);
+    const Tensor residual = call.Input(experts > 0 ? 8 : 4);
     residual.Expect(shape, x.rank);
     operands.residual = residual.As<float>();
   }

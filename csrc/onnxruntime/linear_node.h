@@ -1,6 +1,10 @@
-// The nodes healthgpt::Linear, healthgpt::HLoraLinear and those around the latter (export/graph/functions.py), for the
-// CPU and for a GPU.
+// The nodes healthgpt::Linear, healthgpt::HLoraLinear and those around them (export/graph/functions.py), for the CPU
+// and for a GPU.
 #pragma once
+
+#include <array>
+#include <iterator>
+#include <vector>
 
 #include "hlora_linear/hlora_linear.h"
 #include "onnxruntime/operator.h"
@@ -23,6 +27,7 @@ struct Around {
   bool normalise = false;   // replaces x by x / sqrt(mean(x^2) + epsilon)
   bool pair_input = false;  // x is (S, 2 C) and stands for silu(x[:, :C]) * x[:, C:]
   bool residual = false;    // is added to the result
+  bool quick_gelu = false;  // replaces x by x sigmoid(1.702 x)
   float epsilon = 0;
 };
 
@@ -40,7 +45,7 @@ struct LinearOperands {
 };
 
 // Matrices stay in the mapped file: a launcher for a GPU copies them itself.
-constexpr Operand kHLoraLinearInputs[] = {
+constexpr Operand kLinearInputs[] = {
     {"x", kOrtFloat32},
     {"weight", kOrtUndefined, kOrtRequired, kOrtHostMemory},
     {"weight_scale", kOrtUndefined, kOrtOptional, kOrtHostMemory},
@@ -49,62 +54,72 @@ constexpr Operand kHLoraLinearInputs[] = {
     {"adapter_in_scale", kOrtUndefined, kOrtOptional, kOrtHostMemory},
     {"adapter_out", kOrtUndefined, kOrtRequired, kOrtHostMemory},
     {"adapter_out_scale", kOrtUndefined, kOrtOptional, kOrtHostMemory},
-    {"residual", kOrtFloat32},
 };
 
-// The operands of a node; without experts only the first four inputs. Throws if shapes or types do not fit together.
-LinearOperands ReadLinear(Call& call, int64_t block_size, int64_t experts, const Around& around = {});
+// The inputs of a node: without adapters only the first four; the residual, if it is added, comes last.
+template <bool has_adapters, bool has_residual>
+constexpr auto InputsOf() {
+  constexpr size_t count = has_adapters ? std::size(kLinearInputs) : 4;
+  std::array<Operand, count + has_residual> inputs = {};
+  for (size_t i = 0; i < count; ++i) inputs[i] = kLinearInputs[i];
+  if (has_residual) inputs[count] = {"residual", kOrtFloat32};
+  return inputs;
+}
 
-// A Launcher(attributes, has_adapters) is made with the session and called as launcher(operands, call).
-template <class Launcher>
-class LinearKernel {
- public:
+// The operands of a node; without experts it has no adapters. Throws if shapes or types do not fit together.
+LinearOperands ReadLinear(Call& call, int64_t block_size, int64_t experts, const Around& around);
+
+struct LinearNode {
   static constexpr const char* kName = "Linear";
-  static constexpr auto kInputs = FirstOperands<4>(kHLoraLinearInputs);
-  static constexpr Operand kOutputs[] = {{"y", kOrtFloat32}};
-
-  // Float matrices have no blocks, so they ignore the attribute.
-  explicit LinearKernel(const Attributes& attributes)
-      : block_size_(attributes.Integer("block_size", 0, INT64_MAX)), launcher_(attributes, false) {}
-
-  void Compute(Call& call) const { launcher_(ReadLinear(call, block_size_, 0), call); }
-
- private:
-  int64_t block_size_;
-  Launcher launcher_;
-};
-
-// The nodes with an H-LoRA linear.
-struct AloneNode {
-  static constexpr const char* kName = "HLoraLinear";
+  static constexpr bool kHasAdapters = false;
   static constexpr Around kAround = {};
 };
-struct NormNode {
-  static constexpr const char* kName = "NormHLoraLinear";
-  static constexpr Around kAround = {true, false, false};
-};
-struct ResidualNode {
-  static constexpr const char* kName = "ResidualHLoraLinear";
+struct ResidualLinearNode {
+  static constexpr const char* kName = "ResidualLinear";
+  static constexpr bool kHasAdapters = false;
   static constexpr Around kAround = {false, false, true};
 };
-struct SwigluResidualNode {
+struct QuickGeluResidualLinearNode {
+  static constexpr const char* kName = "QuickGeluResidualLinear";
+  static constexpr bool kHasAdapters = false;
+  static constexpr Around kAround = {false, false, true, true};
+};
+struct HLoraLinearNode {
+  static constexpr const char* kName = "HLoraLinear";
+  static constexpr bool kHasAdapters = true;
+  static constexpr Around kAround = {};
+};
+struct NormHLoraLinearNode {
+  static constexpr const char* kName = "NormHLoraLinear";
+  static constexpr bool kHasAdapters = true;
+  static constexpr Around kAround = {true, false, false};
+};
+struct ResidualHLoraLinearNode {
+  static constexpr const char* kName = "ResidualHLoraLinear";
+  static constexpr bool kHasAdapters = true;
+  static constexpr Around kAround = {false, false, true};
+};
+struct SwigluResidualHLoraLinearNode {
   static constexpr const char* kName = "SwigluResidualHLoraLinear";
+  static constexpr bool kHasAdapters = true;
   static constexpr Around kAround = {false, true, true};
 };
 
+// A Launcher(attributes, has_adapters) is made with the session and called as launcher(operands, call).
 template <class Launcher, class Node>
-class HLoraLinearKernel {
-  static constexpr auto kOperands = FirstOperands<Node::kAround.residual ? 9 : 8>(kHLoraLinearInputs);
+class LinearKernel {
+  static constexpr auto kOperands = InputsOf<Node::kHasAdapters, Node::kAround.residual>();
 
  public:
   static constexpr const char* kName = Node::kName;
   static constexpr const auto& kInputs = kOperands;
   static constexpr Operand kOutputs[] = {{"y", kOrtFloat32}};
 
-  explicit HLoraLinearKernel(const Attributes& attributes)
+  // Float matrices have no blocks, so they ignore the attribute.
+  explicit LinearKernel(const Attributes& attributes)
       : block_size_(attributes.Integer("block_size", 0, INT64_MAX)),
-        experts_(attributes.Integer("experts", 1, INT32_MAX)),
-        launcher_(attributes, true) {
+        experts_(Node::kHasAdapters ? attributes.Integer("experts", 1, INT32_MAX) : 0),
+        launcher_(attributes, Node::kHasAdapters) {
     if (around_.normalise) around_.epsilon = attributes.Positive("epsilon");
   }
 
@@ -116,12 +131,15 @@ class HLoraLinearKernel {
   Launcher launcher_;
 };
 
-// The operators of all nodes with an H-LoRA linear, by one launcher.
+// The operators of some nodes, by one launcher.
+template <class Launcher, class... Nodes>
+std::vector<const OrtCustomOp*> LinearOperatorsOf() {
+  return {Operator<LinearKernel<Launcher, Nodes>>()...};
+}
 template <class Launcher>
 std::vector<const OrtCustomOp*> HLoraLinearOperators() {
-  return {Operator<HLoraLinearKernel<Launcher, AloneNode>>(), Operator<HLoraLinearKernel<Launcher, NormNode>>(),
-          Operator<HLoraLinearKernel<Launcher, ResidualNode>>(),
-          Operator<HLoraLinearKernel<Launcher, SwigluResidualNode>>()};
+  return LinearOperatorsOf<Launcher, HLoraLinearNode, NormHLoraLinearNode, ResidualHLoraLinearNode,
+                           SwigluResidualHLoraLinearNode>();
 }
 
 }  // namespace healthgpt

@@ -153,9 +153,11 @@ struct StoredMatrix {
 Floats HLoraLinear(const Floats& x, const StoredMatrix& weight, const std::optional<Floats>& bias,
                    const StoredMatrix* adapter_in, const StoredMatrix* adapter_out, int64_t experts,
                    const std::optional<std::string>& target, size_t threads, std::optional<float> epsilon,
-                   bool pair_input, const std::optional<Floats>& residual) {
+                   bool pair_input, const std::optional<Floats>& residual, bool quick_gelu) {
   if (x.ndim() != 2) throw py::value_error("x must have 2 dimensions");
-  if (epsilon && pair_input) throw py::value_error("epsilon and pair_input exclude each other");
+  if (epsilon.has_value() + pair_input + quick_gelu > 1) {
+    throw py::value_error("epsilon, pair_input and quick_gelu exclude each other");
+  }
   if ((experts > 0) != (adapter_in != nullptr) || (experts > 0) != (adapter_out != nullptr) || experts < 0) {
     throw py::value_error("adapter_in, adapter_out and experts go together");
   }
@@ -169,6 +171,7 @@ Floats HLoraLinear(const Floats& x, const StoredMatrix& weight, const std::optio
   arguments.normalise = epsilon.has_value();
   arguments.epsilon = epsilon.value_or(0.0f);
   arguments.pair_input = pair_input;
+  arguments.quick_gelu = quick_gelu;
   if (experts > 0) {
     const int64_t rank = adapter_out->matrix.channels;
     if (rank % experts != 0) {
@@ -360,7 +363,7 @@ PYBIND11_MODULE(_kernels, module) {
   module.def("hlora_linear", &HLoraLinear, py::arg("x"), py::arg("weight"), py::arg("bias") = py::none(),
              py::arg("adapter_in") = py::none(), py::arg("adapter_out") = py::none(), py::arg("experts") = 0,
              py::arg("target") = py::none(), py::arg("threads") = 1, py::arg("epsilon") = py::none(),
-             py::arg("pair_input") = false, py::arg("residual") = py::none(),
+             py::arg("pair_input") = false, py::arg("residual") = py::none(), py::arg("quick_gelu") = false,
              "y [S, O] = x W + b + gate(x R) * (x A) B + residual, float32; operands as in "
              "csrc/hlora_linear/hlora_linear.h. With epsilon x is normalised.");
   module.def(

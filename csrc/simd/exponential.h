@@ -20,11 +20,11 @@ SIMD_INLINE Simd::Floats Exp(Simd::Floats x) {
   return Simd::Multiply(power, Simd::PowerOfTwo(whole));
 }
 
-// x sigmoid(x), also called silu.
-SIMD_INLINE Simd::Floats Swish(Simd::Floats x) {
-  // The limit keeps e^-x finite. Below it, the result would be 0 to about 1e-36 anyway.
-  const Simd::Floats limited = Simd::Max(Simd::Repeat(-87.0f), x);
-  return Simd::Divide(x, Simd::Add(Simd::Repeat(1.0f), Exp(Simd::Multiply(Simd::Repeat(-1.0f), limited))));
+// x sigmoid(slope x): with a slope of 1 also called silu.
+SIMD_INLINE Simd::Floats Swish(Simd::Floats x, float slope = 1.0f) {
+  // The limit keeps the power finite. Below it, the result would be 0 to about 1e-36 anyway.
+  const Simd::Floats limited = Simd::Max(Simd::Repeat(-87.0f / slope), x);
+  return Simd::Divide(x, Simd::Add(Simd::Repeat(1.0f), Exp(Simd::Multiply(Simd::Repeat(-slope), limited))));
 }
 
 }  // namespace

@@ -17,7 +17,14 @@ from .builder import DOMAIN, OPSET
 # What the text of every body begins with.
 HEADER = f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}, "{DOMAIN}" : 1]>'
 # The nodes whose bodies hold other named nodes.
-FUSED = ("NormHLoraLinear", "ResidualHLoraLinear", "SwigluResidualHLoraLinear", "PackedCachedAttention")
+FUSED = (
+    "ResidualLinear",
+    "QuickGeluResidualLinear",
+    "NormHLoraLinear",
+    "ResidualHLoraLinear",
+    "SwigluResidualHLoraLinear",
+    "PackedCachedAttention",
+)
 
 
 def _stored(name: str, data_type: int, panels: bool = False) -> tuple[str, str]:
@@ -113,6 +120,48 @@ def hlora_linear(linear_type: int, adapter_type: int, bias: bool, panels: bool =
     """)
 
 
+_ADD_RESIDUAL = "y = Add (residual, product)"
+
+
+def _residual_linear(name: str, data_type: int, before: str, rows: str) -> FunctionProto:
+    """A `Linear` of `rows`, which `before` makes of x, plus residual."""
+    matrix = "weight, weight_scale, bias"
+    return parser.parse_function(f"""
+        {HEADER}
+        {name} <block_size> (x, {matrix}, residual) => (y) {{
+            {_typed({"weight": data_type})}
+            {before}
+            product = {DOMAIN}.Linear <block_size: int = @block_size> ({rows}, {matrix})
+            {_ADD_RESIDUAL}
+        }}
+    """)
+
+
+def residual_linear(data_type: int) -> FunctionProto:
+    """`Linear` plus residual, which has the shape of y."""
+    return _residual_linear("ResidualLinear", data_type, "", "x")
+
+
+def quick_gelu_residual_linear(data_type: int) -> FunctionProto:
+    """`Linear` of x sigmoid(1.702 x), plus residual, which has the shape of y."""
+    quick_gelu = """
+        slope = Constant <value_float = 1.702> ()
+        steep = Mul (x, slope)
+        gate = Sigmoid (steep)
+        activated = Mul (x, gate)
+    """
+    return _residual_linear("QuickGeluResidualLinear", data_type, quick_gelu, "activated")
+
+
+def _typed(types: dict[str, int]) -> str:
+    """What tells the types of inputs that a body only hands on.
+
+    ONNX Runtime takes the type of an input from where it is used first, and calls of functions take no INT4 there. (The
+    shapes are not needed, and left out when a session optimises its graph.)
+    """
+    return " ".join(f"{name}_shape = Shape ({name})" for name, kind in types.items() if kind == TensorProto.INT4)
+
+
 _HLORA_MATRICES = "weight, weight_scale, bias, adapter_in, adapter_in_scale, adapter_out, adapter_out_scale"
 
 
@@ -123,16 +172,13 @@ def _around_hlora(
 
     more: the inputs and the attributes that the node has besides.
     """
-    # ONNX Runtime takes the types of an input from where it is used first, and calls of functions take no INT4 there.
-    # (The shapes are not needed, and left out when a session optimises its graph.)
     types = {"weight": linear_type, "adapter_in": adapter_type, "adapter_out": adapter_type}
-    typed = [f"{one}_shape = Shape ({one})" for one, kind in types.items() if kind == TensorProto.INT4]
     return parser.parse_function(f"""
         {HEADER}
         {name} <block_size, experts{more.get("attributes", "")}> (
             x, {_HLORA_MATRICES}{more.get("inputs", "")}
         ) => (y) {{
-            {" ".join(typed)}
+            {_typed(types)}
             {before}
             {"product" if after else "y"} = {DOMAIN}.HLoraLinear
                 <block_size: int = @block_size, experts: int = @experts> ({rows}, {_HLORA_MATRICES})
@@ -152,9 +198,6 @@ def norm_hlora_linear(linear_type: int, adapter_type: int, channels: int) -> Fun
         normed = RMSNormalization <axis = -1, epsilon: float = @epsilon> (x, ones)
     """
     return _around_hlora("NormHLoraLinear", linear_type, adapter_type, norm, "normed", attributes=", epsilon")
-
-
-_ADD_RESIDUAL = "y = Add (residual, product)"
 
 
 def residual_hlora_linear(linear_type: int, adapter_type: int) -> FunctionProto:

@@ -9,7 +9,7 @@ import numpy as np
 from ..quantize import is_quantised, quantise, scale_type, to_panels, transpose
 from ..weights import WeightFile, require_finite
 from .builder import GraphBuilder
-from .functions import linear
+from .functions import linear, quick_gelu_residual_linear, residual_linear
 
 
 def stored_matrix(
@@ -48,7 +48,16 @@ def stored_linear(
     block_size: int,
     produce: Callable[[], np.ndarray],
     bias: str = "",
+    residual: str = "",
+    quick_gelu: bool = False,
 ) -> str:
-    """`x` times a stored matrix [O, C], plus a `bias` [O] where one is named, as the node `healthgpt::Linear`."""
+    """`x` times a stored matrix [O, C], plus a `bias` [O] where one is named, as the node `healthgpt::Linear`.
+
+    A `residual`, where one is named, is added by the same node; with it, `quick_gelu` takes x sigmoid(1.702 x) for x.
+    """
     values, scales = stored_matrix(graph, file, key, data_type, block_size, produce)
-    return str(graph.call(linear(data_type, bool(bias)), x, values, scales, bias, block_size=block_size))
+    operands, alone = (x, values, scales, bias), linear(data_type, bool(bias))
+    if not residual:
+        return str(graph.call(alone, *operands, block_size=block_size))
+    around = quick_gelu_residual_linear(data_type) if quick_gelu else residual_linear(data_type)
+    return str(graph.call(around, *operands, residual, within=[alone], block_size=block_size))

@@ -9,6 +9,7 @@ but one, generation the first; the projector is two linears with an exact GELU b
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from onnx import ModelProto, TensorProto
@@ -101,21 +102,19 @@ class _VisionGraph:
         with graph.scope("attention"):
             packed = self._linear(f"{name}.self_attn", "qkv", self._norm(f"{name}.layer_norm1", hidden))
             attended = graph.call(packed_attention(), packed, heads=self.config.heads)
-            hidden = graph.op("Add", hidden, self._linear(f"{name}.self_attn", "out_proj", attended))
+            hidden = self._linear(f"{name}.self_attn", "out_proj", attended, residual=hidden)
         with graph.scope("mlp"):
             wide = self._linear(f"{name}.mlp", "fc1", self._norm(f"{name}.layer_norm2", hidden))
-            # quick_gelu
-            gate = graph.op("Sigmoid", graph.op("Mul", wide, graph.constant(1.702, np.float32)))
-            return str(graph.op("Add", hidden, self._linear(f"{name}.mlp", "fc2", graph.op("Mul", wide, gate))))
+            return self._linear(f"{name}.mlp", "fc2", wide, residual=hidden, quick_gelu=True)
 
-    def _linear(self, block: str, name: str, x: str) -> str:
-        """A linear of the tower; `qkv` is its three projections in one matrix."""
+    def _linear(self, block: str, name: str, x: str, **around: Any) -> str:
+        """A linear of the tower; `qkv` is its three projections in one matrix. around: as of `stored_linear`."""
         parts = [f"{block}.{part}_proj" for part in name] if name == "qkv" else [f"{block}.{name}"]
 
         def read(kind: str) -> np.ndarray:
             return np.concatenate([self._tower(f"{part}.{kind}") for part in parts])
 
-        return self._product(self.base, f"vision/{block}.{name}", x, read)
+        return self._product(self.base, f"vision/{block}.{name}", x, read, **around)
 
     def _projector(self, name: str, x: str) -> str:
         def read(kind: str) -> np.ndarray:
@@ -123,11 +122,11 @@ class _VisionGraph:
 
         return self._product(self.own, name, x, read)
 
-    def _product(self, file: WeightFile, key: str, x: str, read: Callable[[str], np.ndarray]) -> str:
-        """x W + b, where `read` gives the "weight" [O, C] and the "bias" [O]."""
+    def _product(self, file: WeightFile, key: str, x: str, read: Callable[[str], np.ndarray], **around: Any) -> str:
+        """x W + b, where `read` gives the "weight" [O, C] and the "bias" [O]. around: as of `stored_linear`."""
         bias = self.graph.weight(file, f"{key}.bias", FLOAT, lambda: read("bias"))
         return stored_linear(
-            self.graph, x, file, f"{key}.weight", self.storage, self.block_size, lambda: read("weight"), bias
+            self.graph, x, file, f"{key}.weight", self.storage, self.block_size, lambda: read("weight"), bias, **around
         )
 
     def _norm(self, name: str, x: str) -> str:

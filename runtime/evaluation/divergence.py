@@ -42,6 +42,7 @@ def _log_shares(session: Session, case: Case, ids: Sequence[int]) -> Iterator[np
         features = executor.features(case.task, prepare(picture, vision.image_size, vision.background))
     _, prompt = session.prompt(case.task, case.words, has_image=picture is not None)
     context = executor.context(case.task, features)
+    context.expect(len(prompt) + len(ids))
     for piece in pieces(executor, prompt):
         logits = context.forward(piece)
     yield _log_softmax(logits)

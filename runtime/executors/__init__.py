@@ -54,6 +54,10 @@ class Context(Sequence, Protocol):
         """
         ...
 
+    def expect(self, tokens: int) -> None:
+        """Have room for so many more tokens, which are sure to come: to grow piece by piece copies the caches."""
+        ...
+
     @property
     def memory_bytes(self) -> int:
         """Bytes that its caches hold."""

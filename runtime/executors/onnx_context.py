@@ -189,6 +189,10 @@ class OnnxContext:
     def memory_bytes(self) -> int:
         return self._sequence.size_bytes
 
+    def expect(self, tokens: int) -> None:
+        with self._lock:
+            self._reserve(self.length + tokens)
+
     def forward(self, token_ids: np.ndarray, last_positions: int = 1, full_vocabulary: bool = False) -> np.ndarray:
         with self._lock:
             self._reserve(self.length + len(token_ids))

@@ -111,6 +111,9 @@ class TensorRtContext:
     def memory_bytes(self) -> int:
         return self._caches.size_bytes + self._features.size_bytes
 
+    def expect(self, tokens: int) -> None:
+        """Nothing: the caches have the engine's capacity."""
+
     def forward(self, token_ids: np.ndarray, last_positions: int = 1, full_vocabulary: bool = False) -> np.ndarray:
         with self._executor.lock:
             settings, count = self._executor.settings, len(token_ids)

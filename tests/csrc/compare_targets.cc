@@ -113,7 +113,7 @@ constexpr double kTolerance = 2e-5;
 constexpr double kRoundedTolerance = 5e-3;
 
 // What stands around a linear: nothing, a normalisation, or a gated pair and a residual.
-enum class Around { kNothing, kNorm, kSwigluResidual };
+enum class Around { kNothing, kNorm, kSwigluResidual, kQuickGelu };
 
 void CompareLinear(Report& report, Storage storage, int64_t channels, int64_t outputs, int64_t block_size,
                    int64_t experts, Around around, bool panels = false) {
@@ -146,6 +146,7 @@ void CompareLinear(Report& report, Storage storage, int64_t channels, int64_t ou
       arguments.pair_input = true;
       arguments.residual = residual.data() + first * outputs;
     }
+    arguments.quick_gelu = around == Around::kQuickGelu;
     arguments.weight = weight.matrix;
     arguments.bias = bias.data();
     arguments.adapter_in = into.matrix;
@@ -296,7 +297,7 @@ int main() {
     for (const Storage storage :
          {Storage::kFloat32, Storage::kFloat16, Storage::kBFloat16, Storage::kInt8, Storage::kInt4}) {
       for (const int64_t experts : {0, 4}) {
-        for (const Around around : {Around::kNothing, Around::kNorm, Around::kSwigluResidual}) {
+        for (const Around around : {Around::kNothing, Around::kNorm, Around::kSwigluResidual, Around::kQuickGelu}) {
           CompareLinear(report, storage, 259, 514, 64, experts, around);
           CompareLinear(report, storage, 31, 33, 32, experts, around);
           if (storage != Storage::kInt8 && storage != Storage::kInt4) continue;

@@ -31,7 +31,12 @@ SIZES = [
     (384, 96, 256, 4, 128),
 ]
 # What stands around a linear, as options of the kernel; with the pair also a residual.
-AROUND = {"alone": {}, "norm": {"epsilon": 1e-5}, "swiglu-residual": {"pair_input": True}}
+AROUND = {
+    "alone": {},
+    "norm": {"epsilon": 1e-5},
+    "swiglu-residual": {"pair_input": True},
+    "quick-gelu-residual": {"quick_gelu": True},
+}
 each_target = pytest.mark.parametrize("target", _kernels.targets())
 each_storage = pytest.mark.parametrize("storage", STORAGES)
 each_around = pytest.mark.parametrize("around", AROUND)
@@ -78,6 +83,10 @@ def swiglu(pair):
     return gate / (1 + np.exp(-gate)) * up
 
 
+def quick_gelu(x):
+    return x / (1 + np.exp(-1.702 * x))
+
+
 def around_operands(around, rows, channels, outputs, seed=1):
     """x, the options that go with it, and the float64 x and residual that they stand for."""
     random = np.random.default_rng(seed)
@@ -89,6 +98,9 @@ def around_operands(around, rows, channels, outputs, seed=1):
         exact = rms_norm(x.astype(np.float64), options["epsilon"])
     elif around == "swiglu-residual":
         exact = swiglu(exact)
+    elif around == "quick-gelu-residual":
+        exact = quick_gelu(exact)
+    if around.endswith("residual"):
         residual = options["residual"] = random.standard_normal((rows, outputs)).astype(np.float32)
     return x, options, exact, residual
 
@@ -143,7 +155,7 @@ def test_equals_the_formula(case, storage, rows, adapters, target):
 @each_storage
 @pytest.mark.parametrize("case", SIZES, ids=str)
 @pytest.mark.parametrize("rows", [0, 1, 3, 19])
-@pytest.mark.parametrize("around", ["norm", "swiglu-residual"])
+@pytest.mark.parametrize("around", ["norm", "swiglu-residual", "quick-gelu-residual"])
 def test_what_stands_around_equals_the_formula(case, storage, rows, around, target):
     assert close(*linear(case, storage, rows, target, around=around), storage)
 
@@ -170,6 +182,8 @@ def test_a_swish_is_accurate(target):
     pair, eye = np.concatenate([gate, up], axis=-1), _kernels.Matrix(np.eye(961, dtype=np.float32))
     y = _kernels.hlora_linear(pair, eye, target=target, pair_input=True)
     np.testing.assert_allclose(y, swiglu(pair.astype(np.float64)), rtol=1e-6, atol=1e-34)
+    y = _kernels.hlora_linear(gate, eye, target=target, quick_gelu=True)
+    np.testing.assert_allclose(y, quick_gelu(gate.astype(np.float64)), rtol=1e-6, atol=1e-34)
 
 
 @each_target
@@ -332,8 +346,9 @@ def test_wrong_operands_are_named():
         _kernels.hlora_linear(x[:, :15], kept, bias, kept_in, kept_out, 2)
     with pytest.raises(ValueError, match=r"x must be \[2, 32\], got \[2, 16\]"):
         _kernels.hlora_linear(x, kept, bias, kept_in, kept_out, 2, pair_input=True)
-    with pytest.raises(ValueError, match="epsilon and pair_input exclude each other"):
-        _kernels.hlora_linear(x, kept, bias, kept_in, kept_out, 2, pair_input=True, epsilon=1e-5)
+    for two in ({"pair_input": True, "epsilon": 1e-5}, {"pair_input": True, "quick_gelu": True}):
+        with pytest.raises(ValueError, match="epsilon, pair_input and quick_gelu exclude each other"):
+            _kernels.hlora_linear(x, kept, bias, kept_in, kept_out, 2, **two)
     with pytest.raises(ValueError, match=r"residual must be \[2, 8\], got \[2, 16\]"):
         _kernels.hlora_linear(x, kept, bias, kept_in, kept_out, 2, residual=x)
     with pytest.raises(ValueError, match=r"bias must be \[8\], got \[7\]"):

@@ -31,8 +31,10 @@ from healthgpt_edge.export.graph.functions import (
     norm_swish_convolution,
     packed_attention,
     packed_cached_attention,
+    quick_gelu_residual_linear,
     residual_convolution,
     residual_hlora_linear,
+    residual_linear,
     swiglu_residual_hlora_linear,
 )
 from healthgpt_edge.export.quantize import quantise, to_panels
@@ -189,6 +191,18 @@ def test_linear(storage, x_shape, has_bias):
     operands = linear_operands(x_shape, 33, storage, has_bias)
     (found,) = run("Linear", operands, {"y": FLOAT}, threads=2, block_size=BLOCK_SIZE)
     (expected,) = run("Linear", operands, {"y": FLOAT}, body=linear(STORED[storage], has_bias), block_size=BLOCK_SIZE)
+    assert_near(found, expected, storage in FLOATS)
+
+
+@pytest.mark.parametrize("storage", STORED)
+@pytest.mark.parametrize("around", [residual_linear, quick_gelu_residual_linear])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_what_stands_around_a_linear_without_adapters(around, storage, rows):
+    kind, operands = STORED[storage], linear_operands((2, rows, 70), 24, storage, has_bias=True)
+    operands["residual"] = np.random.default_rng(2).standard_normal((2, rows, 24)).astype(np.float32)
+    body, more = around(kind), {"block_size": BLOCK_SIZE}
+    (found,) = run(body.name, operands, {"y": FLOAT}, threads=2, **more)
+    (expected,) = run(body.name, operands, {"y": FLOAT}, body=[body, linear(kind, True)], **more)
     assert_near(found, expected, storage in FLOATS)
 
 
@@ -519,6 +533,13 @@ def test_a_wrong_linear_is_named(storage, wrong, attributes, message):
     operands = linear_operands((2, 5, 70), 24, storage, True) | wrong
     text = refusal("Linear", operands, {"y": FLOAT}, **{"block_size": BLOCK_SIZE} | attributes)
     assert "INVALID_ARGUMENT" in text and ": Linear: " in text and message in text
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 23), (5, 24)], ids=str)
+def test_a_wrong_residual_of_a_linear_is_named(shape):
+    operands = linear_operands((2, 5, 70), 24, "float16", True) | zeros("residual", *shape)
+    text = refusal("ResidualLinear", operands, {"y": FLOAT}, block_size=BLOCK_SIZE)
+    assert f"ResidualLinear: residual must be [2, 5, 24], found {list(shape)}" in text
 
 
 @pytest.mark.parametrize(("storage", "wrong", "attributes", "message"), WRONG_LINEARS + WRONG_PANELS + WRONG_ADAPTERS)

@@ -5,7 +5,9 @@ import pytest
 
 from healthgpt_edge import _kernels
 
-TOLERANCE = 2e-5
+# By the size of the numbers: scores reach 20 and 360, and float32 rounds them as coarsely. NumPy's float32 is as near,
+# 1.2e-5 and 6e-4.
+TOLERANCES = {2.0: 2e-5, 8.0: 1e-3}
 
 # batch, tokens, heads, numbers of a head. No token, one, a query and a key more than a group and a block, more than a
 # task; heads below a vector, of odd sizes, and CLIP's.
@@ -29,7 +31,7 @@ def draw(case, scale=2.0):
 
 def definition(packed, heads):
     batch, tokens, width = packed.shape
-    by_head = packed.astype(np.float64).reshape(batch, tokens, 3, heads, -1).transpose(2, 0, 3, 1, 4)
+    by_head = packed.astype(np.float64).reshape(batch, tokens, 3, heads, width // (3 * heads)).transpose(2, 0, 3, 1, 4)
     query, key, value = by_head
     scores = query @ key.swapaxes(-1, -2) / np.sqrt(query.shape[-1])
     shares = np.exp(scores - scores.max(-1, keepdims=True, initial=-np.inf))
@@ -39,12 +41,12 @@ def definition(packed, heads):
 
 @each_target
 @each_case
-@pytest.mark.parametrize("scale", [2.0, 40.0], ids=["flat", "steep"])
+@pytest.mark.parametrize("scale", TOLERANCES)
 def test_the_definition(case, scale, target):
-    """Steep: most shares are 0, and the largest score of a block is far from that of the blocks before."""
+    """Also where most shares are 0, and the largest score of a block is far from that of the blocks before."""
     packed = draw(case, scale)
     found = _kernels.packed_attention(packed, case[2], target=target)
-    np.testing.assert_allclose(found, definition(packed, case[2]), rtol=0, atol=TOLERANCE * scale)
+    np.testing.assert_allclose(found, definition(packed, case[2]), rtol=0, atol=TOLERANCES[scale])
 
 
 @each_target
@@ -67,11 +69,18 @@ def test_a_picture_does_not_depend_on_its_neighbours(target):
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_what_is_not_finite_is_not_hidden(value, target):
     packed = draw((1, 70, 1, 16))
-    packed[0, 66, 3] = value  # of one query
-    found = _kernels.packed_attention(packed, 1, target=target)
-    assert np.isnan(found[0, 66]).all() and np.isfinite(np.delete(found[0], 66, axis=0)).all()
-    packed[0, 66, 16 + 3] = value  # and of a key, which all see
-    assert np.isnan(_kernels.packed_attention(packed, 1, target=target)).all()
+    for part in range(3):  # of a query, a key and a value
+        given = packed.copy()
+        given[0, 66, part * 16 + 3] = value
+        found = _kernels.packed_attention(given, 1, target=target)[0]
+        # A key that is infinite in one place has no share where it is infinitely far from the query.
+        sees = packed[0, :, 3] > 0 if value == np.inf else np.full(70, True)
+        if part == 0:
+            assert np.isnan(found[66]).all() and np.isfinite(np.delete(found, 66, axis=0)).all()
+        elif part == 1:
+            assert np.isnan(found[sees]).all() and np.isfinite(found[~sees]).all()
+        else:
+            assert not np.isfinite(found[:, 3]).any() and np.isfinite(np.delete(found, 3, axis=1)).all()
 
 
 def test_wrong_operands_are_named():
