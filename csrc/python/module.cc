@@ -7,6 +7,7 @@
 #include <map>
 #include <optional>
 #include <string>
+#include <variant>
 #include <vector>
 
 #include "cached_attention/cached_attention.h"
@@ -54,14 +55,20 @@ healthgpt::Target TargetOf(const std::optional<std::string>& name) {
   return found->second;
 }
 
-// Calls a launcher without Python's lock, with `threads` threads.
+// How many threads a call starts for itself, or those that it finds waiting.
+using ThreadsOrCount = std::variant<size_t, healthgpt::Threads*>;
+
+// Calls a launcher without Python's lock.
 template <class Arguments>
 void Run(void (*launcher)(const Arguments&, const healthgpt::Parallel&, healthgpt::Target), const Arguments& arguments,
-         const std::optional<std::string>& target, size_t threads) {
+         const std::optional<std::string>& target, const ThreadsOrCount& threads) {
   const healthgpt::Target chosen = TargetOf(target);
   const py::gil_scoped_release release;
-  healthgpt::Threads pool(threads);
-  launcher(arguments, pool.parallel(), chosen);
+  if (const auto* waiting = std::get_if<healthgpt::Threads*>(&threads)) {
+    return launcher(arguments, (*waiting)->parallel(), chosen);
+  }
+  healthgpt::Threads own(std::get<size_t>(threads));
+  launcher(arguments, own.parallel(), chosen);
 }
 
 std::string Text(const std::vector<int64_t>& shape) {
@@ -152,8 +159,9 @@ struct StoredMatrix {
 
 Floats HLoraLinear(const Floats& x, const StoredMatrix& weight, const std::optional<Floats>& bias,
                    const StoredMatrix* adapter_in, const StoredMatrix* adapter_out, int64_t experts,
-                   const std::optional<std::string>& target, size_t threads, std::optional<float> epsilon,
-                   bool pair_input, const std::optional<Floats>& residual, bool quick_gelu) {
+                   const std::optional<std::string>& target, const ThreadsOrCount& threads,
+                   std::optional<float> epsilon, bool pair_input, const std::optional<Floats>& residual,
+                   bool quick_gelu) {
   if (x.ndim() != 2) throw py::value_error("x must have 2 dimensions");
   if (epsilon.has_value() + pair_input + quick_gelu > 1) {
     throw py::value_error("epsilon, pair_input and quick_gelu exclude each other");
@@ -355,6 +363,9 @@ Floats Convolution(const Floats& x, const py::array& given, const Floats& bias,
 PYBIND11_MODULE(_kernels, module) {
   module.def("targets", &Targets, "The instruction sets with kernels that this machine has.");
   module.def("instruction_set", &InstructionSet, "The one that the kernels use here by default.");
+  py::class_<healthgpt::Threads>(module, "Threads",
+                                 "Threads that wait for the next call, instead of some that every call starts.")
+      .def(py::init<size_t>(), py::arg("count"));
   py::class_<StoredMatrix>(
       module, "Matrix", "A matrix as the exporter stores it: [channels, outputs], or [outputs / 128, channels, 128].")
       .def(py::init<const py::array&, const std::optional<py::array>&, int64_t,
@@ -362,7 +373,7 @@ PYBIND11_MODULE(_kernels, module) {
            py::arg("values"), py::arg("scales") = py::none(), py::arg("block_size") = 0, py::arg("shape") = py::none());
   module.def("hlora_linear", &HLoraLinear, py::arg("x"), py::arg("weight"), py::arg("bias") = py::none(),
              py::arg("adapter_in") = py::none(), py::arg("adapter_out") = py::none(), py::arg("experts") = 0,
-             py::arg("target") = py::none(), py::arg("threads") = 1, py::arg("epsilon") = py::none(),
+             py::arg("target") = py::none(), py::arg("threads").none(false) = 1, py::arg("epsilon") = py::none(),
              py::arg("pair_input") = false, py::arg("residual") = py::none(), py::arg("quick_gelu") = false,
              "y [S, O] = x W + b + gate(x R) * (x A) B + residual, float32; operands as in "
              "csrc/hlora_linear/hlora_linear.h. With epsilon x is normalised.");
