@@ -14,6 +14,7 @@ from healthgpt_edge.errors import Cancelled
 from healthgpt_edge.executors.onnx import DEVICES
 from healthgpt_edge.executors.onnx_context import OnnxContext
 from healthgpt_edge.executors.onnx_group import OnnxGroup
+from healthgpt_edge.executors.onnx_memory import Caches
 from healthgpt_edge.inference import pieces
 
 CASES = {"m3": "m3_com_wide", "phi4": "phi4_com", "qwen": "qwen_com"}
@@ -58,6 +59,24 @@ def test_it_is_the_same_bits(session):
     context = session.executor.context("comprehension", None)
     *_, logits = [context.forward(piece) for piece in pieces(session.executor, ids)]
     assert np.array_equal(logits, whole)
+
+
+def test_the_caches_grow_once_for_it(golden_bundle, monkeypatch):
+    monkeypatch.setitem(DEVICES, "cpu", DEVICES["cpu"]._replace(prompt_tokens=PIECE, step_tokens=PIECE))
+    session, case = load(golden_bundle("m3"), tasks=("comprehension",), threads=1), Case("m3_com_wide")
+    grown: list[int] = []
+    told: list[tuple[int, int]] = []
+    honest = Caches.grow
+
+    def grow(self, length, kept, sequences=1):
+        grown.append(length)
+        honest(self, length, kept, sequences)
+
+    monkeypatch.setattr(Caches, "grow", grow)
+    session.answer(
+        case.image, case.question, max_new_tokens=1, draft="none", on_prompt=lambda *counts: told.append(counts)
+    )
+    assert len(told) > 3 and grown == [told[-1][1]]
 
 
 def test_without_the_kernels_or_on_a_gpu_it_is_one_piece(golden_bundle):
