@@ -106,9 +106,11 @@ struct Group {
 
   static int64_t Numbers(int64_t size) { return (2 * size + kKeys + 2) * kQueries; }
 
-  // Begins with the queries of `query`, which has `tokens` tokens; memory for Numbers(size) numbers.
-  void Begin(const Rows& query, int64_t tokens, float* memory) {
+  // Begins with the queries from token `begin` on, of `tokens`; memory holds Numbers(head_size) numbers.
+  void Begin(const Rows& query, int64_t begin, int64_t tokens, int64_t head_size, float* memory) {
+    first = begin;
     count = Min(kQueries, tokens - first);
+    size = head_size;
     queries = memory;
     totals = queries + size * kQueries;
     shares = totals + size * kQueries;
@@ -196,9 +198,7 @@ void SIMD_KERNEL(PackedAttention)(const PackedAttentionArguments& given, const P
     Group groups[kGroups];
     int64_t count = 0;
     for (; count < kGroups && first + count * kQueries < tokens; ++count) {
-      groups[count].first = first + count * kQueries;
-      groups[count].size = size;
-      groups[count].Begin(query, tokens, memory + count * Group::Numbers(size));
+      groups[count].Begin(query, first + count * kQueries, tokens, size, memory + count * Group::Numbers(size));
     }
     for (int64_t start = 0; start < tokens; start += kKeys) {
       const int64_t keys = Min(kKeys, tokens - start);
