@@ -125,7 +125,7 @@ class OnnxExecutor:
         options.log_severity_level = 4  # fatal: every error is raised as well, and stderr holds one line
         # The arena would keep a prefill's workspace for good, 0.9 GB per task at M3's size, and gain no time. On
         # pictures it saves an eighth, though it gives everything back at the end.
-        options.enable_cpu_mem_arena = role in _OF_PICTURES
+        options.enable_cpu_mem_arena = self._takes_from_arena(role)
         options.enable_mem_pattern = False
         # Left to itself ONNX Runtime takes the cores of the machine, whatever a container is given of them.
         threads = self._threads or cores()
@@ -255,9 +255,12 @@ class OnnxExecutor:
             self._sessions[task, role] = self._open(task, role)
         return self._sessions[task, role]
 
+    def _takes_from_arena(self, role: str) -> bool:
+        return role in _OF_PICTURES and not self._device.is_gpu
+
     def run(self, task: str, role: str, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
         options = onnxruntime.RunOptions()
-        if role in _OF_PICTURES:
+        if self._takes_from_arena(role):
             options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         try:
             with self._lock:

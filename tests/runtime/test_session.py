@@ -19,6 +19,7 @@ from tolerances import FEATURES, LOGITS_SAME_ARITHMETIC
 
 import healthgpt_edge
 from healthgpt_edge import Sampling, Session, load
+from healthgpt_edge.agreement import random_grid, random_pixels
 from healthgpt_edge.bundle import Bundle
 from healthgpt_edge.errors import (
     BundleError,
@@ -435,6 +436,30 @@ def test_threads_that_wait_leave_the_cores_to_others(golden_bundle):
     begin = time.process_time()
     time.sleep(0.2)
     assert time.process_time() - begin < 0.02
+
+
+def test_graphs_of_pictures_give_their_memory_back(golden_bundle):
+    """And only these: a row of the vocabulary is asked for with every token of a free run."""
+    executor, asked = load(golden_bundle("m3"), threads=1).executor, {}
+
+    class Asked:
+        def __init__(self, role, honest):
+            self.role, self.honest = role, honest
+
+        def run(self, names, feeds, options):
+            try:
+                asked[self.role] = options.get_run_config_entry("memory.enable_memory_arena_shrinkage")
+            except RuntimeError:  # it was not said
+                asked[self.role] = None
+            return self.honest.run(names, feeds, options)
+
+    for role in ("vision", "codes", "vocabulary"):
+        executor._sessions["generation", role] = Asked(role, executor.session("generation", role))
+    manifest = executor.bundle.manifest
+    executor.features("generation", random_pixels(manifest))
+    executor.picture(random_grid(manifest))
+    executor.run("generation", "vocabulary", {"hidden": np.zeros((1, 1, manifest.language.hidden), np.float32)})
+    assert asked == {"vision": "cpu:0", "codes": "cpu:0", "vocabulary": None}
 
 
 def test_a_session_may_be_asked_from_several_threads(session):
