@@ -182,8 +182,9 @@ def test_a_swish_is_accurate(target):
     pair, eye = np.concatenate([gate, up], axis=-1), _kernels.Matrix(np.eye(961, dtype=np.float32))
     y = _kernels.hlora_linear(pair, eye, target=target, pair_input=True)
     np.testing.assert_allclose(y, swiglu(pair.astype(np.float64)), rtol=1e-6, atol=1e-34)
+    # 1.702 x is rounded to float32 before it is an exponent: 87 of it are off by 2.6e-6 at most, so is the power.
     y = _kernels.hlora_linear(gate, eye, target=target, quick_gelu=True)
-    np.testing.assert_allclose(y, quick_gelu(gate.astype(np.float64)), rtol=1e-6, atol=1e-34)
+    np.testing.assert_allclose(y, quick_gelu(gate.astype(np.float64)), rtol=5e-6, atol=1e-34)
 
 
 @each_target
