@@ -35,7 +35,7 @@ class Threads {
 
  private:
   // Turns of a loop before a thread sleeps: about a millisecond.
-  static constexpr int kTurns = 20000;
+  static constexpr size_t kTurns = 20000;
 
   static void Run(void* pool, size_t count, Parallel::Task task, void* state) {
     Threads& self = *static_cast<Threads*>(pool);
@@ -49,7 +49,7 @@ class Threads {
     self.working_ = self.others_.size();
     self.Begin();
     self.Work();
-    for (int turn = 0; self.working_ != 0; ++turn) {
+    for (size_t turn = 0; self.working_ != 0; ++turn) {
       if (turn > kTurns) std::this_thread::yield();
     }
     if (self.error_) std::rethrow_exception(self.error_);
@@ -66,7 +66,7 @@ class Threads {
   // Works whenever a section begins.
   void Wait() {
     for (size_t seen = 0;;) {
-      for (int turn = 0; sections_ == seen && turn < kTurns; ++turn) Pause();
+      for (size_t turn = 0; sections_ == seen && turn < kTurns; ++turn) Pause();
       if (sections_ == seen) {
         std::unique_lock<std::mutex> lock(mutex_);
         begun_.wait(lock, [&] { return sections_ != seen; });
