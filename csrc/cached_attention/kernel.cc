@@ -193,25 +193,28 @@ void AddAllValues(const float* shares, const Block& values, int64_t count, int64
   }
 }
 
-// Score for all rows of a task.
+// Score for all rows of a task. `ends` says how many keys of the block each row sees at most, a later one as many or
+// more; rows that are multiplied at once go through those of the last.
 template <Storage storage>
-void ScoreRows(const float* query, int64_t rows, const Block& keys, int64_t count, int64_t width, const Next& next,
-               float* scores) {
+void ScoreRows(const float* query, int64_t rows, const Block& keys, const int64_t* ends, int64_t width,
+               const Next& next, float* scores) {
   for (int64_t row = 0; row < rows; row += kQueriesAtOnce) {
-    const auto score = Pick(Min(kQueriesAtOnce, rows - row), Score<storage, 1>, Score<storage, 2>, Score<storage, 3>);
-    score(query + row * width, keys, count, width, next.If(row == 0), scores + row * kKeys);
+    const int64_t some = Min(kQueriesAtOnce, rows - row);
+    const auto score = Pick(some, Score<storage, 1>, Score<storage, 2>, Score<storage, 3>);
+    score(query + row * width, keys, ends[row + some - 1], width, next.If(row == 0), scores + row * kKeys);
   }
 }
 
-// AddAllValues for all rows of a task.
+// AddAllValues for all rows of a task, in the same way.
 template <Storage storage>
-void AddRows(const float* shares, int64_t rows, const Block& values, int64_t count, int64_t width, const Next& next,
-             const float* corrections, float* totals) {
+void AddRows(const float* shares, int64_t rows, const Block& values, const int64_t* ends, int64_t width,
+             const Next& next, const float* corrections, float* totals) {
   for (int64_t row = 0; row < rows; row += kRowsAtOnce) {
-    const auto add =
-        Pick(Min(kRowsAtOnce, rows - row), AddAllValues<storage, 1>, AddAllValues<storage, 2>, AddAllValues<storage, 3>,
-             AddAllValues<storage, 4>, AddAllValues<storage, 5>, AddAllValues<storage, 6>);
-    add(shares + row * kKeys, values, count, width, next.If(row == 0), corrections + row, totals + row * width, 0);
+    const int64_t some = Min(kRowsAtOnce, rows - row);
+    const auto add = Pick(some, AddAllValues<storage, 1>, AddAllValues<storage, 2>, AddAllValues<storage, 3>,
+                          AddAllValues<storage, 4>, AddAllValues<storage, 5>, AddAllValues<storage, 6>);
+    add(shares + row * kKeys, values, ends[row + some - 1], width, next.If(row == 0), corrections + row,
+        totals + row * width, 0);
   }
 }
 
@@ -275,22 +278,23 @@ void Attend(const Head& head, int64_t begin, int64_t count, float* memory) {
       LoadCached<cache>(head.cached(rows, start), keys, size, width, block);
       return Block{block, width};
     };
+    int64_t ends[kRowsPerTask];
+    for (int64_t row = 0; row < count; ++row) ends[row] = Max(0, Min(kKeys, head.position(begin + row) + 1 - start));
     const float* key_scales = head.scales(given.key_scales, start);
     const float* value_scales = head.scales(given.value_scales, start);
     // Prefetch what comes next: the values of this block, then the keys of the next block.
     const int64_t row_bytes = size * CacheBytes(cache);
     const auto score = in_place ? ScoreRows<cache> : ScoreRows<Storage::kFloat32>;
-    score(query, count, open(given.keys), keys, width, {head.cached(given.values, start), row_bytes}, scores);
+    score(query, count, open(given.keys), ends, width, {head.cached(given.values, start), row_bytes}, scores);
     for (int64_t row = 0; row < count; ++row) {
       const int64_t first = Max(0, head.first(begin + row) - start);
-      const int64_t end = Min(kKeys, head.position(begin + row) + 1 - start);
       float* of_row = scores + row * kKeys;
       if (key_scales != nullptr) MultiplyByScales(of_row, key_scales, keys);
-      corrections[row] = Share(of_row, first, end, largest + row, total + row);
+      corrections[row] = Share(of_row, first, ends[row], largest + row, total + row);
       if (value_scales != nullptr) MultiplyByScales(of_row, value_scales, keys);
     }
     const auto add = in_place ? AddRows<cache> : AddRows<Storage::kFloat32>;
-    add(scores, count, open(given.values), keys, width, {head.cached(given.keys, start + kKeys), row_bytes},
+    add(scores, count, open(given.values), ends, width, {head.cached(given.keys, start + kKeys), row_bytes},
         corrections, totals);
   }
   for (int64_t row = 0; row < count; ++row) {
