@@ -27,6 +27,7 @@ _BOUND_PASSES = 4
 # What ONNX Runtime says, behind places in its own source, and what it means.
 _REFUSALS = {
     "bad_alloc": "there is not enough memory",
+    "Failed to allocate memory": "there is not enough memory",  # for an arena
     "pthread_create failed": "the system starts no more threads, by a limit on them or on memory",
     "requires procfs": "it opens weights by way of /proc, found it not mounted",
 }

@@ -680,6 +680,13 @@ def opened_without_rights(folder: Path) -> str:
             "ResidualConvolution node. Status Message: ResidualConvolution: std::bad_alloc",
             "there is not enough memory",
         ),
+        (
+            "[ONNXRuntimeError] : 2 : INVALID_ARGUMENT : Non-zero status code returned while running Linear node. "
+            "Name:'layers.0/attention/Linear' Status Message: Linear: /onnxruntime_src/onnxruntime/core/framework/"
+            "bfc_arena.cc:360 void* onnxruntime::BFCArena::AllocateRawInternal(size_t, bool, onnxruntime::Stream*) "
+            "Failed to allocate memory for requested buffer of size 7090176",
+            "there is not enough memory",
+        ),
         ("one line\nanother", "one line"),
         ("", ""),
     ],
