@@ -69,9 +69,10 @@ def main() -> None:
     samples: dict[tuple[str | None, str], list[float]] = {
         (instructions, task): [] for instructions in arguments.instructions for task in tasks
     }
+    in_turn = [*samples.items()]
     for number in range(arguments.repeat + 1):
-        first = number % len(samples)
-        for (instructions, task), times in [*samples.items()][first:] + [*samples.items()][:first]:
+        first = number % len(in_turn)
+        for (instructions, task), times in [*in_turn[first:], *in_turn[:first]]:
             begin = time.perf_counter()
             every_linear(task, instructions)
             if number:  # the first round warms up

@@ -23,7 +23,7 @@ from .bundle import Bundle
 from .decoding import CodeGrid, FreeText, Grammar, Sampling, Selector, decode
 from .errors import BenchmarkError
 from .executors import Context
-from .inference import pieces
+from .inference import read_prompt
 from .manifest import COMPREHENSION, GENERATION, Manifest
 from .session import Session, load
 
@@ -211,11 +211,8 @@ class _Bench:
         timing.ceiling_after = self._ceiling(machine.arithmetic_rate, kind, self.threads)
 
     def _read(self, task: str, ids: np.ndarray) -> None:
-        """Read a prompt as users' are read."""
-        context = self.session.executor.context(task, None)
-        context.expect(len(ids))
-        for piece in pieces(self.session.executor, ids):
-            context.forward(piece)
+        executor = self.session.executor
+        read_prompt(executor, executor.context(task, None), ids)
 
     def _decode(self, row: Row, timing: Timing) -> None:
         # The caches grow with the context; this is the middle of the row.

@@ -229,6 +229,13 @@ def pieces(executor: Executor, ids: np.ndarray) -> list[np.ndarray]:
     return np.array_split(ids, -(-len(ids) // most))
 
 
+def read_prompt(executor: Executor, context: Context, ids: np.ndarray) -> np.ndarray:
+    """Read the tokens int64 [S] of a prompt, at least one, as users' are read; the logits [1, rows] of the last."""
+    context.expect(len(ids))
+    *_, logits = (context.forward(piece) for piece in pieces(executor, ids))
+    return logits
+
+
 def _check_equal(drafted: list[int], plain: list[int]) -> None:
     """Raise GenerationError unless ids that were drafted are those of plain decoding."""
     if drafted != plain:

@@ -218,10 +218,9 @@ struct Call {
       const int64_t row = static_cast<int64_t>(task) / parts * per_part, count = Min(per_part, rows - row);
       const int64_t column = static_cast<int64_t>(task) % parts * width;
       if (count <= 0) return;
-      Part part = TaskPart(row, count, column, Min(width, matrix.outputs - column), unpacked, true);
-      part.results = given.y + row * matrix.outputs + column;
-      part.results_stride = matrix.outputs;
-      AddProduct(matrix, x, {weight, 0, weight.splits}, part);
+      const Part part = TaskPart(row, count, column, Min(width, matrix.outputs - column), unpacked, true);
+      const Part fetching = part.Fetching(given.y + row * matrix.outputs + column, matrix.outputs);
+      AddProduct(matrix, x, {weight, 0, weight.splits}, fetching);
       if (has_adapter()) AddProduct(given.adapter_out, z, {out_of, 0, 1}, part, true);
       Finish(part, [&](int64_t r, int64_t i, int) { return Simd::Load(part.totals + r * part.stride + i); });
     });

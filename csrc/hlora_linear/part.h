@@ -127,6 +127,13 @@ struct Part {
             results == nullptr ? nullptr : results + first,
             results_stride};
   }
+  // The same part, whose results will be written from `first_result` on, in rows so far apart.
+  Part Fetching(const float* first_result, int64_t apart) const {
+    Part part = *this;
+    part.results = first_result;
+    part.results_stride = apart;
+    return part;
+  }
   // Fetches the results of `count` rows of a tile.
   SIMD_INLINE void FetchResults(int64_t first, int64_t count, int64_t tile) const {
     if (results == nullptr) return;

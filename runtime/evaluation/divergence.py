@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from ..images import prepare, read_if_any
-from ..inference import pieces
+from ..inference import read_prompt
 from ..session import Session
 from .cases import Case
 
@@ -42,10 +42,7 @@ def _log_shares(session: Session, case: Case, ids: Sequence[int]) -> Iterator[np
         features = executor.features(case.task, prepare(picture, vision.image_size, vision.background))
     _, prompt = session.prompt(case.task, case.words, has_image=picture is not None)
     context = executor.context(case.task, features)
-    context.expect(len(prompt) + len(ids))
-    for piece in pieces(executor, prompt):
-        logits = context.forward(piece)
-    yield _log_softmax(logits)
+    yield _log_softmax(read_prompt(executor, context, prompt))
     following = np.array(ids[:-1], np.int64)
     for start in range(0, len(following), _ROWS):
         some = following[start : start + _ROWS]

@@ -622,8 +622,8 @@ def test_wrong_packed_attention_is_named(wrong, message):
 
 @pytest.mark.parametrize("shape", [(2, 5, 60), (2, 5, 0), (5, 72)], ids=str)
 def test_wrong_attention_of_every_token_is_named(shape):
-    text = refusal("PackedAttention", zeros("packed", *shape), {"output": FLOAT}, heads=3 if shape[-1] else 1)
     heads = 3 if shape[-1] else 1
+    text = refusal("PackedAttention", zeros("packed", *shape), {"output": FLOAT}, heads=heads)
     assert f"PackedAttention: packed must be [B, T, 3 * {heads} * D], found {list(shape)}" in text
 
 
